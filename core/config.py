@@ -1,0 +1,145 @@
+"""Every option of a run, once: the command line, run files and `hfl run --help` are all made from these fields."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hetfl.core.errors import UsageError, nearest
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataOptions(Options):
+    """What the data are and who holds them."""
+
+    dataset: str = Field("digits", description="digits, a short name (mnist, cifar10, …), a Hub id, a folder or a parquet file")
+    limit: int | None = Field(None, ge=1, description="use only the first N training examples of a seeded shuffle, and as many test examples")
+    input_column: str | None = Field(None, description="column with the inputs (found from the features if left out)")
+    label_column: str | None = Field(None, description="column with the class label (found from the features if left out)")
+    clients: int = Field(10, ge=1, description="number of clients")
+    partition: Literal["iid", "dirichlet", "pathological", "shard", "natural"] = Field(
+        "dirichlet", description="how training examples are dealt out"
+    )
+    alpha: float = Field(0.1, gt=0, description="Dirichlet concentration; small is skewed, 10000 is nearly IID")
+    classes_per_client: int = Field(2, ge=1, description="classes (pathological) or shards (shard) a client holds")
+    id_column: str | None = Field(None, description="column whose values are the clients of a natural partition")
+    partition_seed: int = Field(0, ge=0, description="seed of the split and partition, apart from the run's seed")
+    own_test: float = Field(0.1, ge=0, lt=1, description="share of a client's examples held out as its own test")
+    server_data: float = Field(0.05, ge=0, description="public examples of the server: a share (< 1) or a count; 0 = none")
+    server_holdout: float = Field(0.25, gt=0, lt=1, description="share of the server's examples that only choose steps")
+
+
+class TrainOptions(Options):
+    """How a client trains."""
+
+    epochs: int = Field(2, ge=1, description="local epochs a round")
+    batch_size: int = Field(32, ge=1, description="local batch size")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser, fresh each round")
+    lr: float = Field(0.05, gt=0, description="local learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    clip: float = Field(2.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    lr_milestones: tuple[int, ...] = Field((), description="rounds after which lr is multiplied by --lr-decay")
+    lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+
+
+class ServerOptions(Options):
+    """What the server does with its public data, whatever the strategy."""
+
+    pretrain_steps: int = Field(300, ge=0, description="steps on server data before round 1 (every method alike)")
+    server_finetune_steps: int = Field(0, ge=0, description="steps on server data after each aggregation (every method alike)")
+    server_lr: float = Field(1e-3, gt=0, description="Adam learning rate of pre-training and fine-tuning")
+    server_batch_size: int = Field(32, ge=1, description="batch size of pre-training and fine-tuning")
+    norm_policy: Literal["auto", "aggregate", "static", "recalibrate"] = Field(
+        "auto", description="normalisation statistics of the global model: averaged, from the clients' passes, or from server data"
+    )
+    control: bool = Field(True, description="also train the server-only control, where the run uses server data")
+
+
+class RunOptions(DataOptions, TrainOptions, ServerOptions):
+    """A whole run. Same options and seed, same bits."""
+
+    extract: str = Field("fedconv", description="how a client's submodel is taken")
+    aggregate: str | None = Field(None, description="how updates are merged (default: the extraction's natural partner)")
+    profile: str = Field("levels", description="how a device's capacity is found")
+    wrap: tuple[str, ...] = Field((), description="plugins around local training, from the outside in")
+    model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
+    model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")
+    levels: str | None = Field(None, description="short for --set levels.mix, e.g. 1:4,0.5:8,0.25:8")
+    rounds: int = Field(10, ge=1, description="communication rounds")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
+    seed: int = Field(0, ge=0, description="seed of everything but the data split")
+    eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
+    eval_batch_size: int = Field(512, ge=1, description="batch size of evaluation")
+    workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
+    out: Path | None = Field(None, description="run folder (default: runs/<time>-<extract>-<aggregate>)")
+    overwrite: bool = Field(False, description="replace an --out that is not empty")
+    set: dict[str, Any] = Field({}, description="options of the chosen plugins, plugin.option=value")
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _no_empty_path(cls, out: Any) -> Any:
+        if out == "":
+            raise ValueError("the run folder needs a name")
+        return out
+
+    @model_validator(mode="after")
+    def _whole_public_count(self) -> RunOptions:
+        if self.server_data >= 1 and self.server_data != int(self.server_data):
+            raise ValueError("server_data is a share below 1 or a whole count")
+        return self
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def sentence(error: ValidationError, options: type[BaseModel], prefix: str = "") -> str:
+    """One clear sentence for the first thing that pydantic refused; `prefix` names the plugin whose options they are."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    shown = f"{prefix}{name}" if prefix else flag(name) if name else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(options.model_fields)
+        return f"unknown option '{prefix}{name}'{nearest(name, known)} (known: {', '.join(known)})"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{shown}: {message} (got {first['input']!r})" if name else message
+
+
+def resolve(values: dict[str, Any]) -> RunOptions:
+    """The options of a run from plain values, or a UsageError that says which one is wrong and what is allowed."""
+    try:
+        return RunOptions.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(sentence(error, RunOptions)) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a run file (TOML, keys as the command line's flags with _ for -)."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"no run file '{path}'") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"run file '{path}' cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"run file '{path}' is not TOML: {error}") from error
+
+
+def write(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:
+    """The run file of `options`; with `plugins` (role.name -> options) the whole resolved set is spelt out."""
+    values = options.model_dump(mode="json", exclude_none=True, exclude={"overwrite"})
+    if plugins is not None:
+        values["set"] = {role: {name: {k: v for k, v in o.items() if v is not None}} for role, name, o in _split(plugins)}
+    return tomli_w.dumps(values)
+
+
+def _split(plugins: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(*key.split(".", 1), options) for key, options in plugins.items()]  # type: ignore[misc]

@@ -1,0 +1,82 @@
+"""The run folder: every file is written whole or not at all, so that what was computed stays readable."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hetfl.core.errors import RunError, UsageError
+
+
+class Folder:
+    """One run's folder. Files: config.toml, run.json, metrics.csv, clients.csv, summary.json, weights.safetensors, pictures."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, overwrite: bool = False) -> Folder:
+        """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`) or cannot be written."""
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"--out '{self.path}' is a file; name a folder")
+            if self.path.is_dir() and any(self.path.iterdir()):
+                self._clear(overwrite)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.toml", "")
+        except (OSError, RunError) as error:
+            raise UsageError(f"the run folder '{self.path}' cannot be written: {reason(error)}; choose another with --out") from error
+        return self
+
+    def _clear(self, overwrite: bool) -> None:
+        if not overwrite:
+            raise UsageError(f"the run folder '{self.path}' is not empty; choose another with --out or give --overwrite")
+        if not (self.path / "config.toml").exists():
+            raise UsageError(f"'{self.path}' holds no run of hetfl, so --overwrite does not replace it")
+        shutil.rmtree(self.path)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Writes one file whole. Raises RunError when the disk is full or the folder not writable."""
+        target, draft = self.path / name, self.path / f".{name}.part"
+        try:
+            draft.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(draft, target)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise RunError(f"'{target}' cannot be written: {reason(error)}; what was written before is intact") from error
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rows as CSV; columns in order of appearance."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write(name, text.getvalue())
+
+    def json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=1) + "\n")
+
+    def read(self, name: str) -> Any:
+        """A JSON file of this run. Raises UsageError when there is none."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError as error:
+            what = "has not ended yet" if (self.path / "config.toml").exists() else "is no run folder of hetfl"
+            raise UsageError(f"'{self.path}' {what}: it holds no {name}") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
+
+    def discard(self) -> None:
+        """Removes a folder that holds nothing but its config: the run was refused before it began."""
+        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml"}:
+            shutil.rmtree(self.path)
+
+
+def reason(error: BaseException) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

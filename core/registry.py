@@ -1,0 +1,82 @@
+"""Which plugins exist: the built-in ones from registry.toml, third parties' from entry points; none is imported to be listed."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetfl.core.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from hetfl.core.strategy import Strategy
+
+ROLES = ("extract", "aggregate", "profile", "wrap")
+PATH = Path(__file__).parents[1] / "registry.toml"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plugin in one role, as known without importing it; `source` is "built-in" or the distribution that brings it."""
+
+    role: str
+    name: str
+    plugin: str
+    source: str = "built-in"
+    summary: str = ""
+    paper: str = ""
+    aggregate: str = ""
+    granularity: str = ""
+    public: bool = False
+    memory: bool = False
+
+    def load(self) -> type[Strategy]:
+        """The plugin's class. Raises UsageError if it cannot be imported or is no Strategy."""
+        module, _, attribute = self.plugin.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} cannot be imported: {cause}") from error
+        from hetfl.core.strategy import Strategy
+
+        if not (isinstance(found, type) and issubclass(found, Strategy)):
+            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} is not a hetfl Strategy class: {self.plugin}")
+        return found
+
+
+@cache
+def builtins() -> tuple[Entry, ...]:
+    """The plugins of registry.toml."""
+    table = tomllib.loads(PATH.read_text())
+    return tuple(Entry(role, name, **fields) for role in ROLES for name, fields in table.get(role, {}).items())
+
+
+def third_party() -> list[Entry]:
+    """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …)."""
+    found = [(role, point) for role in ROLES for point in entry_points(group=f"hetfl.{role}")]
+    return [Entry(role, point.name, point.value, origin(point)) for role, point in found]
+
+
+def origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+
+
+def entries(role: str | None = None) -> list[Entry]:
+    """All plugins, or those of one role, built-in ones first."""
+    return [e for e in [*builtins(), *third_party()] if role in (None, e.role)]
+
+
+def find(role: str, name: str) -> Entry:
+    """The one plugin of that name and role. Raises UsageError if there is none or more than one."""
+    same = [e for e in entries(role) if e.name == name]
+    if not same:
+        raise unknown(f"{role} plugin", name, {e.name for e in entries(role)})
+    if len(same) > 1:
+        places = " and ".join(f"{e.source} ({e.plugin})" for e in same)
+        raise UsageError(f"two {role} plugins bear the name '{name}': {places}; uninstall one of them")
+    return same[0]

@@ -1,0 +1,160 @@
+"""The chosen plugins of a run, and one typed caller for each hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import pluggy
+import torch
+from pydantic import ValidationError
+
+from hetfl.core import hooks, registry, train
+from hetfl.core.config import RunOptions, sentence
+from hetfl.core.errors import UsageError, nearest
+from hetfl.core.merge import Merged, Update, Updates, mean
+from hetfl.core.plans import Plan
+from hetfl.core.server import Server
+from hetfl.core.strategy import Strategy, hookimpl
+from hetfl.core.types import Client, Extra, Node, Profile, Reply, Returned, Task
+
+
+class Defaults:
+    """What the core does where no plugin answers."""
+
+    @hookimpl
+    def profile(self, node: Node) -> Profile:
+        return Profile()
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [server.select(torch.arange) for _ in clients]
+
+    @hookimpl
+    def fit(self, task: Task) -> Reply:
+        return train.fit(task)
+
+    @hookimpl
+    def recover(self, replies: Sequence[Returned]) -> Iterable[Update]:
+        return [put(r) for r in replies]
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        return Merged(mean(updates, [1.0] * len(updates)))
+
+
+
+
+def put(returned: Returned) -> Update:
+    """A reply put back where its plan took it."""
+    reply = returned.reply
+    return Update(returned.client.id, (reply.plan or returned.plan).put(reply.state), float(reply.examples), reply.extras)
+
+
+class Roles:
+    """`plugins` maps "role.name" to the instances; wraps stand from the outside in, aggregation and extraction inside them."""
+
+    def __init__(self, plugins: Mapping[str, Strategy]) -> None:
+        self.plugins = dict(plugins)
+        self._manager = pluggy.PluginManager("hetfl")
+        self._manager.add_hookspecs(hooks)
+        self._manager.register(Defaults(), "core")
+        order = ("extract", "aggregate", "profile", "wrap")
+        for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):
+            self._register(key)
+        self._callers = {role: self._caller(role) for role in ("extract", "aggregate", "profile")}
+
+    def _register(self, key: str) -> None:
+        try:
+            self._manager.register(self.plugins[key], key)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise UsageError(f"plugin '{key}' does not fit the hooks: {' '.join(str(error).split())}") from error
+
+    def _caller(self, role: str) -> Any:
+        others = [p for key, p in self.plugins.items() if key.split(".")[0] != role]
+        return lambda hook: self._manager.subset_hook_caller(hook, remove_plugins=others)
+
+    def prepare(self, server: Server) -> None:
+        self._manager.hook.prepare(server=server)
+
+    def profile(self, node: Node) -> Profile:
+        return cast(Profile, self._callers["profile"]("profile")(node=node))
+
+    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+        return list(self._callers["extract"]("extract")(server=server, clients=clients, round=round))
+
+    def fit(self, task: Task) -> Reply:
+        return cast(Reply, self._manager.hook.fit(task=task))
+
+    def recover(self, server: Server, replies: Sequence[Returned], round: int) -> list[Update]:
+        return list(self._callers["extract"]("recover")(server=server, replies=replies, round=round))
+
+    def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
+        return cast(Merged, self._callers["aggregate"]("aggregate")(server=server, updates=updates, round=round))
+
+    @property
+    def up(self) -> dict[str, Extra]:
+        """The extras that replies may carry."""
+        return {name: extra for plugin in self.plugins.values() for name, extra in plugin.up.items()}
+
+    @property
+    def norm_policy(self) -> str | None:
+        """The policy that the chosen plugins ask for, if any."""
+        return next((p.norm_policy for p in self.plugins.values() if p.norm_policy), None)
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """All options of the chosen plugins, resolved."""
+        return {key: plugin.model_dump(mode="json") for key, plugin in self.plugins.items()}
+
+
+def chosen(options: RunOptions) -> list[registry.Entry]:
+    """The registry entries of a run's plugins, found without importing them."""
+    extract = registry.find("extract", options.extract)
+    aggregate = registry.find("aggregate", options.aggregate or extract.aggregate or "overlap")
+    return [extract, aggregate, registry.find("profile", options.profile), *(registry.find("wrap", w) for w in options.wrap)]
+
+
+def settings(options: RunOptions, entries: Sequence[registry.Entry]) -> dict[str, dict[str, Any]]:
+    """The plugin options given with --set and --levels, by "role.name". Raises UsageError for a name that is not chosen."""
+    found: dict[str, dict[str, Any]] = {f"{e.role}.{e.name}": {} for e in entries}
+    given = dict(options.set)
+    if options.levels is not None:
+        given = {**given, "levels": {**given.get("levels", {}), "mix": options.levels}}
+    for name, values in given.items():
+        for key, value in values.items() if isinstance(values, dict) else [(name, values)]:
+            place, option = address(name, key, value, entries)
+            found[place].update(option)
+    return found
+
+
+def address(name: str, key: str, value: Any, entries: Sequence[registry.Entry]) -> tuple[str, dict[str, Any]]:
+    """Where `name.key = value` belongs; `name` is a plugin's name, or a role and `key` the name."""
+    if name in registry.ROLES and isinstance(value, dict):
+        if any((e.role, e.name) == (name, key) for e in entries):
+            return f"{name}.{key}", value
+        name = f"{name}.{key}"
+    bearers = [e for e in entries if e.name == name]
+    if len(bearers) > 1:
+        places = " or ".join(f"{e.role}.{name}.{key}" for e in bearers)
+        raise UsageError(f"option '{name}.{key}' could belong to two chosen plugins; say {places}")
+    if not bearers:
+        names = [e.name for e in entries]
+        raise UsageError(f"option '{name}.{key}': no chosen plugin is named '{name}'{nearest(name, names)} (chosen: {', '.join(names)})")
+    return f"{bearers[0].role}.{name}", {key: value}
+
+
+def load(options: RunOptions) -> Roles:
+    """Imports and configures a run's plugins. Raises UsageError for a bad option or a plugin that cannot be used."""
+    entries = chosen(options)
+    given = settings(options, entries)
+    return Roles({f"{e.role}.{e.name}": configure(e, given[f"{e.role}.{e.name}"]) for e in entries})
+
+
+def configure(entry: registry.Entry, given: Mapping[str, Any]) -> Strategy:
+    """One plugin with its options."""
+    strategy = entry.load()
+    try:
+        return strategy(**given)
+    except ValidationError as error:
+        raise UsageError(sentence(error, strategy, f"{entry.name}.")) from error

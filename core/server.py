@@ -1,0 +1,106 @@
+"""The server as plugins see it: the global model, the width groups, the public data, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetfl.core.config import RunOptions
+from hetfl.core.data import Examples, Public
+from hetfl.core.errors import UsageError
+from hetfl.core.plans import Selection
+from hetfl.core.pool import Pool
+from hetfl.core.streams import stream
+from hetfl.core.train import Score, Tuned, draws, evaluate, tune
+from hetfl.core.widths import State, Widths, tensors
+from hetfl.core.workshop import Workshop
+
+
+class Server:
+    """`state` is the global model, `branches` further models by name, `widths` the groups that can be cut.
+
+    `public` is the server's labelled data or None; `spent` counts the training steps taken on it.
+    """
+
+    def __init__(
+        self, options: RunOptions, workshop: Workshop, state: State, classes: int, public: Public | None, pool: Pool
+    ) -> None:
+        self.options, self.workshop, self.state, self.classes, self.pool = options, workshop, state, classes, pool
+        self.branches: dict[str, State] = {}
+        self.spent: list[int] = []
+        self.notes: list[str] = []
+        self._public = public
+        self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
+
+    @property
+    def widths(self) -> Widths:
+        return self.workshop.widths
+
+    @property
+    def public(self) -> Public:
+        """The server's own labelled examples. Raises UsageError where the run gives it none."""
+        if self._public is None:
+            raise UsageError("this strategy needs public data on the server; give it some with --server-data 0.05")
+        return self._public
+
+    @property
+    def has_public(self) -> bool:
+        return self._public is not None
+
+    def stream(self, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
+        """A random stream that belongs to (seed, purpose, round, client)."""
+        return stream(self.options.seed, purpose, round, client)
+
+    def select(self, choose: Callable[[int], Tensor], extras: State | None = None) -> Selection:
+        """The plan that keeps the units `choose(size)` of every width group; equal selections are one object."""
+        kept = self.widths.select(choose)
+        if extras:
+            return Selection(self.widths, kept, extras)
+        key = tuple(tuple(units.tolist()) for units in kept.values())
+        if key not in self._selections:
+            if len(self._selections) > 64:
+                self._selections.clear()
+            self._selections[key] = Selection(self.widths, kept)
+        return self._selections[key]
+
+    def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
+        model = self.workshop.module(sizes).eval()
+        out: Tensor = torch.func.functional_call(model, dict(state), (x,))
+        return out
+
+    def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None) -> Score:
+        """Accuracy and loss of `state` on `data`."""
+        return evaluate(self.workshop.loaded(state, sizes), data, self.options.eval_batch_size)
+
+    def tune(
+        self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
+        *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (),
+    ) -> Tuned:  # fmt: skip
+        """`train.tune` on this server's tune split, with its steps counted."""
+        generator = self.stream(purpose, round, client)
+        self.spent.append(steps)
+        return tune(self.public.tune, parameters, loss, judge, generator, steps=steps, lr=lr, batch=batch, keep=keep)
+
+    def trained(self, state: State, steps: int, purpose: str, round: int = 0) -> State:
+        """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss."""
+        if not steps:
+            return state
+        model, (x, y) = self.workshop.loaded(state), self.public.tune.all()
+        parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+
+        def loss(rows: Tensor) -> Tensor:
+            return F.cross_entropy(model.train()(x[rows]), y[rows])
+
+        def judge() -> float:
+            return evaluate(model, self.public.holdout, self.options.eval_batch_size).loss
+
+        with draws(self.widths.draws, self.stream(f"{purpose} dropout", round)):
+            self.tune(
+                parameters, loss, judge, purpose, round,
+                steps=steps, lr=self.options.server_lr, batch=self.options.server_batch_size, keep=tuple(model.buffers()),
+            )  # fmt: skip
+        return {name: tensor.clone() for name, tensor in tensors(model).items()}

@@ -1,0 +1,173 @@
+"""Local training, evaluation, and training on server data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hetfl.core.config import RunOptions
+from hetfl.core.data import Examples
+from hetfl.core.trace import called
+from hetfl.core.types import Reply, Task
+from hetfl.core.widths import tensors
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy (share) and mean cross entropy on `examples` examples."""
+
+    accuracy: float
+    loss: float
+    examples: int
+
+
+def fit(task: Task) -> Reply:
+    """Plain local training: `epochs` passes over the client's own examples from what it was sent."""
+    options, model = task.options, task.model
+    optimizer = make_optimizer(model, options, task.round)
+    loss = torch.zeros(())
+    with draws(task.draws, task.stream("dropout")):
+        model.train()
+        for x, y in passes(task):
+            optimizer.zero_grad()
+            loss = task.loss(model(x), y)
+            for penalty in task.penalties:
+                loss = loss + penalty(model)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if options.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            optimizer.step()
+    state = {name: tensor.clone() for name, tensor in tensors(model).items()}
+    return Reply(state, len(task.data.train), {"loss": float(loss)})
+
+
+def passes(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of all local epochs; batch statistics of a single example do not exist, so such a last batch is left out."""
+    generator, data = task.stream("batches"), task.data.train
+    lonely = any(isinstance(m, BATCH_NORM) for m in task.model.modules()) and len(data) > 1
+    for _ in range(task.options.epochs):
+        for x, y in data.batches(task.options.batch_size, generator):
+            if not (lonely and len(y) == 1):
+                yield x, y
+
+
+def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:
+    """The local optimiser; a milestone m lowers the rate from round m + 1 on (spec heterofl 5.6)."""
+    lr = options.lr * options.lr_decay ** sum(m < round for m in options.lr_milestones)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if options.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=options.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, fused=True)
+
+
+def evaluate(model: nn.Module, data: Examples, batch: int, labels: Tensor | None = None) -> Score:
+    """Accuracy and loss of `model` on `data`; with `labels`, a bool for each class, the other classes' logits count as 0."""
+    model.eval()
+    right, loss = 0, 0.0
+    with torch.inference_mode():
+        for x, y in data.batches(batch, None):
+            logits = model(x)
+            if labels is not None:
+                logits = logits.masked_fill(~labels, 0.0)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            right += int((logits.argmax(1) == y).sum())
+    return Score(right / max(len(data), 1), loss / max(len(data), 1), len(data))
+
+
+def draws(needed: bool, generator: torch.Generator) -> AbstractContextManager[Any]:
+    """Where a model draws random numbers, draws them from `generator`: torch's own one is shared by all threads."""
+    return Dice(generator) if needed else nullcontext()
+
+
+class Dice(TorchFunctionMode):
+    """Feeds dropout and other random ops from one generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = called(func).removesuffix("_")
+        if name in DROPOUTS:
+            return self.drop(name, *args, **kwargs)
+        if name in ("rand_like", "randn_like"):
+            make = torch.rand if name == "rand_like" else torch.randn
+            return make(args[0].shape, generator=self.generator, dtype=kwargs.get("dtype") or args[0].dtype)
+        if name in ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "uniform"):
+            kwargs.setdefault("generator", self.generator)
+        return func(*args, **kwargs)
+
+    def drop(self, name: str, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return x
+        shape = x.shape if name == "dropout" else x.shape[:2] + (1,) * (x.ndim - 2)
+        kept = torch.bernoulli(torch.full(shape, 1 - p, dtype=x.dtype), generator=self.generator)
+        return x * kept / (1 - p) if p < 1 else x * 0
+
+
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning on server data came to: hold-out loss at step 0 and at the step that was kept."""
+
+    start: float
+    best: float
+    step: int
+
+
+def tune(
+    data: Examples,
+    parameters: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    judge: Callable[[], float],
+    generator: torch.Generator,
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    every: int = 10,
+    keep: Sequence[Tensor] = (),
+) -> Tuned:
+    """Adam on `parameters` for `steps` batches of server data; the step with the lowest `judge()` is kept, step 0 included.
+
+    `loss` gets the positions of a batch within `data`; `judge`, the loss on the hold-out, is asked every `every` steps.
+    `keep` are further tensors (buffers) that belong to a step. All are changed in place.
+    """
+    optimizer = torch.optim.Adam(list(parameters), lr, fused=True)
+    every_tensor = [*parameters, *keep]
+    start = best = judged(judge)
+    chosen, saved = 0, [t.detach().clone() for t in every_tensor]
+    for step, rows in zip(range(1, steps + 1), rows_of(len(data), batch, generator), strict=False):
+        optimizer.zero_grad()
+        loss(rows).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step % every == 0 or step == steps) and (now := judged(judge)) < best:
+            best, chosen, saved = now, step, [t.detach().clone() for t in every_tensor]
+    with torch.no_grad():
+        for tensor, value in zip(every_tensor, saved, strict=True):
+            tensor.copy_(value)
+    return Tuned(start, best, chosen)
+
+
+def judged(judge: Callable[[], float]) -> float:
+    with torch.no_grad():
+        value = judge()
+    return value if value == value else float("inf")
+
+
+def rows_of(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of row numbers, each pass in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(min(batch, count))
