@@ -1,0 +1,218 @@
+"""A whole run, put together: data, model, width groups, plugins, rounds, and what is left in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hetfl.core import data, models, roles
+from hetfl.core.apps import Desk, Site, client_app
+from hetfl.core.config import RunOptions, write
+from hetfl.core.data import Federation
+from hetfl.core.errors import UsageError
+from hetfl.core.grid import LocalGrid
+from hetfl.core.pool import Pool
+from hetfl.core.record import Folder
+from hetfl.core.rounds import Row, Rounds, Watch
+from hetfl.core.server import Server
+from hetfl.core.widths import State, Widths, tensors, trace
+from hetfl.core.workshop import Workshop
+
+PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything a run needs, ready to go; `initial` are the weights before any training."""
+
+    options: RunOptions
+    federation: Federation
+    plugins: roles.Roles
+    server: Server
+    rounds: Rounds
+    grid: LocalGrid
+    initial: State
+    seconds: dict[str, float]
+
+
+def prepare(options: RunOptions, watch: Watch) -> Experiment:
+    """Loads plugins, data and model, traces the widths and pre-trains. Raises UsageError for what cannot work together."""
+    plugins = roles.load(options)
+    watch.phase(0, "data")
+    federation = data.load(options)
+    watch.phase(0, "model")
+    model, widths = traced(options, federation)
+    pool, workshop = Pool(options.workers), Workshop(model, widths)
+    initial = tensors(model)
+    server = Server(options, workshop, initial, len(federation.classes), federation.public, pool)
+    began = time.perf_counter()
+    watch.phase(0, "pretrain")
+    if server.has_public:
+        server.state = server.trained(initial, options.pretrain_steps, "pretrain")
+    plugins.prepare(server)
+    desk = Desk()
+    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch)
+    grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk)), len(federation.clients), pool)
+    return Experiment(
+        options, federation, plugins, server, rounds, grid, initial, {"pretrain": time.perf_counter() - began}
+    )
+
+
+def traced(options: RunOptions, federation: Federation) -> tuple[nn.Module, Widths]:
+    """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
+    name = options.model or models.default(federation.shape)
+    model = models.build(name, options.model_args, len(federation.classes), federation.shape, options.seed)
+    x = federation.test.x[federation.test.index[:2]]
+    widths = trace(model, x)
+    with torch.no_grad():
+        out = model.eval()(x)
+    shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.shape != (len(x), len(federation.classes)):
+        wanted = (len(x), len(federation.classes))
+        raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
+    return model, widths
+
+
+def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
+    """Runs an experiment and fills its folder; returns the summary that `hfl show` prints."""
+    began = time.perf_counter()
+    experiment = prepare(options, watch)
+    folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
+    folder.json("run.json", facts(experiment))
+    recorder = Recorder(folder, experiment, watch)
+    experiment.rounds.watch = recorder
+    try:
+        experiment.rounds.start(experiment.grid)
+    finally:
+        experiment.server.pool.close()
+    folder.write("weights.safetensors", save(contiguous(experiment.server.state)))
+    summary = summarise(experiment, time.perf_counter() - began)
+    folder.json("summary.json", summary)
+    return summary
+
+
+class Recorder:
+    """Writes each finished round to the folder before it is shown."""
+
+    def __init__(self, folder: Folder, experiment: Experiment, watch: Watch) -> None:
+        self._folder, self._rounds, self._watch = folder, experiment.rounds, watch
+
+    def phase(self, round: int, name: str) -> None:
+        self._watch.phase(round, name)
+
+    def note(self, text: str) -> None:
+        self._rounds.server.notes.append(text)
+        self._watch.note(text)
+
+    def done(self, row: Row) -> None:
+        self._folder.table("metrics.csv", self._rounds.rows)
+        self._folder.table("clients.csv", self._rounds.client_rows)
+        self._watch.done(row)
+
+
+def resolved(experiment: Experiment) -> RunOptions:
+    """The options with every default that depended on the data or the plugins spelt out."""
+    options = experiment.options
+    names = {key.split(".")[0]: key.split(".")[1] for key in experiment.plugins.plugins}
+    model = options.model or models.default(experiment.federation.shape)
+    return options.model_copy(
+        update={"aggregate": names["aggregate"], "model": model, "norm_policy": experiment.rounds.policy, "levels": None}
+    )
+
+
+def facts(experiment: Experiment) -> dict[str, Any]:
+    """What identifies a run: versions, hashes, who holds what, the width groups."""
+    federation, widths = experiment.federation, experiment.server.widths
+    return {
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
+        "partition fingerprint": federation.fingerprint, "initial weights sha256": digest(experiment.initial),
+        "classes": list(federation.classes), "input shape": list(federation.shape),
+        "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
+                     "tune": len(federation.public.tune) if federation.public else 0,
+                     "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},
+        "counts": federation.counts.tolist(),
+        "widths": {g.name: g.size for g in widths.groups}, "frozen": widths.frozen, "elastic share": widths.elastic(),
+    }  # fmt: skip
+
+
+def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
+    """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
+    rounds, rows = experiment.rounds, experiment.rounds.rows
+    measured = [row for row in rows if "global@test" in row]
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds ")})
+    server = {key.removeprefix("seconds "): sum(row.get(key, 0.0) for row in rows) for key in phases}
+    return {
+        "extract": experiment.options.extract, "aggregate": resolved(experiment).aggregate,
+        "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
+        "accuracy": final(measured), "levels": sizes(experiment), "seconds": seconds,
+        "seconds by phase": {**experiment.seconds, **server},
+        "client seconds": sum(row["client seconds"] for row in rows),
+        "bytes down": sum(row["bytes down"] for row in rows), "bytes up": sum(row["bytes up"] for row in rows),
+        "weights sha256": digest(experiment.server.state),
+        "notes": [*dict.fromkeys(experiment.server.notes), *warnings(measured)],
+    }  # fmt: skip
+
+
+def final(measured: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Every accuracy of the last evaluated round, and its mean over the last three evaluated rounds."""
+    names = [key for key in measured[-1] if "@" in key and not key.endswith((" loss", " p10"))]
+    return {name: values(name, measured) for name in names}
+
+
+def values(name: str, measured: Sequence[Row]) -> dict[str, float]:
+    last = [row[name] for row in measured[-3:] if name in row]
+    found = {"last": last[-1], "last three": sum(last) / len(last)}
+    extra = {key: measured[-1][f"{name} {key}"] for key in ("loss", "p10") if f"{name} {key}" in measured[-1]}
+    return {**found, **extra}
+
+
+def sizes(experiment: Experiment) -> list[dict[str, Any]]:
+    """Parameters and MACs of the submodel of each level, measured on the module that its clients trained."""
+    x = experiment.federation.test.x[experiment.federation.test.index[:1]]
+    levels = sorted(experiment.rounds.levels.items(), key=lambda item: -float(item[0]))
+    return [{"level": level, **cost(experiment.server.workshop.module(plan.sizes), x)} for level, plan in levels]
+
+
+def cost(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of one forward pass of one example."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(x)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "MACs": counter.get_total_flops() // 2}
+
+
+def warnings(measured: Sequence[Row]) -> list[str]:
+    """What a reader of the result should know before believing it."""
+    if "control@test" not in measured[-1]:
+        return []
+    ours, control = (values(name, measured)["last three"] for name in ("global@test", "control@test"))
+    if ours > control + 0.01:
+        return []
+    return [
+        f"global accuracy ({ours:.1%}) does not exceed the server-only control ({control:.1%}, same model and steps on the "
+        "server's data alone): the federation adds nothing that can be measured here"
+    ]
+
+
+def contiguous(state: State) -> State:
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def digest(state: State) -> str:
+    """SHA-256 over names and values; equal weights have equal digests."""
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,14 @@
+"""FedAvg's mean for submodels: sum n (c x + (1 - c) old) / sum n (McMahan et al., AISTATS 2017; spec baselines 1)."""
+
+from __future__ import annotations
+
+from hetfl.core.merge import Merged, Updates, blend
+from hetfl.core.strategy import Strategy, hookimpl
+
+
+class FedAvg(Strategy):
+    """Mean over all clients by their examples n; a client that lacks an entry (coverage c = 0) votes for the old value."""
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        return Merged(blend(updates, updates.weights))

@@ -1,0 +1,18 @@
+"""HeteroFL's and FedRolex's mean over exactly those clients that hold an entry (spec heterofl 2.5, fedrolex 2.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hetfl.core.merge import Merged, Updates, mean
+from hetfl.core.strategy import Field, Strategy, hookimpl
+
+
+class Overlap(Strategy):
+    """Per entry, the mean over the clients that cover it; what nobody covers keeps its old value."""
+
+    weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        return Merged(mean(updates, updates.weights if self.weighting == "samples" else [1.0] * len(updates)))
