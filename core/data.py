@@ -328,6 +328,11 @@ class _Columns(NamedTuple):
     label: str
     owner: str | None
 
+    def of(self, split: str) -> list[str]:
+        """The columns to read of a split; one column may have two uses."""
+        owner = [self.owner] if self.owner and split == "train" else []
+        return list(dict.fromkeys([self.input, self.label, *owner]))
+
 
 def _decoded(source: Source, options: DataOptions, progress: Progress) -> Stored:
     """Raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition)."""
@@ -336,8 +341,7 @@ def _decoded(source: Source, options: DataOptions, progress: Progress) -> Stored
         features, splits = _opened(source)
         columns = _columns(source, options, features)
         tables = {
-            split: read([c for c in columns if c and (split == "train" or c != columns.owner)])
-            for split, read in splits.items()
+            split: splits[split](columns.of(split)) for split in ("train", "test", "validation") if split in splits
         }
     if not len(tables["train"]):
         raise UsageError(f"the train split of {source.name} has no rows")

@@ -85,11 +85,14 @@ class Server:
         self.spent.append(steps)
         return tune(self.public.tune, parameters, loss, judge, generator, steps=steps, lr=lr, batch=batch, keep=keep)
 
-    def trained(self, state: State, steps: int, purpose: str, round: int = 0) -> State:
+    def trained(
+        self, state: State, steps: int, purpose: str, round: int = 0, *,
+        sizes: Mapping[str, int] | None = None, lr: float | None = None, client: int = -1,
+    ) -> State:  # fmt: skip
         """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss."""
         if not steps:
             return state
-        model, (x, y) = self.workshop.loaded(state), self.public.tune.all()
+        model, (x, y) = self.workshop.loaded(state, sizes), self.public.tune.all()
         parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
         def loss(rows: Tensor) -> Tensor:
@@ -98,9 +101,9 @@ class Server:
         def judge() -> float:
             return evaluate(model, self.public.holdout, self.options.eval_batch_size).loss
 
-        with draws(self.widths.draws, self.stream(f"{purpose} dropout", round)):
+        with draws(self.widths.draws, self.stream(f"{purpose} dropout", round, client)):
             self.tune(
-                parameters, loss, judge, purpose, round,
-                steps=steps, lr=self.options.server_lr, batch=self.options.server_batch_size, keep=tuple(model.buffers()),
+                parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
+                batch=self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
             )  # fmt: skip
         return {name: tensor.clone() for name, tensor in tensors(model).items()}

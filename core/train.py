@@ -47,7 +47,7 @@ def fit(task: Task) -> Reply:
                 nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
     state = {name: tensor.clone() for name, tensor in tensors(model).items()}
-    return Reply(state, len(task.data.train), {"loss": float(loss)})
+    return Reply(state, len(task.data.train), {"loss": loss.item()})
 
 
 def passes(task: Task) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hetfl.core.config import DataOptions
-from hetfl.core.data import KNOWN, Federation, find, load
+from hetfl.core.data import KNOWN, Federation, _fingerprint, find, load
 from hetfl.core.errors import UsageError
-from hetfl.core.partition import deal, spread
+from hetfl.core.partition import Deal, deal, spread
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 REPO = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def numbered(tmp_path_factory) -> Path:
 
 def png(value: int, size=(4, 4), mode="L") -> dict:
     data = io.BytesIO()
-    Image.new(mode, size, value if mode in ("L", "I") else (value,) * len(mode)).save(data, "PNG")
+    Image.new(mode, size, value if mode in ("L", "I;16") else (value,) * len(mode)).save(data, "PNG")
     return {"bytes": data.getvalue(), "path": None}
 
 
@@ -117,14 +117,14 @@ def test_no_example_is_held_twice(numbered, kind, seed, clients, alpha, own, pub
     names = [x[:, 0] for x, _ in (part.all() for part in parts(federation))]
     assert len(torch.cat(names).unique()) == sum(map(len, names))
     total = (limit or 300) - sum(map(len, names[:-1]))  # pathological and shard may leave some to nobody
-    assert 0 <= total and (total == 0 or kind in ("pathological", "shard"))
+    assert total == 0 or (total > 0 and kind in ("pathological", "shard"))
     assert len(federation.test) == min(limit or 60, 60)
     assert all(len(client.train) >= 1 for client in federation.clients)
     assert (federation.public is None) == (public == 0)
     if federation.public:
         size = round(public * (limit or 300)) if public < 1 else public
         assert len(federation.public.tune) + len(federation.public.holdout) == size
-        assert len(federation.public.tune) and len(federation.public.holdout)
+        assert min(len(federation.public.tune), len(federation.public.holdout)) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,6 +199,11 @@ def test_natural_clients_are_the_people(numbered):
     assert [set((n * std + mean).round().int().remainder(7).tolist()) for n in numbers] == [{i} for i in range(7)]
 
 
+def test_label_can_be_the_owner(numbered):
+    federation = load(DataOptions(dataset=str(numbered), partition="natural", id_column="label"))
+    assert (federation.counts > 0).tolist() == torch.eye(4).bool().tolist()
+
+
 def test_a_client_of_one_example_trains_on_it(tmp_path):
     folder = write(tmp_path / "d", rows(0, 8) | {"user": list("aaaaaaab")})
     write(folder, rows(100, 4), "test")
@@ -210,7 +215,7 @@ def test_a_client_of_one_example_trains_on_it(tmp_path):
 def test_batches_cover_every_example_once(numbered):
     part = load(DataOptions(dataset=str(numbered), clients=1, partition="iid")).clients[0].train
     plain = list(part.batches(100, None))
-    assert [len(y) for _, y in plain] == [100, 100, 56]
+    assert [len(y) for _, y in plain] == [100, 100, 57]
     assert torch.equal(torch.cat([x for x, _ in plain]), part.all()[0])
     first, again, other = (
         torch.cat([x[:, 0] for x, _ in part.batches(7, torch.Generator().manual_seed(s))]) for s in (1, 1, 2)
@@ -254,6 +259,33 @@ def test_fingerprint_is_of_who_holds_what(numbered, tmp_path):
     assert len({print_of(), *(print_of(**change) for change in changes)}) == len(changes) + 1
     write(copy, rows(0, 300) | {"label": [0, 1, 2, 0] * 75})
     assert print_of(dataset=str(copy)) != print_of()
+
+
+def test_fingerprint_covers_every_part_of_a_deal():
+    def dealt(**change) -> Deal:
+        whole = {"train": ([0], [1]), "own": ([2], [3]), "tune": [4], "holdout": [5], "test": [6]} | change
+        tensors = {
+            name: tuple(map(torch.tensor, v)) if name in ("train", "own") else torch.tensor(v)
+            for name, v in whole.items()
+        }
+        return Deal(**tensors)
+
+    changes = (
+        {"train": ([1], [0])},
+        {"own": ([3], [2])},
+        {"own": ([2, 3], [])},
+        {"tune": [7]},
+        {"holdout": [7]},
+        {"test": [7]},
+    )
+    prints = {_fingerprint("c", dealt()), _fingerprint("d", dealt()), *(_fingerprint("c", dealt(**c)) for c in changes)}
+    assert len(prints) == len(changes) + 2
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "pathological", "shard"])
+def test_partition_seed_draws_the_skew_anew(numbered, kind):
+    options = DataOptions(dataset=str(numbered), partition=kind, clients=6, alpha=1, server_data=0, own_test=0)
+    assert not torch.equal(load(options).counts, load(options.model_copy(update={"partition_seed": 1})).counts)
 
 
 def test_changed_files_are_read_again(tmp_path):
@@ -521,7 +553,7 @@ NUMBERS = datasets.Features({"features": datasets.List(datasets.Value("float32")
             r"^column 'image' of d has an image that cannot be decoded",
         ),
         ({"image": [{"bytes": b"x", "path": None}], "label": [0]}, IMAGES, r"image that cannot be decoded"),
-        ({"image": [png(1, mode="I")], "label": [0]}, IMAGES, r"cannot be decoded: mode I.* is not 8 bits a channel"),
+        ({"image": [png(1, mode="I;16")], "label": [0]}, IMAGES, r"cannot be decoded: mode I.* is not 8 bits"),
         ({"image": [png(1)], "label": [-1]}, IMAGES, r"^column 'label' of d has examples without a label$"),
     ],
 )

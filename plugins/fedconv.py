@@ -1,0 +1,247 @@
+"""FedConv (Shen et al., MobiSys 2024): convolutional compression learned on the model, transposed-convolution dilation.
+
+The default is the combination that trains stably with a small server set (docs/strategies/fedconv.md); the presets `paper` and
+`reference` are the literal readings of spec fedconv 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PrivateAttr, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetfl.core.merge import Update
+from hetfl.core.plans import Patch, Plan, Selection, prefix
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client, Returned
+from hetfl.core.widths import State
+from hetfl.plugins.filters import Compressor, Filters, coverage, dilate
+
+LATE = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """The plan of a size class: its filters applied to the global state; updates belong to the leading channels."""
+
+    selection: Selection
+    filters: Filters
+    times: int
+    residual: str
+    extras: State = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self.selection.sizes
+
+    def take(self, state: State) -> State:
+        return {name: tensor.detach() for name, tensor in Compressor(self.filters, state, self.times, self.residual)().items()}
+
+    def put(self, trained: State) -> Mapping[str, Patch]:
+        return self.selection.put(trained)
+
+
+class FedConv(Strategy):
+    """One set of filters a size class compresses the global model; one a client grows what comes back."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "paper": {"start": "random", "objective": "ce", "residual": "taps", "mlr": 1, "epochs": 20, "late_epochs": 10,
+                  "lr": 1e-3, "batch_size": 32, "dilate": "weights", "dilator_epochs": 20, "dilator_lr": 1e-3},
+        "reference": {"start": "random", "objective": "ce", "residual": "taps", "mlr": 2, "epochs": 20, "late_epochs": 10,
+                      "lr": 1e-3, "batch_size": 32, "halve_every": 25, "dilate": "weights", "dilator_epochs": 20,
+                      "dilator_lr": 1e-3, "upload_epochs": 10},
+    }  # fmt: skip
+
+    preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")
+    start: Literal["slice", "random"] = Field("slice", description="filters start as the leading slice, or at random")
+    objective: Literal["distill", "ce"] = Field("distill", description="distil the global model, or fit the labels")
+    temperature: float = Field(2.0, gt=0, description="temperature of distillation")
+    residual: Literal["all", "taps"] = Field("all", description="keep the image beside its projection: always, or for convolutions")
+    mlr: int = Field(0, ge=0, le=2, description="times the modified leaky ReLU is put on the result")
+    steps: int = Field(20, ge=0, description="compressor steps a round")
+    first_steps: int | None = Field(60, ge=0, description="compressor steps in round 1 (none: as in every round)")
+    epochs: int | None = Field(None, ge=0, description="compressor epochs a round over the server's data, in place of steps")
+    late_epochs: int | None = Field(None, ge=0, description="epochs of compressor and dilator from round 6 on")
+    lr: float = Field(1e-2, gt=0, description="Adam learning rate of the compressor")
+    batch_size: int = Field(64, ge=1, description="server examples in a tuning step")
+    halve_every: int = Field(0, ge=0, description="halve both learning rates every N rounds while above 1e-4 (0: never)")
+    dilate: Literal["update", "weights"] = Field("update", description="grow what the client changed, or its weights")
+    dilator_steps: int = Field(0, ge=0, description="dilator steps a round for each client (0: placement)")
+    dilator_epochs: int | None = Field(None, ge=0, description="dilator epochs a round, in place of steps")
+    dilator_lr: float = Field(2e-3, gt=0, description="Adam learning rate of the dilators")
+    upload_epochs: int = Field(0, ge=0, description="epochs of fine-tuning each upload on server data, Adam 1e-4")
+    _compressors: dict[str, Filters] = PrivateAttr(default_factory=dict)
+    _dilators: dict[int, Filters] = PrivateAttr(default_factory=dict)
+    _saved: State = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        return {**cls.PRESETS.get(given.get("preset", "default"), {}), **given} if isinstance(given, dict) else given
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+        """Tunes the filters of every size class of the round, the classes side by side (spec 2.5)."""
+        widths = sorted({c.profile.width for c in clients}, reverse=True)
+        plans = server.pool.map(lambda width: self._plan(server, width, round), widths)
+        by_width = dict(zip(widths, plans, strict=True))
+        return [by_width[c.profile.width] for c in clients]
+
+    @hookimpl
+    def recover(self, server: Server, replies: Sequence[Returned], round: int) -> Iterable[Update]:
+        """Grows every reply to the global model's size with the client's own dilator (spec 2.2, findings 6.5)."""
+        return server.pool.map(lambda r: self._grown(server, r, round), replies)
+
+    def _plan(self, server: Server, width: float, round: int) -> Plan:
+        selection = server.select(prefix(width))
+        if selection.sizes == server.workshop.full:
+            return selection
+        level = f"{width:g}"
+        filters = self._compressors.get(level) or self._filters(server, selection, f"compressor {level}")
+        self._compressors[level] = filters
+        steps = self.steps if round > 1 or self.first_steps is None else self.first_steps
+        self._compress(server, filters, self._count(server, self.epochs, steps, round), level, round)
+        return Compressed(selection, filters.frozen(), self.mlr, self.residual)
+
+    def _filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
+        names = [n for n, p in server.workshop.model.named_parameters() if n in server.state and p.ndim]
+        filters = Filters(selection, server.state, names)
+        if self.start == "random":
+            filters.randomise(server.stream(purpose))
+        if saved := {k.split("/", 1)[1]: v for k, v in self._saved.items() if k.startswith(f"{purpose}/")}:
+            filters.load_state_dict(saved)
+        return filters
+
+    def _count(self, server: Server, epochs: int | None, steps: int, round: int) -> int:
+        if epochs is None:
+            return steps
+        epochs = self.late_epochs if self.late_epochs is not None and round >= LATE else epochs
+        return epochs * math.ceil(len(server.public.tune) / self.batch_size)
+
+    def _compress(self, server: Server, filters: Filters, steps: int, level: str, round: int) -> None:
+        """Tunes one size class: its submodel is to answer as the global model does, G frozen (spec 2.5)."""
+        if not steps:
+            return
+        was, filters.touched = filters.touched, True
+        small = Compressor(filters, server.state, self.mlr, self.residual)
+        sizes = filters.selection.sizes
+        tuned = self._tune(
+            server, filters.trainable(), lambda x: server.logits(small(), x, sizes), lambda x: server.logits(server.state, x),
+            f"compressor {level}", round, steps=steps, lr=rate(self.lr, round, self.halve_every), batch=self.batch_size,
+        )  # fmt: skip
+        filters.touched = was or tuned > 0
+
+    def _tune(
+        self, server: Server, weights: list[Tensor], student: Any, teacher: Any, purpose: str, round: int, **how: Any
+    ) -> int:
+        """The step that was kept, of tuning `student` by distillation from `teacher` or by the labels."""
+        (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
+        with torch.no_grad():
+            goal, held = (teacher(x), teacher(hx)) if self.objective == "distill" else (y, hy)
+        return server.tune(
+            weights, lambda rows: self._loss(student(x[rows]), goal[rows]),
+            lambda: float(self._loss(student(hx), held)), purpose, round, **how,
+        ).step  # fmt: skip
+
+    def _loss(self, logits: Tensor, goal: Tensor) -> Tensor:
+        """Cross entropy, or T^2 KL(softmax(teacher / T) || softmax(student / T)) (findings 6.3)."""
+        if self.objective == "ce":
+            return F.cross_entropy(logits, goal)
+        t = self.temperature
+        return F.kl_div((logits / t).log_softmax(1), (goal / t).log_softmax(1), reduction="batchmean", log_target=True) * t * t
+
+    def _grown(self, server: Server, returned: Returned, round: int) -> Update:
+        reply, client = returned.reply, returned.client.id
+        epochs = self.upload_epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
+        trained = server.trained(reply.state, epochs, "upload", round, sizes=returned.plan.sizes, lr=1e-4, client=client)
+        whole = not isinstance(returned.plan, Compressed)
+        patches = returned.plan.put(trained) if whole else self._dilated(server, returned, trained, round)
+        return Update(client, patches, float(reply.examples), reply.extras)
+
+    def _dilated(self, server: Server, returned: Returned, trained: State, round: int) -> Mapping[str, Patch]:
+        plan = returned.plan
+        assert isinstance(plan, Compressed)
+        steps = self._count(server, self.dilator_epochs, self.dilator_steps, round)
+        filters = self._dilator(server, plan.selection, returned.client.id, round)
+        change = trained if self.dilate == "weights" else difference(trained, returned.sent)
+        if steps:
+            self._train_dilator(server, filters, steps, trained, change, returned, round)
+        if not filters.touched:
+            return moved(plan, server.state, trained, returned.sent if self.dilate == "update" and plan.filters.touched else None)
+        return self._patches(server.state, filters, change, plan.selection.put(trained))
+
+    def _dilator(self, server: Server, selection: Selection, client: int, round: int) -> Filters:
+        """A client's filters; new ones where it has none or its capacity has changed."""
+        old = self._dilators.get(client)
+        if old is None or old.selection.sizes != selection.sizes:
+            old = self._filters(server, selection, f"dilator {client}")
+        self._dilators[client] = old
+        return old
+
+    def _train_dilator(
+        self, server: Server, filters: Filters, steps: int, trained: State, change: State, returned: Returned, round: int
+    ) -> None:
+        """Tunes one client's dilator with the client's weights frozen; step 0 is among the choices (spec 2.5)."""
+        was, filters.touched = filters.touched, True
+        tuned = self._tune(
+            server, filters.trainable(), lambda x: server.logits(self._large(server.state, filters, change), x),
+            lambda x: server.logits(trained, x, returned.plan.sizes), "dilator", round,
+            steps=steps, lr=rate(self.dilator_lr, round, self.halve_every), batch=self.batch_size, client=returned.client.id,
+        )  # fmt: skip
+        filters.touched = was or tuned > 0
+
+    def _large(self, state: State, filters: Filters, change: State) -> State:
+        """The grown model of one client: its dilated weights, or the global model with its dilated update."""
+        if self.dilate == "weights":
+            return {**state, **dilate(filters, change, state, self.mlr, self.residual)}
+        cover = coverage(filters, change, state)
+        return {**state, **{n: state[n] + u / cover[n].clamp(min=1) for n, u in dilate(filters, change, state).items()}}
+
+    def _patches(self, state: State, filters: Filters, change: State, plain: Mapping[str, Patch]) -> Mapping[str, Patch]:
+        """Grown tensors and how far each entry is covered; tensors without filters stay where the plan puts them."""
+        with torch.no_grad():
+            if self.dilate == "weights":
+                large = dilate(filters, change, state, self.mlr, self.residual)
+                return {**plain, **{n: Patch(t) for n, t in large.items()}}
+            cover, large = coverage(filters, change, state), dilate(filters, change, state)
+            return {**plain, **{n: Patch(state[n] + over(t, cover[n]), {}, cover[n]) for n, t in large.items()}}
+
+    def state_dict(self) -> State:
+        kept = {f"compressor {level}": f for level, f in self._compressors.items() if f.touched}
+        kept |= {f"dilator {client}": f for client, f in self._dilators.items() if f.touched}
+        return {f"{purpose}/{key}": w for purpose, f in kept.items() for key, w in f.state_dict().items()}
+
+    def load_state_dict(self, state: State) -> None:
+        self._saved, self._compressors, self._dilators = dict(state), {}, {}
+
+
+def difference(trained: State, sent: State) -> State:
+    return {n: t - sent[n] if t.is_floating_point() else t for n, t in trained.items()}
+
+
+def over(update: Tensor, cover: Tensor) -> Tensor:
+    """U / M, 0 where nothing is covered."""
+    return torch.where(cover > 0, update / cover.clamp(min=1e-12), 0.0)
+
+
+def moved(plan: Compressed, state: State, trained: State, sent: State | None) -> Mapping[str, Patch]:
+    """An untouched dilator is placement: the slice of G moved by what the client changed, or the client's own weights."""
+    if sent is None:
+        return plan.put(trained)
+    base = plan.selection.take(state)
+    return plan.put({n: base[n] + (t - sent[n]) if t.is_floating_point() else t for n, t in trained.items()})
+
+
+def rate(lr: float, round: int, every: int) -> float:
+    """The learning rate in `round` when it is halved every `every` rounds while above 1e-4 (spec 6.7)."""
+    for _ in range(round // every if every else 0):
+        lr = lr / 2 if lr > 1e-4 else lr
+    return lr

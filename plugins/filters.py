@@ -1,0 +1,253 @@
+"""FedConv's filters: one small kernel a spatial tap that shrinks a weight tensor, or grows a small one (spec fedconv 2).
+
+A tensor is seen as images: (out, in) for every spatial tap, one row for a vector. A kernel of (n - m + 1) turns n rows into m
+(correlation) or m rows into n (transposed). Where an axis joins the channels of several groups, each part has its own filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetfl.core.plans import Selection
+from hetfl.core.widths import Axis, State, leading
+
+MOST_PARTS = 64
+NEGATIVE, POSITIVE = 0.001, 0.85
+
+
+def mlr(x: Tensor, times: int = 1) -> Tensor:
+    """The modified leaky ReLU: 0.85 x above 0, 0.001 x below (spec 2.4), `times` times."""
+    for _ in range(times):
+        x = torch.where(x >= 0, POSITIVE * x, NEGATIVE * x)
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A run of positions of an axis, of which the first `kept` remain."""
+
+    positions: Tensor
+    kept: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The part of a tensor that one set of filters (one a tap) works on, as (taps, rows, columns)."""
+
+    name: str
+    rows: Part
+    columns: Part
+    taps: int
+
+    @property
+    def large(self) -> tuple[int, int]:
+        return len(self.rows.positions), len(self.columns.positions)
+
+    @property
+    def small(self) -> tuple[int, int]:
+        return self.rows.kept, self.columns.kept
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.large[0] - self.small[0] + 1, self.large[1] - self.small[1] + 1
+
+    @cached_property
+    def spectral(self) -> bool:
+        """Whether the Fourier form is cheaper, by a count of operations alone."""
+        direct = math.prod(self.small) * math.prod(self.kernel)
+        area = math.prod(self.large)
+        return direct > 12 * area * math.log2(area + 1)
+
+
+def blocks(selection: Selection, name: str, tensor: Tensor) -> list[Block]:
+    """How filters tile one tensor for the submodel `selection` of leading channels."""
+    axes, index = selection.widths.axes.get(name, {}), selection.index.get(name, {})
+    lines = [parts(axes.get(d), index.get(d), n) for d, n in enumerate(tensor.shape[:2])]
+    rows, columns = lines if len(lines) == 2 else ([Part(torch.arange(1), 1)], lines[0])
+    taps = math.prod(tensor.shape[2:])
+    return [Block(name, r, c, taps) for r in rows for c in columns]
+
+
+def parts(axis: Axis | None, index: Tensor | None, size: int) -> list[Part]:
+    """An axis as runs whose kept positions lead; a layout with too many runs is taken by position instead of filtered."""
+    if axis is None or index is None:
+        return [Part(torch.arange(size), size)]
+    broken = (axis.group[1:] != axis.group[:-1]) | (axis.unit[1:] < axis.unit[:-1])
+    runs = torch.arange(size).tensor_split((broken.nonzero().squeeze(1) + 1).tolist())
+    if len(runs) > MOST_PARTS:
+        return [Part(index, len(index))]
+    kept = torch.isin(torch.arange(size), index)
+    return [Part(run, int(kept[run].sum())) for run in runs]
+
+
+def images(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The block of `tensor` at `rows` and `columns` as (taps, rows, columns)."""
+    if tensor.ndim == 1:
+        return pick(tensor, 0, columns)[None, None]
+    block = pick(pick(tensor, 0, rows), 1, columns)
+    return block.reshape(*block.shape[:2], -1).permute(2, 0, 1)
+
+
+def pick(tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
+    return tensor.narrow(dim, 0, len(positions)) if leading(positions) else tensor.index_select(dim, positions)
+
+
+class Filters:
+    """The filters of one size class or one client; `weights` are their trainable tensors: p, q, g (taps,), V (taps, kr, kc)."""
+
+    def __init__(self, selection: Selection, like: State, parameters: Sequence[str]) -> None:
+        self.selection, self.blocks = selection, [b for name in parameters for b in blocks(selection, name, like[name])]
+        self.touched = False
+        self.weights: list[list[Tensor]] = [delta(b) for b in self.blocks]
+
+    def randomise(self, generator: torch.Generator) -> None:
+        """The reference's start: V uniform in +-1/sqrt(kr kc), g its norm, p and q uniform in +-1 (spec 2.8)."""
+        self.weights, self.touched = [drawn(b, generator) for b in self.blocks], True
+
+    def trainable(self) -> list[Tensor]:
+        return [w.requires_grad_() for block in self.weights for w in block]
+
+    def frozen(self) -> Filters:
+        """A copy as it is now, for a plan that outlives further tuning."""
+        other = object.__new__(Filters)
+        other.selection, other.blocks, other.touched = self.selection, self.blocks, self.touched
+        other.weights = [[w.detach().clone() for w in block] for block in self.weights]
+        return other
+
+    def state_dict(self) -> State:
+        return {f"{i}.{k}": w.detach() for i, block in enumerate(self.weights) for k, w in zip("pqgV", block, strict=True)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.weights = [[state[f"{i}.{k}"].clone() for k in "pqgV"] for i in range(len(self.blocks))]
+        self.touched = True
+
+
+def delta(block: Block) -> list[Tensor]:
+    """The start at which compression is the leading slice and dilation placement there: V one at (0, 0), g 1, p and q 0."""
+    v = torch.zeros(block.taps, *block.kernel)
+    v[:, 0, 0] = 1
+    return [torch.zeros(block.taps), torch.zeros(block.taps), torch.ones(block.taps), v]
+
+
+def drawn(block: Block, generator: torch.Generator) -> list[Tensor]:
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) * 2 - 1
+
+    v = uniform(block.taps, *block.kernel) / math.sqrt(math.prod(block.kernel))
+    return [uniform(block.taps), uniform(block.taps), v.flatten(1).norm(dim=1), v]
+
+
+def kernel(g: Tensor, v: Tensor) -> Tensor:
+    """K = g V / ||V||, a weight norm with one scale a tap."""
+    return (g / v.flatten(1).norm(dim=1).clamp(min=1e-12))[:, None, None] * v
+
+
+class Compressor:
+    """Filters over one fixed global state: spectra and images are computed once, and again and again filtered."""
+
+    def __init__(self, filters: Filters, state: State, times: int = 0, residual: str = "all") -> None:
+        self.filters, self.state, self.times, self.residual = filters, state, times, residual
+        self.images = [images(state[b.name], b.rows.positions, b.columns.positions) for b in filters.blocks]
+        self.spectra = [torch.fft.rfft2(x) if b.spectral else None for b, x in zip(filters.blocks, self.images, strict=True)]
+
+    def __call__(self) -> State:
+        """The small tensors that the filters make of the state, differentiable in the filters' weights."""
+        plain = self.filters.selection.take(self.state)
+        if not self.filters.touched:
+            return plain
+        for name, pieces in gathered(self.filters.blocks, [self._block(i) for i in range(len(self.images))]).items():
+            plain[name] = assembled(pieces, plain[name])
+        return plain
+
+    def _block(self, i: int) -> Tensor:
+        block, (p, q, g, v) = self.filters.blocks[i], self.filters.weights[i]
+        k = kernel(g, v)
+        y = correlate(self.images[i], self.spectra[i], k, block)
+        keep = 1.0 if self.residual == "all" or (self.residual == "taps" and block.taps > 1) else 0.0
+        return mlr((keep + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None], self.times)
+
+
+def correlate(x: Tensor, spectrum: Tensor | None, k: Tensor, block: Block) -> Tensor:
+    """Each tap's image correlated with its kernel: (taps, n, m) -> the valid (taps, n - kr + 1, m - kc + 1)."""
+    if spectrum is None:
+        return F.conv2d(x[None], k[:, None], groups=block.taps)[0]
+    product = spectrum * torch.fft.rfft2(k, s=block.large).conj()
+    return torch.fft.irfft2(product, s=block.large)[:, : block.small[0], : block.small[1]]
+
+
+def gathered(whole: Sequence[Block], pieces: Sequence[Tensor]) -> dict[str, list[tuple[Block, Tensor]]]:
+    found: dict[str, list[tuple[Block, Tensor]]] = {}
+    for block, piece in zip(whole, pieces, strict=True):
+        found.setdefault(block.name, []).append((block, piece))
+    return found
+
+
+def assembled(pieces: Sequence[tuple[Block, Tensor]], like: Tensor) -> Tensor:
+    """The small tensor made of its blocks, in the order of their rows and columns."""
+    lines: dict[int, list[Tensor]] = {}
+    for block, piece in pieces:
+        lines.setdefault(id(block.rows), []).append(piece)
+    whole = torch.cat([torch.cat(line, dim=2) for line in lines.values()], dim=1)
+    return whole.permute(1, 2, 0).reshape(like.shape) if like.ndim > 1 else whole.reshape(like.shape)
+
+
+def dilate(filters: Filters, small: State, like: State, times: int = 0, residual: str = "all", bias: bool = True) -> State:
+    """`small` grown to the shapes of `like` by transposed correlation; tensors without filters are left out (spec 2.3)."""
+    grown: State = {}
+    for block, (p, q, g, v) in zip(filters.blocks, filters.weights, strict=True):
+        x = images_of_small(block, small[block.name], filters)
+        keep = 1.0 if residual == "all" or (residual == "taps" and block.taps > 1) else 0.0
+        x = (keep + p)[:, None, None] * x + (q[:, None, None] if bias else 0.0)
+        y = mlr(spread(x, kernel(g, v), block), times)
+        grown[block.name] = placed(block, y, grown.get(block.name), like[block.name])
+    return grown
+
+
+def coverage(filters: Filters, small: State, like: State) -> State:
+    """How much of each grown entry comes from the client: the same growth of ones with |kernel| (findings 6.5)."""
+    grown: State = {}
+    for block, (_, _, g, v) in zip(filters.blocks, filters.weights, strict=True):
+        ones = torch.ones(block.taps, *block.small)
+        y = spread(ones, kernel(g, v).abs(), block).clamp(min=0)
+        grown[block.name] = placed(block, y, grown.get(block.name), like[block.name])
+    return grown
+
+
+def spread(x: Tensor, k: Tensor, block: Block) -> Tensor:
+    """Transposed correlation, stride 1: (taps, m, n) -> (taps, m + kr - 1, n + kc - 1)."""
+    if not block.spectral:
+        return F.conv_transpose2d(x[None], k[:, None], groups=block.taps)[0]
+    product = torch.fft.rfft2(x, s=block.large) * torch.fft.rfft2(k, s=block.large)
+    return torch.fft.irfft2(product, s=block.large)
+
+
+def images_of_small(block: Block, small: Tensor, filters: Filters) -> Tensor:
+    """The client's part of a block: the places in the small tensor where the block's kept positions lie."""
+    index = filters.selection.index.get(block.name, {})
+
+    def where(part: Part, dim: int, size: int) -> Tensor:
+        kept = part.positions[: part.kept]
+        return torch.isin(index[dim], kept).nonzero().squeeze(1) if dim in index else torch.arange(size)
+
+    if small.ndim == 1:
+        return images(small, torch.arange(1), where(block.columns, 0, small.shape[0]))
+    return images(small, where(block.rows, 0, small.shape[0]), where(block.columns, 1, small.shape[1]))
+
+
+def placed(block: Block, y: Tensor, so_far: Tensor | None, like: Tensor) -> Tensor:
+    """The block's images written to its places in a tensor of the shape of `like`."""
+    if so_far is None and block.large == (like.shape[0] if like.ndim > 1 else 1, like.shape[min(1, like.ndim - 1)]):
+        return y.permute(1, 2, 0).reshape(like.shape) if like.ndim > 1 else y.reshape(like.shape)
+    full = torch.zeros_like(like) if so_far is None else so_far.clone()
+    if like.ndim == 1:
+        return full.index_copy(0, block.columns.positions, y.reshape(-1))
+    values = y.permute(1, 2, 0).reshape(*block.large, *like.shape[2:])
+    rows = full.index_select(0, block.rows.positions).index_copy(1, block.columns.positions, values)
+    return full.index_copy(0, block.rows.positions, rows)
