@@ -145,5 +145,3 @@ def recall(context: Context) -> dict[str, Tensor]:
 def remember(context: Context, memory: dict[str, Tensor]) -> None:
     if memory or "memory" in context.state:
         context.state["memory"] = ArrayRecord(memory)
-
-

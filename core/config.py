@@ -20,14 +20,16 @@ class DataOptions(Options):
     """What the data are and who holds them."""
 
     dataset: str = Field("digits", description="digits, a short name (mnist, cifar10, …), a Hub id, a folder or a parquet file")
-    limit: int | None = Field(None, ge=1, description="use only the first N training examples of a seeded shuffle, and as many test examples")
+    limit: int | None = Field(
+        None, ge=1, description="use only the first N training examples of a seeded shuffle, and as many test examples"
+    )
     input_column: str | None = Field(None, description="column with the inputs (found from the features if left out)")
     label_column: str | None = Field(None, description="column with the class label (found from the features if left out)")
     clients: int = Field(10, ge=1, description="number of clients")
     partition: Literal["iid", "dirichlet", "pathological", "shard", "natural"] = Field(
         "dirichlet", description="how training examples are dealt out"
     )
-    alpha: float = Field(0.1, gt=0, description="Dirichlet concentration; small is skewed, 10000 is nearly IID")
+    alpha: float = Field(0.3, gt=0, description="Dirichlet concentration; small is skewed, 10000 is nearly IID")
     classes_per_client: int = Field(2, ge=1, description="classes (pathological) or shards (shard) a client holds")
     id_column: str | None = Field(None, description="column whose values are the clients of a natural partition")
     partition_seed: int = Field(0, ge=0, description="seed of the split and partition, apart from the run's seed")
@@ -73,7 +75,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
     model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")
     levels: str | None = Field(None, description="short for --set levels.mix, e.g. 1:4,0.5:8,0.25:8")
-    rounds: int = Field(10, ge=1, description="communication rounds")
+    rounds: int = Field(15, ge=1, description="communication rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")

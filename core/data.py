@@ -156,9 +156,7 @@ def _federation(source: Source, tensors: dict[str, Tensor], facts: dict[str, Any
     pick_test = _resident(tensors["test.x"], tensors["test.y"], [dealt.test], source.known, facts) if apart else pick
     classes = len(facts["classes"])
     counts = torch.stack([tensors["y"][rows].bincount(minlength=classes) for rows in dealt.train])
-    clients = [
-        Holding(pick(train), pick(own), count) for train, own, count in zip(dealt.train, dealt.own, counts, strict=True)
-    ]
+    clients = [Holding(pick(train), pick(own), count) for train, own, count in zip(dealt.train, dealt.own, counts, strict=True)]
     return Federation(
         source.name,
         tuple(facts["classes"]),
@@ -171,9 +169,7 @@ def _federation(source: Source, tensors: dict[str, Tensor], facts: dict[str, Any
     )
 
 
-def _resident(
-    x: Tensor, y: Tensor, used: list[Tensor], known: Known | None, facts: dict[str, Any]
-) -> Callable[[Tensor], Examples]:
+def _resident(x: Tensor, y: Tensor, used: list[Tensor], known: Known | None, facts: dict[str, Any]) -> Callable[[Tensor], Examples]:
     """A way to pick rows of x and y, of which only those `used` are kept in memory."""
     rows = torch.unique(torch.cat(used))
     if len(rows) < len(y):
@@ -293,9 +289,7 @@ def _local(name: str, path: Path, known: Known | None) -> Source:
         raise UsageError(f"'{path}' is not a parquet file: --dataset takes a parquet file or a folder of them")
     found = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not found:
-        raise UsageError(
-            f"folder '{path}' holds no parquet file (it needs train*.parquet and should have test*.parquet)"
-        )
+        raise UsageError(f"folder '{path}' holds no parquet file (it needs train*.parquet and should have test*.parquet)")
     files = _splits(path, found)
     if "train" not in files:
         raise UsageError(f"'{path}' has no train split: name its files train*.parquet and test*.parquet")
@@ -340,9 +334,7 @@ def _decoded(source: Source, options: DataOptions, progress: Progress) -> Stored
     with quiet():
         features, splits = _opened(source)
         columns = _columns(source, options, features)
-        tables = {
-            split: splits[split](columns.of(split)) for split in ("train", "test", "validation") if split in splits
-        }
+        tables = {split: splits[split](columns.of(split)) for split in ("train", "test", "validation") if split in splits}
     if not len(tables["train"]):
         raise UsageError(f"the train split of {source.name} has no rows")
     test = next((tables[split] for split in ("test", "validation") if split in tables and len(tables[split])), None)
@@ -402,9 +394,7 @@ def _hub(name: str) -> dict[str, Any]:
         raise UsageError(f"the Hub has no data set '{name}' that is open to you{instead}") from error
     except Exception as error:  # whatever httpx, the Hub's client or a data set's files can raise
         lost = isinstance(error, OSError | library("httpx").TransportError)
-        why = (
-            f"there is no such folder here and the Hub could not be reached ({_line(error)})" if lost else _line(error)
-        )
+        why = f"there is no such folder here and the Hub could not be reached ({_line(error)})" if lost else _line(error)
         raise UsageError(f"cannot load data set '{name}': {why}{instead}") from error
     if "train" not in splits:
         raise UsageError(f"data set '{name}' has no train split (it has {', '.join(splits)})")
@@ -555,9 +545,7 @@ def _images(where: str, entries: list[dict[str, Any]]) -> Tensor:
     if len({array.ndim for array in pixels}) > 1:  # grey among coloured ones
         pixels = [array if array.ndim == 3 else numpy.stack([array] * 3, axis=-1) for array in pixels]
     if len(sizes := sorted({array.shape for array in pixels})) > 1:
-        raise UsageError(
-            f"{where} has images of different sizes ({sizes[0][:2]} and {sizes[-1][:2]}): resize them first"
-        )
+        raise UsageError(f"{where} has images of different sizes ({sizes[0][:2]} and {sizes[-1][:2]}): resize them first")
     x = torch.from_numpy(numpy.stack(pixels))
     return x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
 

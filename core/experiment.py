@@ -23,7 +23,7 @@ from hetfl.core.errors import UsageError
 from hetfl.core.grid import LocalGrid
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
-from hetfl.core.rounds import Row, Rounds, Watch
+from hetfl.core.rounds import Rounds, Row, Watch
 from hetfl.core.server import Server
 from hetfl.core.widths import State, Widths, tensors, trace
 from hetfl.core.workshop import Workshop
@@ -63,9 +63,7 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     desk = Desk()
     rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch)
     grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk)), len(federation.clients), pool)
-    return Experiment(
-        options, federation, plugins, server, rounds, grid, initial, {"pretrain": time.perf_counter() - began}
-    )
+    return Experiment(options, federation, plugins, server, rounds, grid, initial, {"pretrain": time.perf_counter() - began})
 
 
 def traced(options: RunOptions, federation: Federation) -> tuple[nn.Module, Widths]:
@@ -148,7 +146,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
-    rounds, rows = experiment.rounds, experiment.rounds.rows
+    rows = experiment.rounds.rows
     measured = [row for row in rows if "global@test" in row]
     phases = sorted({key for row in rows for key in row if key.startswith("seconds ")})
     server = {key.removeprefix("seconds "): sum(row.get(key, 0.0) for row in rows) for key in phases}

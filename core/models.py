@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, classes: int, channels: int, size: int, hidden: Sequence[int] = (200, 200)) -> None:
         widths = [channels * area(size), *hidden]
-        layers = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+        layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
         super().__init__(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 
@@ -80,7 +81,8 @@ class PreBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.norm1(x))
         short = x if self.shortcut is None else self.shortcut(out)
-        return short + self.conv2(torch.relu(self.norm2(self.conv1(out))))
+        added: Tensor = short + self.conv2(torch.relu(self.norm2(self.conv1(out))))
+        return added
 
 
 class PreResNet(nn.Sequential):
@@ -186,12 +188,13 @@ def find(name: str) -> Callable[..., nn.Module]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        found: Any = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:
         raise UsageError(f"model module '{module}' cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UsageError(f"module '{module}' has no factory '{attribute}'{nearest(attribute, dir(sys.modules[module]))}")
-    return found
+    made: Callable[..., nn.Module] = found
+    return made
 
 
 def arguments(factory: Callable[..., nn.Module], classes: int, shape: tuple[int, ...], args: dict[str, Any]) -> dict[str, Any]:

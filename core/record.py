@@ -30,7 +30,9 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("config.toml", "")
         except (OSError, RunError) as error:
-            raise UsageError(f"the run folder '{self.path}' cannot be written: {reason(error)}; choose another with --out") from error
+            raise UsageError(
+                f"the run folder '{self.path}' cannot be written: {reason(error)}; choose another with --out"
+            ) from error
         return self
 
     def _clear(self, overwrite: bool) -> None:

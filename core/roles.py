@@ -43,8 +43,6 @@ class Defaults:
         return Merged(mean(updates, [1.0] * len(updates)))
 
 
-
-
 def put(returned: Returned) -> Update:
     """A reply put back where its plan took it."""
     reply = returned.reply
@@ -60,7 +58,7 @@ class Roles:
         self._manager.add_hookspecs(hooks)
         self._manager.register(Defaults(), "core")
         order = ("extract", "aggregate", "profile", "wrap")
-        for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):
+        for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):  # noqa: C414 (the sort is stable)
             self._register(key)
         self._callers = {role: self._caller(role) for role in ("extract", "aggregate", "profile")}
 
@@ -140,7 +138,9 @@ def address(name: str, key: str, value: Any, entries: Sequence[registry.Entry]) 
         raise UsageError(f"option '{name}.{key}' could belong to two chosen plugins; say {places}")
     if not bearers:
         names = [e.name for e in entries]
-        raise UsageError(f"option '{name}.{key}': no chosen plugin is named '{name}'{nearest(name, names)} (chosen: {', '.join(names)})")
+        raise UsageError(
+            f"option '{name}.{key}': no chosen plugin is named '{name}'{nearest(name, names)} (chosen: {', '.join(names)})"
+        )
     return f"{bearers[0].role}.{name}", {key: value}
 
 

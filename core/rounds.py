@@ -98,9 +98,7 @@ class Rounds(Strategy):
         ]
         return self._messages
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Checks the replies, recovers and merges them into the next global model."""
         returned = [r for i, reply in by_request(self._messages, replies) if (r := self._accept(i, reply)) is not None]
         if returned:

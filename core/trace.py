@@ -16,30 +16,41 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-MOVES = set(
-    "view reshape permute transpose flatten unflatten squeeze unsqueeze expand repeat tile chunk split unbind __getitem__ cat"
-    " concat concatenate stack narrow select index_select t T mT H swapaxes swapdims movedim moveaxis flip roll tensor_split"
-    " repeat_interleave ravel pixel_shuffle pixel_unshuffle channel_shuffle adjoint view_as reshape_as expand_as".split()
+MOVES = frozenset(
+    (
+        "view reshape permute transpose flatten unflatten squeeze unsqueeze expand repeat tile chunk split unbind "
+        "__getitem__ cat concat concatenate stack narrow select index_select t T mT H swapaxes swapdims movedim moveaxis "
+        "flip roll tensor_split repeat_interleave ravel pixel_shuffle pixel_unshuffle channel_shuffle adjoint view_as "
+        "reshape_as expand_as"
+    ).split()
 )
-SAME = set(
-    "add sub subtract rsub mul multiply div divide true_divide maximum minimum pow where addcmul addcdiv lerp add_ __add__"
-    " __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __pow__"
-    " __rpow__ __neg__ relu relu6 gelu silu mish sigmoid tanh leaky_relu elu selu celu softplus softsign hardswish hardsigmoid"
-    " hardtanh logsigmoid threshold softshrink hardshrink tanhshrink rrelu clamp clamp_min clamp_max clip abs neg exp log"
-    " log1p expm1 sqrt rsqrt square reciprocal sin cos erf sign nan_to_num masked_fill dropout dropout1d dropout2d dropout3d"
-    " alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to float double half bfloat16 type type_as"
-    " cpu cuda requires_grad_ data alias positive eq ne lt le gt ge isnan logical_not zeros_like ones_like rand_like randn_like empty_like bernoulli".split()
+SAME = frozenset(
+    (
+        "add sub subtract rsub mul multiply div divide true_divide maximum minimum pow where addcmul addcdiv lerp add_ "
+        "__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ "
+        "__itruediv__ __pow__ __rpow__ __neg__ relu relu6 gelu silu mish sigmoid tanh leaky_relu elu selu celu softplus "
+        "softsign hardswish hardsigmoid hardtanh logsigmoid threshold softshrink hardshrink tanhshrink rrelu clamp "
+        "clamp_min clamp_max clip abs neg exp log log1p expm1 sqrt rsqrt square reciprocal sin cos erf sign nan_to_num "
+        "masked_fill dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout contiguous "
+        "clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_ data alias positive eq ne lt le "
+        "gt ge isnan logical_not zeros_like ones_like rand_like randn_like empty_like bernoulli"
+    ).split()
 )
-REDUCE = set("mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean softmax log_softmax".split())
+REDUCE = frozenset(("mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean softmax log_softmax").split())
 SOFT = {"softmax", "log_softmax"}
-SPATIAL = set(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
-    " adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample"
-    " boolean_dispatch _max_pool1d _max_pool2d _max_pool3d _adaptive_max_pool2d instance_norm prelu batch_norm".split()
+SPATIAL = frozenset(
+    (
+        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate "
+        "upsample boolean_dispatch _max_pool1d _max_pool2d _max_pool3d _adaptive_max_pool2d instance_norm prelu "
+        "batch_norm"
+    ).split()
 )
-DRAWS = set(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu rand_like randn_like"
-    " bernoulli rand randn randint randperm normal multinomial poisson".split()
+DRAWS = frozenset(
+    (
+        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu rand_like "
+        "randn_like bernoulli rand randn randint randperm normal multinomial poisson"
+    ).split()
 )
 RAW_LIMIT = 1 << 20
 
@@ -218,7 +229,7 @@ class Tracer(TorchFunctionMode):
         elif name.endswith("_as"):
             moved = getattr(source, name.removesuffix("_as"))(args[1].shape)
         else:
-            moved = function(source, *args[1:], **kwargs)  # type: ignore[misc]
+            moved = function(source, *args[1:], **kwargs)
         pieces = list(moved) if isinstance(moved, tuple | list) else [moved]
         if first is not None:
             self._whole(name, source, pieces)

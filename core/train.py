@@ -42,7 +42,7 @@ def fit(task: Task) -> Reply:
             loss = task.loss(model(x), y)
             for penalty in task.penalties:
                 loss = loss + penalty(model)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if options.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
@@ -151,7 +151,7 @@ def tune(
     chosen, saved = 0, [t.detach().clone() for t in every_tensor]
     for step, rows in zip(range(1, steps + 1), rows_of(len(data), batch, generator), strict=False):
         optimizer.zero_grad()
-        loss(rows).backward()  # type: ignore[no-untyped-call]
+        loss(rows).backward()
         optimizer.step()
         if (step % every == 0 or step == steps) and (now := judged(judge)) < best:
             best, chosen, saved = now, step, [t.detach().clone() for t in every_tensor]

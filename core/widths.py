@@ -157,17 +157,18 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
     for unit in sorted(members):
         if unit not in reasons:
             alike.setdefault(tuple(members[unit].items()), []).append(unit)
-    groups, units = [], {}
+    groups: list[Group] = []
+    at: dict[int, tuple[int, int]] = {}
     for signature, whole in alike.items():
         if len(whole) > 1:
-            units.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
+            at.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
             groups.append(Group(unique(signature[0][0][0], groups), len(whole)))
     frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
     names = tuple(g.name for g in groups)
     axes: dict[str, dict[int, Axis]] = {}
     for (name, dim), line in lines.items():
-        if any(unit in units for unit in line.tolist()):
-            axes.setdefault(name, {})[dim] = axis(names, [units.get(unit, (-1, -1)) for unit in line.tolist()])
+        if any(unit in at for unit in line.tolist()):
+            axes.setdefault(name, {})[dim] = axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()])
     return Widths(tuple(groups), axes, shapes, frozen, tracer.draws)
 
 

@@ -139,9 +139,7 @@ class FedConv(Strategy):
         )  # fmt: skip
         filters.touched = was or tuned > 0
 
-    def _tune(
-        self, server: Server, weights: list[Tensor], student: Any, teacher: Any, purpose: str, round: int, **how: Any
-    ) -> int:
+    def _tune(self, server: Server, weights: list[Tensor], student: Any, teacher: Any, purpose: str, round: int, **how: Any) -> int:
         """The step that was kept, of tuning `student` by distillation from `teacher` or by the labels."""
         (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
         with torch.no_grad():
@@ -160,7 +158,9 @@ class FedConv(Strategy):
 
     def _grown(self, server: Server, returned: Returned, round: int) -> Update:
         reply, client = returned.reply, returned.client.id
-        epochs = self.upload_epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
+        epochs = (
+            self.upload_epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
+        )
         trained = server.trained(reply.state, epochs, "upload", round, sizes=returned.plan.sizes, lr=1e-4, client=client)
         whole = not isinstance(returned.plan, Compressed)
         patches = returned.plan.put(trained) if whole else self._dilated(server, returned, trained, round)

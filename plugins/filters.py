@@ -146,7 +146,8 @@ def drawn(block: Block, generator: torch.Generator) -> list[Tensor]:
 
 def kernel(g: Tensor, v: Tensor) -> Tensor:
     """K = g V / ||V||, a weight norm with one scale a tap."""
-    return (g / v.flatten(1).norm(dim=1).clamp(min=1e-12))[:, None, None] * v
+    scale: Tensor = g / v.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return scale[:, None, None] * v
 
 
 class Compressor:
@@ -179,7 +180,8 @@ def correlate(x: Tensor, spectrum: Tensor | None, k: Tensor, block: Block) -> Te
     if spectrum is None:
         return F.conv2d(x[None], k[:, None], groups=block.taps)[0]
     product = spectrum * torch.fft.rfft2(k, s=block.large).conj()
-    return torch.fft.irfft2(product, s=block.large)[:, : block.small[0], : block.small[1]]
+    whole: Tensor = torch.fft.irfft2(product, s=block.large)
+    return whole[:, : block.small[0], : block.small[1]]
 
 
 def gathered(whole: Sequence[Block], pieces: Sequence[Tensor]) -> dict[str, list[tuple[Block, Tensor]]]:
@@ -224,8 +226,8 @@ def spread(x: Tensor, k: Tensor, block: Block) -> Tensor:
     """Transposed correlation, stride 1: (taps, m, n) -> (taps, m + kr - 1, n + kc - 1)."""
     if not block.spectral:
         return F.conv_transpose2d(x[None], k[:, None], groups=block.taps)[0]
-    product = torch.fft.rfft2(x, s=block.large) * torch.fft.rfft2(k, s=block.large)
-    return torch.fft.irfft2(product, s=block.large)
+    whole: Tensor = torch.fft.irfft2(torch.fft.rfft2(x, s=block.large) * torch.fft.rfft2(k, s=block.large), s=block.large)
+    return whole
 
 
 def images_of_small(block: Block, small: Tensor, filters: Filters) -> Tensor:

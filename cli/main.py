@@ -1,0 +1,224 @@
+"""The command line: `hfl run`, `hfl list-plugins`, `hfl show`. Heavy packages are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from hetfl.cli import render
+from hetfl.core import config, registry
+from hetfl.core.config import RunOptions, flag
+from hetfl.core.errors import RunError, UsageError, unknown
+from hetfl.core.record import Folder
+
+if TYPE_CHECKING:
+    from hetfl.core.strategy import Strategy
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def top() -> None:
+    """Federated learning with models of different sizes: any extraction pairs with any aggregation."""
+
+
+def option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The command-line option of one field of RunOptions; None means that it was not given."""
+    kind = field.annotation
+    listed = name in ("set", "model_args", "wrap", "lr_milestones")
+    plain: Any = list[str] if listed else bool if kind is bool else str
+    shown = f"{field.description}{choices(kind)}"
+    default = "" if field.default in (None, (), {}) else f" [default: {field.default}]"
+    names = (f"{flag(name)}/--no-{name.replace('_', '-')}",) if kind is bool else (flag(name),)
+    declared = typer.Option(None, *names, help=(shown + default).replace("[", "\\["), show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=plain | None)
+
+
+def choices(kind: Any) -> str:
+    return f" ({', '.join(get_args(kind))})" if get_origin(kind) is Literal else ""
+
+
+def options_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives `command` one option for each field of RunOptions."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    made = [option(name, field) for name, field in RunOptions.model_fields.items()]
+    hints = {k: v for k, v in inspect.get_annotations(command, eval_str=True).items() if k != "given"}
+    own = [p.replace(annotation=hints[p.name]) for p in own]
+    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    command.__annotations__ = {**hints, **{p.name: p.annotation for p in made}}
+    return command
+
+
+@app.command()
+@options_of_a_run
+def run(
+    file: Annotated[Path | None, typer.Argument(help="run file (TOML) with any of the options below")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    **given: Any,
+) -> None:
+    """Run one experiment and leave its results in a run folder."""
+    values = merge(config.read(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
+    options = config.resolve(values)
+    check(options)
+    folder = Folder(options.out or fresh(options)).open(options.overwrite)
+    started = False
+    try:
+        folder.write("config.toml", config.write(options))
+        with render.Live(options, folder.path) as watch:
+            from hetfl.core import experiment
+
+            started = True
+            summary = experiment.run(options, folder, watch)
+        pictures(folder)
+    except UsageError:
+        folder.discard()
+        raise
+    except ImportError:
+        if not started:
+            folder.discard()
+        raise
+    render.summary(summary, folder.path)
+
+
+def check(options: RunOptions) -> None:
+    """Refuses what can be refused before torch is imported."""
+    extract = registry.find("extract", options.extract)
+    named = [extract, registry.find("aggregate", options.aggregate or extract.aggregate or "overlap")]
+    named += [registry.find("profile", options.profile), *(registry.find("wrap", w) for w in options.wrap)]
+    needy = next((e for e in named if e.public), None)
+    if needy and not options.server_data:
+        raise UsageError(f"{needy.role} plugin '{needy.name}' needs public data on the server: --server-data must be above 0")
+    if options.levels is not None and options.profile != "levels":
+        raise UsageError(f"--levels sets options of the profile plugin 'levels', but --profile is '{options.profile}'")
+
+
+def fresh(options: RunOptions) -> Path:
+    """A new folder under runs/, named after the time and the strategy."""
+    partner = options.aggregate or registry.find("extract", options.extract).aggregate
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.extract}-{partner}"
+    paths = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 100))]
+    return next(p for p in paths if not p.exists())
+
+
+def merge(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The run file's values with those of the command line over them."""
+    for name in ("set", "model_args"):
+        pairs = given.pop(name, [])
+        if pairs:
+            file[name] = over(file.get(name, {}), [assignment(pair, flag(name)) for pair in pairs])
+    for name in ("wrap", "lr_milestones"):
+        if name in given:
+            given[name] = [part for item in given[name] for part in item.split(",")]
+    return {**file, **given}
+
+
+def over(tree: Any, pairs: list[tuple[list[str], Any]]) -> dict[str, Any]:
+    whole = json.loads(json.dumps(tree)) if isinstance(tree, dict) else {}
+    for path, value in pairs:
+        place = whole
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"'{'.'.join(path)}' is given twice, as a value and as a table")
+        place[path[-1]] = value
+    return whole
+
+
+def assignment(text: str, name: str) -> tuple[list[str], Any]:
+    """`a.b=value` as (path, value); numbers, true, false and JSON lists are read as such."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"{name} takes name=value, not '{text}'")
+    try:
+        return key.split("."), json.loads(value)
+    except ValueError:
+        return key.split("."), value
+
+
+def pictures(folder: Folder) -> None:
+    """Draws the curves and the partition; a run is complete without them."""
+    from hetfl.cli import pictures
+
+    pictures.draw(folder)
+
+
+@app.command("list-plugins")
+def list_plugins() -> None:
+    """List every plugin by role; none is imported for it."""
+    render.plugins(registry.entries())
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="a plugin's name, role.name, or a run folder")],
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Show a plugin's options and docs, or a run's summary again."""
+    if Path(name).is_dir():
+        render.summary(Folder(Path(name)).read("summary.json"), Path(name))
+        return
+    role, _, plain = name.rpartition(".")
+    found = [e for e in registry.entries() if e.name == plain and role in ("", e.role)]
+    if not found:
+        names = {e.name for e in registry.entries()}
+        raise unknown("plugin or run folder", name, names)
+    for entry in found:
+        strategy: type[Strategy] = registry.find(entry.role, entry.name).load()
+        render.plugin(entry, strategy)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that matter."""
+    from importlib.metadata import version as of
+
+    render.console.print(*(f"{name} {of(name)}" for name in ("hetfl", "torch", "flwr", "datasets")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: one sentence and exit code 2 (usage) or 1 (a failed run) in place of a traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(words, standalone_mode=False)
+    except Exception as error:
+        if "--debug" in words:
+            raise
+        code = report(error)
+    except KeyboardInterrupt:
+        render.complain("stopped; the rounds that had ended are in the run folder")
+        code = 130
+    sys.exit(code or 0)
+
+
+def report(error: Exception) -> int:
+    """Says what went wrong; returns the exit code."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        render.complain(error.format_message())
+        return 2
+    if isinstance(error, UsageError):
+        render.complain(str(error))
+        return 2
+    if isinstance(error, RunError):
+        render.complain(str(error))
+        return 1
+    render.complain(f"the run failed: {type(error).__name__}: {error} (--debug shows where)")
+    return 1
+
+
+if __name__ == "__main__":
+    main()

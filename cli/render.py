@@ -1,0 +1,179 @@
+"""What the terminal shows: the live rounds, a run's summary, the lists of plugins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live as Screen
+from rich.table import Table
+from rich.text import Text
+
+from hetfl.core.config import RunOptions
+from hetfl.core.registry import Entry
+
+if TYPE_CHECKING:
+    from hetfl.core.strategy import Strategy
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+SHOWN = 12
+
+
+def complain(text: str) -> None:
+    """One error sentence on stderr."""
+    errors.print(Text(f"hfl: {text}", style="red"))
+
+
+class Live:
+    """A table of the rounds that grows while they run; one plain line a round where the output is no terminal."""
+
+    def __init__(self, options: RunOptions, path: Path) -> None:
+        self.options, self.path, self.rows, self.notes = options, path, list[dict[str, Any]](), list[str]()
+        self.started, self._phase = time.perf_counter(), "starting"
+        self._screen = Screen(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> Live:
+        console.print(f"{title(self.options)} -> {self.path}", soft_wrap=True)
+        if self._screen:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen:
+            self._phase = ""
+            self._refresh()
+            self._screen.stop()
+
+    def phase(self, round: int, name: str) -> None:
+        self._phase = f"round {round}: {name}" if round else name
+        self._refresh()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._refresh()
+        if not self._screen:
+            console.print(f"note: {text}", soft_wrap=True)
+
+    def done(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._refresh()
+        if not self._screen:
+            console.print(line(row, self.options.rounds), soft_wrap=True)
+
+    def _refresh(self) -> None:
+        if self._screen:
+            self._screen.update(
+                Group(self._table(), Text(self._status()), *(Text(f"note: {n}", "yellow") for n in self.notes[-4:]))
+            )
+            self._screen.refresh()
+
+    def _status(self) -> str:
+        if not self._phase:
+            return ""
+        left = ""
+        if self.rows:
+            each = sum(r["seconds"] for r in self.rows) / len(self.rows)
+            left = f", about {each * (self.options.rounds - len(self.rows)):.0f} s left"
+        return f"{self._phase} ({time.perf_counter() - self.started:.0f} s{left})"
+
+    def _table(self) -> Table:
+        table = Table(box=None, header_style="bold")
+        for column in ("round", "global@test", "loss", "control", "client@own", "down", "up", "seconds"):
+            table.add_column(column, justify="right")
+        for row in self.rows[-SHOWN:]:
+            table.add_row(str(row["round"]), *cells(row))
+        return table
+
+
+def title(options: RunOptions) -> str:
+    partner = options.aggregate or "its natural aggregation"
+    what = f"{options.extract} x {partner} on {options.dataset}"
+    return f"{what}, {options.clients} clients, {options.rounds} rounds, seed {options.seed}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    loss = f"{row['global@test loss']:.3f}" if "global@test loss" in row else ""
+    shares = [share(row.get(name)) for name in ("global@test", "control@test", "client@own")]
+    return [shares[0], loss, *shares[1:], size(row["bytes down"]), size(row["bytes up"]), f"{row['seconds']:.2f}"]
+
+
+def line(row: dict[str, Any], rounds: int) -> str:
+    names = ("global@test", "loss", "control", "client@own", "down", "up", "seconds")
+    told = " ".join(f"{name} {value}" for name, value in zip(names, cells(row), strict=True) if value)
+    return f"round {row['round']}/{rounds} {told}"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return ""
+
+
+def summary(summary: dict[str, Any], path: Path) -> None:
+    """What a run came to."""
+    console.print()
+    console.print(f"{summary['extract']} x {summary['aggregate']} on {summary['dataset']}: {summary['rounds']} rounds,"
+                  f" {summary['clients']} clients, {summary['seconds']:.1f} s", style="bold", soft_wrap=True)  # fmt: skip
+    console.print(accuracies(summary["accuracy"]))
+    console.print(levels(summary["levels"]))
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds by phase"].items() if seconds >= 0.005)
+    console.print(f"bytes: {size(summary['bytes down'])} down, {size(summary['bytes up'])} up", soft_wrap=True)
+    console.print(f"seconds: {told}; clients' own time {summary['client seconds']:.2f}", soft_wrap=True)
+    for note in summary["notes"]:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    console.print(f"run folder: {path}", soft_wrap=True)
+
+
+def accuracies(found: dict[str, dict[str, float]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("accuracy", "last round", "mean of last 3", "worst decile", "loss"):
+        table.add_column(column, justify="left" if column == "accuracy" else "right")
+    for name, values in found.items():
+        loss = f"{values['loss']:.3f}" if "loss" in values else ""
+        table.add_row(name, share(values["last"]), share(values["last three"]), share(values.get("p10")), loss)
+    return table
+
+
+def levels(found: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("level", "parameters", "MACs"):
+        table.add_column(column, justify="right")
+    for level in found:
+        table.add_row(level["level"], f"{level['parameters']:,}", f"{level['MACs']:,}")
+    return table
+
+
+def plugins(entries: Sequence[Entry]) -> None:
+    """Every plugin by role."""
+    table = Table(box=None, header_style="bold")
+    for column in ("role", "name", "summary", "paper", "from"):
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(entry.role, entry.name, entry.summary, entry.paper, entry.source)
+    console.print(table)
+
+
+def plugin(entry: Entry, strategy: type[Strategy]) -> None:
+    """One plugin: what it is, its options and what its presets set."""
+    console.print(f"{entry.role} {entry.name} ({entry.source}) {entry.paper}".rstrip(), style="bold", soft_wrap=True)
+    console.print(Text((strategy.__doc__ or entry.summary).strip()))
+    presets: dict[str, dict[str, Any]] = getattr(strategy, "PRESETS", {})
+    table = Table(box=None, header_style="bold")
+    for column in ("option", "default", *(name for name in presets if name != "default"), "meaning"):
+        table.add_column(column, overflow="fold")
+    for name, field in strategy.model_fields.items():
+        others = [str(values[name]) if name in values else "" for key, values in presets.items() if key != "default"]
+        table.add_row(f"{entry.name}.{name}", str(field.default), *others, field.description or "")
+    console.print(table)
+    if notes := getattr(strategy, "NOTES", ""):
+        console.print(Text(notes))
