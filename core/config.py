@@ -75,7 +75,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
     model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")
     levels: str | None = Field(None, description="short for --set levels.mix, e.g. 1:4,0.5:8,0.25:8")
-    rounds: int = Field(15, ge=1, description="communication rounds")
+    rounds: int = Field(10, ge=1, description="communication rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")

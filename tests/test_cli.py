@@ -1,0 +1,217 @@
+"""The command line as its users meet it: results, refusals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from hetfl.cli.main import main
+
+TINY = ["--limit", "200", "--clients", "3", "--rounds", "2", "--epochs", "1", "--pretrain-steps", "3"]
+QUICK = ["--extract", "heterofl", "--aggregate", "overlap", *TINY]
+
+
+def hfl(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words)])
+    out = capsys.readouterr()
+    return ended.value.code, " ".join(out.out.split()), " ".join(out.err.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *QUICK, "--out", str(out), "--set", "heterofl.scaler=true"])
+    assert ended.value.code == 0
+    return out
+
+
+def test_run_folder_holds_what_a_reader_needs(finished):
+    names = {p.name for p in finished.iterdir()}
+    wanted = {"config.toml", "run.json", "metrics.csv", "clients.csv", "summary.json", "weights.safetensors"}
+    assert wanted | {"curves.png", "partition.png"} == names
+    table = pd.read_csv(finished / "metrics.csv")
+    assert table["round"].tolist() == [1, 2]
+    assert table["global@test"].between(0, 1).all()
+    assert (table["bytes down"] > 0).all()
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["versions"]["torch"]
+    assert len(facts["initial weights sha256"]) == 64
+
+
+def test_resolved_config_runs_again_to_the_same_bits(finished, tmp_path, capsys):
+    code, _, _ = hfl(capsys, "run", finished / "config.toml", "--out", tmp_path / "b")
+    assert code == 0
+    assert (finished / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
+    first, second = (json.loads((p / "summary.json").read_text())["accuracy"] for p in (finished, tmp_path / "b"))
+    assert first == second
+    assert "scaler = true" in (tmp_path / "b" / "config.toml").read_text()
+
+
+def test_show_prints_the_summary_again(finished, capsys):
+    code, out, _ = hfl(capsys, "show", finished)
+    assert code == 0
+    assert "heterofl x overlap on digits" in out
+    assert "global@test" in out
+    assert "control@test" in out
+
+
+def test_list_and_show_plugins(capsys):
+    code, out, _ = hfl(capsys, "list-plugins")
+    assert code == 0
+    for name in ("fedconv", "heterofl", "fedrolex", "full", "fedavg", "overlap", "kld", "levels"):
+        assert name in out
+    code, out, _ = hfl(capsys, "show", "fedconv")
+    assert code == 0
+    assert "fedconv.temperature" in out
+
+
+def test_options_from_a_run_file_yield_to_the_command_line(tmp_path, capsys):
+    file = tmp_path / "experiment.toml"
+    file.write_text('extract = "fedrolex"\naggregate = "overlap"\nrounds = 9\n[set.fedrolex]\nstep = 2\n')
+    code, _, _ = hfl(capsys, "run", file, *TINY, "--rounds", 1, "--set", "fedrolex.direction=backward", "--out", tmp_path / "o")
+    assert code == 0
+    text = (tmp_path / "o" / "config.toml").read_text()
+    assert "step = 2" in text
+    assert 'direction = "backward"' in text
+    assert "rounds = 1\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--extract", "fedconvv"], "unknown extract plugin 'fedconvv'; did you mean 'fedconv'?"),
+        (["--aggregate", "overlapp"], "did you mean 'overlap'?"),
+        (["--set", "heterofl.scalar=true"], "unknown option 'heterofl.scalar'; did you mean 'scaler'?"),
+        (["--set", "fedrolex.step=2"], "no chosen plugin is named 'fedrolex'"),
+        (["--set", "scaler"], "--set takes name=value"),
+        (["--dataset", "mnists"], "mnist"),
+        (["--model", "cnnn"], "did you mean 'cnn'?"),
+        (["--model", "no_such_module:f"], "cannot be imported"),
+        (["--levels", "1:2,1.5:3"], "outside (0, 1]"),
+        (["--levels", "1:2,zero:3"], "not ratio:share"),
+        (["--alpha", "-1"], "--alpha"),
+        (["--rounds", "x"], "--rounds"),
+        (["--partition", "dirichlett"], "--partition"),
+        (["--clients", "5000"], "5000"),
+        (["--roundz", "3"], "--roundz"),
+        (["--extract", "fedconv", "--server-data", "0"], "needs public data"),
+        (["--model-args", "widhts=[3]"], "did you mean 'widths'?"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(words, said, tmp_path, capsys):
+    out = tmp_path / "o"
+    code, _, err = hfl(capsys, "run", *QUICK, *words, "--out", out)
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_empty_is_kept(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path)
+    assert code == 2
+    assert "--overwrite" in err
+    code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path, "--overwrite")
+    assert code == 2
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_overwrite_replaces_a_run(finished, tmp_path, capsys):
+    assert hfl(capsys, "run", *QUICK, "--out", tmp_path / "r")[0] == 0
+    assert hfl(capsys, "run", *QUICK, "--out", tmp_path / "r")[0] == 2
+    assert hfl(capsys, "run", *QUICK, "--rounds", 1, "--out", tmp_path / "r", "--overwrite")[0] == 0
+    assert len(pd.read_csv(tmp_path / "r" / "metrics.csv")) == 1
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path / "file" / "run")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
+    from hetfl.core.record import Folder
+
+    whole = Folder.write
+
+    def write(self, name, content):
+        if name == "weights.safetensors":
+            from hetfl.core.errors import RunError
+
+            raise RunError("no space left on device")
+        whole(self, name, content)
+
+    monkeypatch.setattr(Folder, "write", write)
+    code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path / "o")
+    assert code == 1
+    assert "no space left" in err
+    assert len(pd.read_csv(tmp_path / "o" / "metrics.csv")) == 2
+
+
+def test_a_failed_run_ends_with_1_and_debug_shows_where(tmp_path, capsys, monkeypatch):
+    from hetfl.core.rounds import Rounds
+
+    def broken(self, *_):
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(Rounds, "step", broken)
+    code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path / "o")
+    assert code == 1
+    assert "ZeroDivisionError: boom" in err
+    with pytest.raises(ZeroDivisionError):
+        main(["run", *QUICK, "--out", str(tmp_path / "p"), "--debug"])
+
+
+def test_model_of_a_stranger(tmp_path, capsys, monkeypatch):
+    (tmp_path / "strange.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.Conv2d(in_channels, 8, 3, padding=1)\n"
+        "        self.b = nn.Conv2d(8, 12, 1)\n"
+        "        self.d = nn.Conv2d(20, 20, 3, padding=1, groups=20)\n"
+        "        self.c = nn.Conv2d(20, 8, 1)\n"
+        "        self.head = nn.Linear(8, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        a = torch.relu(self.a(x))\n"
+        "        y = torch.relu(self.d(torch.cat([a, self.b(a)], 1)))\n"
+        "        return self.head((a + self.c(y)).mean((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for extract in ("heterofl", "fedrolex", "fedconv"):
+        words = ["--extract", extract, "--aggregate", "overlap", *TINY, "--model", "strange:Net", "--out", tmp_path / extract]
+        assert hfl(capsys, "run", *words)[0] == 0
+        counts = [level["parameters"] for level in json.loads((tmp_path / extract / "summary.json").read_text())["levels"]]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] < counts[0]
+
+
+def test_listing_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom hetfl.cli.main import main\n"
+        "try:\n    main(['list-plugins'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'flwr', 'datasets', 'flwr_datasets', 'numpy', 'matplotlib', 'hetfl.plugins.fedconv'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_option():
+    from hetfl.core.config import RunOptions, flag
+
+    done = subprocess.run(
+        [sys.executable, "-m", "hetfl.cli.main", "run", "--help"],
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": "240", "TERMINAL_WIDTH": "240"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert not [name for name in RunOptions.model_fields if flag(name) not in done.stdout]
