@@ -50,7 +50,20 @@ def parse(mix: str) -> list[tuple[float, Fraction]]:
 
 
 def deal(levels: list[tuple[float, Fraction]], clients: int) -> list[float]:
-    """Every client's ratio: floor(clients * share / sum) of each in order, the rest the last ratio (spec heterofl 2.7)."""
+    """Every client's ratio: floor(clients * share / sum) of each in order, the rest the last ratio (spec heterofl 2.7).
+
+    Fewer clients than the shares' sum would all get the last ratio so; they are dealt by the shares' running sum instead.
+    """
     whole = sum(share for _, share in levels)
+    if clients < whole:
+        return [
+            ratio for i, (ratio, _) in enumerate(levels) for _ in range(ends(levels, i, clients) - ends(levels, i - 1, clients))
+        ]
     dealt = [ratio for ratio, share in levels for _ in range(int(clients * share / whole))]
     return dealt + [levels[-1][0]] * (clients - len(dealt))
+
+
+def ends(levels: list[tuple[float, Fraction]], place: int, clients: int) -> int:
+    """How many clients the levels up to `place` have together."""
+    share = sum((s for _, s in levels[: place + 1]), Fraction())
+    return int(clients * share / sum(s for _, s in levels))
