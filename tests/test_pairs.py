@@ -1,0 +1,179 @@
+"""Every extraction with every aggregation on real digits, and what a run's result may depend on."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import nn
+
+from hetfl.core import experiment, models, registry
+from hetfl.core.config import resolve
+from hetfl.core.record import Folder
+
+EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
+AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
+SMALL = {"limit": 300, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "partition": "iid"}
+
+
+class Silent:
+    def __init__(self):
+        self.notes = []
+
+    def phase(self, round, name):
+        pass
+
+    def done(self, row):
+        pass
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run(out, watch=None, **values):
+    """The final weights and the summary of a run."""
+    folder = Folder(out).open()
+    summary = experiment.run(resolve({**SMALL, **values}), folder, watch or Silent())
+    return load((out / "weights.safetensors").read_bytes()), summary
+
+
+def tuned(extract, aggregate, steps):
+    options = {}
+    if extract == "fedconv":
+        options["fedconv"] = {"steps": steps, "first_steps": steps}
+    if aggregate == "kld":
+        options["kld"] = {"steps": steps}
+    return {"extract": extract, "aggregate": aggregate, "set": options}
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("extract", "aggregate"), list(itertools.product(EXTRACTIONS, AGGREGATIONS)))
+def test_any_pair_runs_finite_and_the_same_for_any_number_of_workers(extract, aggregate, tmp_path):
+    values = tuned(extract, aggregate, 3)
+    one, summary = run(tmp_path / "1", workers=1, **values)
+    two, again = run(tmp_path / "2", workers=2, **values)
+    assert same(one, two)
+    assert summary["accuracy"] == again["accuracy"]
+    assert all(bool(torch.isfinite(t).all()) for t in one.values())
+    start, _ = run(tmp_path / "3", **{**values, "rounds": 1, "lr": 1e-12, "set": tuned(extract, aggregate, 0)["set"]})
+    assert not same(one, start)
+
+
+def test_untuned_fedconv_and_kld_are_heterofl_and_overlap_exactly(tmp_path):
+    """findings 6.6 and 0.2: with zero tuning steps they are HeteroFL's samples-weighted overlap mean."""
+    ours, _ = run(tmp_path / "a", **tuned("fedconv", "kld", 0))
+    theirs, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", set={"overlap": {"weighting": "samples"}})
+    assert same(ours, theirs)
+
+
+def test_all_levels_one_and_weights_one_are_fedavg_exactly(tmp_path):
+    """findings 6.6: all clients whole and w = 1 give FedAvg."""
+    values = tuned("fedconv", "kld", 0)
+    values["set"]["levels"] = {"mix": "1"}
+    ours, _ = run(tmp_path / "a", **values)
+    theirs, _ = run(tmp_path / "b", extract="full", aggregate="fedavg", levels="1")
+    assert same(ours, theirs)
+
+
+def test_the_seed_matters_and_the_partition_seed_is_apart(tmp_path):
+    values = {"extract": "heterofl", "aggregate": "overlap", "rounds": 1}
+    base, _ = run(tmp_path / "a", **values)
+    assert not same(base, run(tmp_path / "b", seed=1, **values)[0])
+    assert not same(base, run(tmp_path / "c", partition_seed=1, **values)[0])
+
+
+def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
+    from hetfl.core import train
+
+    whole = train.fit
+
+    def fit(task):
+        if task.client == 2:
+            raise ValueError("sensor unplugged")
+        return whole(task)
+
+    monkeypatch.setattr(train, "fit", fit)
+    watch = Silent()
+    _, summary = run(tmp_path / "a", watch, extract="heterofl", aggregate="overlap")
+    assert any("client 2 left out: ValueError: sensor unplugged" in note for note in summary["notes"])
+    assert "sensor unplugged" in (tmp_path / "a" / "clients.csv").read_text()
+
+
+@pytest.mark.parametrize("spoil", ["nan", "shape", "extra"])
+def test_a_bad_reply_is_left_out(tmp_path, monkeypatch, spoil):
+    from hetfl.core import train
+
+    whole = train.fit
+
+    def fit(task):
+        reply = whole(task)
+        name = next(iter(reply.state))
+        if task.client == 1 and spoil == "nan":
+            reply.state[name] = reply.state[name] * float("nan")
+        if task.client == 1 and spoil == "shape":
+            reply.state[name] = reply.state[name][:1]
+        if task.client == 1 and spoil == "extra":
+            reply.extras["surprise"] = torch.zeros(3)
+        return reply
+
+    monkeypatch.setattr(train, "fit", fit)
+    weights, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap")
+    assert sum("client 1 left out" in note for note in summary["notes"]) == 2
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+
+
+def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch):
+    from hetfl.core import train
+
+    def fit(task):
+        raise RuntimeError("down")
+
+    monkeypatch.setattr(train, "fit", fit)
+    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", rounds=1)
+    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", rounds=3)
+    assert same(one, two)
+
+
+def test_dropout_draws_from_the_clients_own_stream(tmp_path, monkeypatch):
+    def net(classes, channels, size):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5), nn.Linear(24, classes))
+
+    monkeypatch.setitem(models.ZOO, "dropnet", net)
+    values = {"extract": "heterofl", "aggregate": "overlap", "model": "dropnet"}
+    one, _ = run(tmp_path / "1", workers=1, **values)
+    torch.manual_seed(123)
+    two, _ = run(tmp_path / "2", workers=2, **values)
+    assert same(one, two)
+
+
+@pytest.mark.parametrize("policy", ["static", "recalibrate"])
+def test_statistics_policies(tmp_path, policy):
+    """spec heterofl 2.4: statistics come from passes, not from the mean of what clients tracked."""
+    values = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}, "rounds": 1}
+    mean, _ = run(tmp_path / "a", **values)
+    other, _ = run(tmp_path / "b", norm_policy=policy, **values)
+    assert not torch.equal(mean["1.running_var"], other["1.running_var"])
+    assert torch.equal(mean["0.weight"], other["0.weight"])
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_literal_presets_run(tmp_path, preset):
+    options = {
+        "fedconv": {"preset": preset, "epochs": 1, "dilator_epochs": 1},
+        "kld": {"preset": preset, "epochs": 1},
+    }
+    weights, _ = run(tmp_path / "a", extract="fedconv", aggregate="kld", rounds=1, set=options)
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+
+
+def test_trained_dilators_run_and_differ(tmp_path):
+    options = {"fedconv": {"steps": 2, "first_steps": 2, "dilator_steps": 10}}
+    with_them, _ = run(tmp_path / "a", extract="fedconv", aggregate="overlap", rounds=1, set=options)
+    options["fedconv"]["dilator_steps"] = 0
+    without, _ = run(tmp_path / "b", extract="fedconv", aggregate="overlap", rounds=1, set=options)
+    assert not same(with_them, without)
