@@ -151,7 +151,7 @@ def test_a_model_that_does_not_run_is_refused():
 
 
 def test_submodels_keep_their_attributes():
-    model, x, widths = traced("strange")
+    model, _, widths = traced("strange")
     small = build(widths, model, widths.index(widths.prefix(0.5)))
     assert small.dw.groups == small.dw.in_channels == small.dw.out_channels == small.dw.weight.shape[0]
     assert small.grouped.groups == 4
