@@ -1,0 +1,44 @@
+"""Two plugins for hetfl: an extraction that spreads the kept channels evenly, and a robust aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hetfl.core.merge import Merged, Updates, mean
+from hetfl.core.plans import Plan
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client
+from hetfl.core.widths import count
+
+
+class Alternate(Strategy):
+    """Keeps evenly spaced channels of every layer; at width 0.5, every second one."""
+
+    shift: int = Field(0, ge=0, description="channels that the pattern moves each round")
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+        return [server.select(lambda size, c=c: spaced(size, c.profile.width, self.shift * round)) for c in clients]
+
+
+def spaced(size: int, width: float, shift: int) -> Tensor:
+    """The kept channels of a layer of `size` channels, in ascending order."""
+    kept = count(size, width)
+    return ((torch.arange(kept) * size // kept + shift) % size).sort().values
+
+
+class Median(Strategy):
+    """Per entry, the median over the clients that cover it; what nobody covers keeps its old value."""
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        state = mean(updates, updates.weights)
+        for name in updates.averaged():
+            values, coverage = updates.column(name)
+            middle = values.masked_fill(coverage == 0, float("nan")).nanmedian(0).values
+            state[name] = torch.where(middle.isnan(), updates.old[name], middle)
+        return Merged(state)

@@ -1,0 +1,33 @@
+"""Writes strategies.md from registry.toml: `python docs/strategies.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hetfl.core.registry import ROLES, Entry, builtins
+
+PAGE = Path(__file__).with_name("strategies.md")
+COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory")
+
+
+def line(entry: Entry) -> str:
+    page = PAGE.parent / "strategies" / f"{entry.name}.md"
+    name = f"[`{entry.name}`](strategies/{entry.name}.md)" if page.exists() else f"`{entry.name}`"
+    answers = ["yes" if flag else "no" for flag in (entry.public, entry.memory)]
+    return "| " + " | ".join([name, entry.summary, entry.paper, entry.aggregate or "-", entry.granularity, *answers]) + " |"
+
+
+def text() -> str:
+    """The page."""
+    parts = ["# Strategies", "", "Generated from registry.toml by `python docs/strategies.py`."]
+    parts[2] += " Any extraction pairs with any aggregation."
+    for role in ROLES:
+        entries = [e for e in builtins() if e.role == role]
+        if entries:
+            head = "| " + " | ".join(COLUMNS) + " |"
+            parts += ["", f"## {role}", "", head, "|" + "---|" * len(COLUMNS), *map(line, entries)]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text())

@@ -1,0 +1,76 @@
+"""The docs say what the code is: signatures, generated pages, quoted files, links."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from hetfl.core import hooks, registry
+from hetfl.core.strategy import HOOKS, Strategy
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_its_heading(name):
+    signature = str(inspect.signature(getattr(hooks, name))).replace("'", "")
+    assert f"## `{name}{signature}`" in (DOCS / "hooks.md").read_text().splitlines()
+
+
+def test_strategies_page_is_generated():
+    assert runpy.run_path(str(DOCS / "strategies.py"))["text"]() == (DOCS / "strategies.md").read_text()
+
+
+@pytest.mark.parametrize("entry", registry.builtins(), ids=lambda e: f"{e.role}.{e.name}")
+def test_the_registry_agrees_with_the_classes(entry):
+    strategy = entry.load()
+    assert issubclass(strategy, Strategy)
+    assert strategy.__doc__
+    assert strategy.__module__ == entry.plugin.partition(":")[0]
+    assert ("server.public" in inspect.getsource(inspect.getmodule(strategy))) == entry.public
+    assert ("task.memory" in inspect.getsource(inspect.getmodule(strategy))) == entry.memory
+    if entry.role == "extract":
+        assert registry.find("aggregate", entry.aggregate)
+    assert all(field.description for field in strategy.model_fields.values())
+
+
+def test_the_core_names_no_strategy():
+    names = {e.name for e in registry.builtins() if e.role != "profile"} - {"full", "overlap"}
+    for path in (DOCS.parent / "core").glob("*.py"):
+        code = [line for line in path.read_text().splitlines() if " == " in line or "import" in line]
+        told = [line for line in code for n in names if f"'{n}'" in line or f'"{n}"' in line or f"plugins.{n}" in line]
+        assert not told, path
+
+
+def test_the_tutorial_quotes_the_example():
+    text = (DOCS / "tutorial.md").read_text()
+    for name in ("hetfl_example.py", "pyproject.toml"):
+        assert (DOCS / "example-plugin" / name).read_text() in text
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readmes_plugin_selects():
+    """The plugin that README shows does what it says."""
+    from types import SimpleNamespace
+
+    from hetfl.core.streams import stream
+
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.S)
+    space: dict = {}
+    exec(compile(code, "README.md", "exec"), space)
+    server = SimpleNamespace(stream=lambda *a: stream(0, *a), select=lambda choose: choose(8))
+    clients = [SimpleNamespace(id=i, profile=SimpleNamespace(width=0.5)) for i in (0, 1)]
+    a, b = space["Random"]().extract(server, clients, 1)
+    assert len(a) == len(b) == 4
+    assert a.tolist() != b.tolist()
+    a, b = space["Random"](shared=True).extract(server, clients, 1)
+    assert a.tolist() == b.tolist()
