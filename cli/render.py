@@ -175,5 +175,15 @@ def plugin(entry: Entry, strategy: type[Strategy]) -> None:
         others = [str(values[name]) if name in values else "" for key, values in presets.items() if key != "default"]
         table.add_row(f"{entry.name}.{name}", str(field.default), *others, field.description or "")
     console.print(table)
-    if notes := getattr(strategy, "NOTES", ""):
-        console.print(Text(notes))
+    if rows := getattr(strategy, "DEVIATES", ()):
+        console.print(f"where the default deviates (measured: docs/strategies/{entry.name}.md)", style="bold", soft_wrap=True)
+        console.print(deviations(rows))
+
+
+def deviations(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("piece", "default", "paper / reference code", "why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -23,4 +23,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The sentence for a name that is not one of `known`."""
     known = sorted(known)
-    return UsageError(f"unknown {what} '{name}'{nearest(name, known)} (known: {', '.join(known)})")
+    return UsageError(f"unknown {what} '{name}'{nearest(name, known)} (known: {', '.join(known) or 'none'})")

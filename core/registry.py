@@ -59,11 +59,14 @@ def builtins() -> tuple[Entry, ...]:
 def third_party() -> list[Entry]:
     """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …)."""
     found = [(role, point) for role in ROLES for point in entry_points(group=f"hetfl.{role}")]
-    return [Entry(role, point.name, point.value, origin(point)) for role, point in found]
+    return list(dict.fromkeys(outside(role, point) for role, point in found))
 
 
-def origin(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+def outside(role: str, point: EntryPoint) -> Entry:
+    """One entry point; a distribution that is found twice on the path gives equal entries."""
+    source = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    summary = str(point.dist.metadata["Summary"] or "") if point.dist and "Summary" in point.dist.metadata else ""
+    return Entry(role, point.name, point.value, source, summary)
 
 
 def entries(role: str | None = None) -> list[Entry]:

@@ -60,6 +60,45 @@ class FedConv(Strategy):
                       "dilator_lr": 1e-3, "upload_epochs": 10},
     }  # fmt: skip
 
+    DEVIATES: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
+        (
+            "filter start",
+            "the leading slice (one weight 1)",
+            "random",
+            "random filters are a constant function; few steps on few images do not get out of it",
+        ),
+        (
+            "activation on weights",
+            "none",
+            "modified leaky ReLU, twice in the code",
+            "a positive mix of non-negative tensors can never be negative",
+        ),
+        (
+            "compressor objective",
+            "distillation from the global model, T = 2",
+            "cross entropy",
+            "54 labelled images are overfitted; distillation needs no labels",
+        ),
+        (
+            "what is dilated",
+            "the client's change, with coverage",
+            "the weights",
+            "refitting weights to the server set overwrites what clients learned",
+        ),
+        (
+            "dilators",
+            "placement (`fedconv.dilator_steps=0`); trainable, best step by hold-out, step 0 included",
+            "trained every round",
+            "no gain was seen, and it is the largest server cost",
+        ),
+        (
+            "selection",
+            "lowest hold-out loss of every 10th step",
+            "test accuracy in the code",
+            "the test split never chooses anything",
+        ),
+    )
+
     preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")
     start: Literal["slice", "random"] = Field("slice", description="filters start as the leading slice, or at random")
     objective: Literal["distill", "ce"] = Field("distill", description="distil the global model, or fit the labels")

@@ -31,6 +31,21 @@ class KLD(Strategy):
                       "start": "normal", "guard": False},
     }  # fmt: skip
 
+    DEVIATES: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
+        (
+            "aggregation weights",
+            "per client, tensor and output channel, on the update, start 1",
+            "elementwise N(0, 1) in the code",
+            "w is then a server step size: w = 1 is the overlap mean, w = 0 ignores a client",
+        ),
+        (
+            "KLD",
+            "outputs of the new against the previous global model, coefficient 1",
+            "the formula is not known to us; none in the code",
+            "our reading; neutral in the design study",
+        ),
+    )
+
     preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")
     form: Literal["update", "weights"] = Field("update", description="weigh what clients changed, or their weights")
     shape: Literal["client", "tensor", "channel", "element"] = Field("channel", description="what has a weight of its own")

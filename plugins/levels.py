@@ -17,6 +17,11 @@ class Levels(Strategy):
     mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
     redraw: bool = Field(False, description="draw every client's level anew each round, by the shares")
 
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _text(cls, mix: object) -> object:
+        return str(mix) if isinstance(mix, int | float) else mix
+
     @field_validator("mix")
     @classmethod
     def _readable(cls, mix: str) -> str:

@@ -38,6 +38,15 @@ def test_the_registry_agrees_with_the_classes(entry):
     assert all(field.description for field in strategy.model_fields.values())
 
 
+def test_deviations_stand_in_the_docs():
+    from hetfl.plugins.fedconv import FedConv
+    from hetfl.plugins.kld import KLD
+
+    page = (DOCS / "strategies" / "fedconv.md").read_text()
+    for row in (*FedConv.DEVIATES, *KLD.DEVIATES):
+        assert "| " + " | ".join(row) + " |" in page
+
+
 def test_the_core_names_no_strategy():
     names = {e.name for e in registry.builtins() if e.role != "profile"} - {"full", "overlap"}
     for path in (DOCS.parent / "core").glob("*.py"):
