@@ -87,6 +87,7 @@ def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
     experiment = prepare(options, watch)
     folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
     folder.json("run.json", facts(experiment))
+    folder.table("partition.csv", holdings(experiment.federation))
     recorder = Recorder(folder, experiment, watch)
     experiment.rounds.watch = recorder
     try:
@@ -142,6 +143,12 @@ def facts(experiment: Experiment) -> dict[str, Any]:
         "counts": federation.counts.tolist(),
         "widths": {g.name: g.size for g in widths.groups}, "frozen": widths.frozen, "elastic share": widths.elastic(),
     }  # fmt: skip
+
+
+def holdings(federation: Federation) -> list[Row]:
+    """Who holds what: a row a client, training examples of every class and in all."""
+    rows = enumerate(federation.counts.tolist())
+    return [{"client": i, **dict(zip(federation.classes, row, strict=True)), "all": sum(row)} for i, row in rows]
 
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:

@@ -41,7 +41,12 @@ def fault(reply: Reply, sent: State, allowed: Mapping[str, Extra]) -> str | None
             return f"tensor {name} is {got}, not {wanted}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"tensor {name} holds NaN or infinity"
-    for name, extra in reply.extras.items():
+    return undeclared(reply.extras, allowed)
+
+
+def undeclared(extras: State, allowed: Mapping[str, Extra]) -> str | None:
+    """What is wrong with the extras of a plan or a reply, or None."""
+    for name, extra in extras.items():
         if name not in allowed or not allowed[name].admits(extra):
             return f"extra '{name}' is undeclared or larger than declared"
     return None

@@ -13,11 +13,16 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Pool:
     """An ordered parallel map. Results never depend on the number of workers, for each job runs on one torch thread."""
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or cores()
         torch.set_num_threads(1)
         self._threads = ThreadPoolExecutor(self.workers, "hetfl", initializer=torch.set_num_threads, initargs=(1,))
 

@@ -97,6 +97,11 @@ class Roles:
         return {name: extra for plugin in self.plugins.values() for name, extra in plugin.up.items()}
 
     @property
+    def down(self) -> dict[str, Extra]:
+        """The extras that plans may carry."""
+        return {name: extra for plugin in self.plugins.values() for name, extra in plugin.down.items()}
+
+    @property
     def norm_policy(self) -> str | None:
         """The policy that the chosen plugins ask for, if any."""
         return next((p.norm_policy for p in self.plugins.values() if p.norm_policy), None)

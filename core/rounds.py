@@ -91,6 +91,7 @@ class Rounds(Strategy):
         refuse_uncut(self.server, clients)
         with self.timed(server_round, "extract"):
             plans = self.roles.extract(self.server, clients, server_round)
+            refuse_unfit(plans, clients, self.roles)
             self._sent = {c.id: Sent(c, p, p.take(self.server.state)) for c, p in zip(clients, plans, strict=True)}
         self._messages = [
             self._message(s.client.id, MessageType.TRAIN, Down(server_round, s.state, dict(s.plan.sizes), s.plan.extras))
@@ -305,6 +306,14 @@ def refuse_uncut(server: Server, clients: Sequence[Client]) -> None:
     if not server.widths.groups and any(c.profile.width < 1 for c in clients):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(server.widths.frozen.items())[:3])
         raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
+
+
+def refuse_unfit(plans: Sequence[Plan], clients: Sequence[Client], roles: Roles) -> None:
+    """A plugin's mistake, said before anything is sent."""
+    if len(plans) != len(clients):
+        raise RunError(f"the extraction gave {len(plans)} plans for {len(clients)} clients")
+    if fault := next((f for p in plans if (f := payload.undeclared(p.extras, roles.down))), None):
+        raise RunError(f"the extraction sends what it did not declare: {fault}")
 
 
 def spread(row: Row, name: str, values: Sequence[float]) -> None:

@@ -35,7 +35,9 @@ def finished(tmp_path_factory):
 def test_run_folder_holds_what_a_reader_needs(finished):
     names = {p.name for p in finished.iterdir()}
     wanted = {"config.toml", "run.json", "metrics.csv", "clients.csv", "summary.json", "weights.safetensors"}
-    assert wanted | {"curves.png", "partition.png"} == names
+    assert wanted | {"curves.png", "partition.png", "partition.csv"} == names
+    held = pd.read_csv(finished / "partition.csv")
+    assert (held.drop(columns=["client", "all"]).sum(axis=1) == held["all"]).all()
     table = pd.read_csv(finished / "metrics.csv")
     assert table["round"].tolist() == [1, 2]
     assert table["global@test"].between(0, 1).all()

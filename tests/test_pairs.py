@@ -177,3 +177,15 @@ def test_trained_dilators_run_and_differ(tmp_path):
     options["fedconv"]["dilator_steps"] = 0
     without, _ = run(tmp_path / "b", extract="fedconv", aggregate="overlap", rounds=1, set=options)
     assert not same(with_them, without)
+
+
+def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
+    from hetfl.core.errors import RunError
+    from hetfl.core.plans import prefix
+    from hetfl.plugins.full import Full
+
+    extra = {"secret": torch.zeros(2)}
+    monkeypatch.setattr(Full, "down", {})
+    monkeypatch.setattr("hetfl.core.roles.Roles.extract", lambda self, s, c, r: [s.select(prefix(1), extra) for _ in c])
+    with pytest.raises(RunError, match="extra 'secret' is undeclared"):
+        run(tmp_path / "a", extract="full", aggregate="fedavg")
