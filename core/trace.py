@@ -357,7 +357,7 @@ def dense(
 
 def conv(t: Tracer, out: Tensor, args: Any, kwargs: Any, transposed: bool = False) -> None:
     x, weight, bias = positions("input", "weight", "bias")(args, kwargs)
-    groups = argument(args, kwargs, 7 if transposed else 6, "groups", 1)
+    groups = argument(args, kwargs, 6, "groups", 1)
     channel = out.ndim - weight.ndim + 1
     inputs = t.along(t.labels(x), channel, x.shape[channel])
     o, i = (1, 0) if transposed else (0, 1)

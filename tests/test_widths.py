@@ -34,6 +34,25 @@ class Strange(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(self.grouped(a + self.c(y)), 1).flatten(1))
 
 
+class Shuffled(nn.Module):
+    """Chunk, channel shuffle, transposed and depthwise transposed convolution, a raw scale, PReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(16)
+        self.scale = nn.Parameter(torch.ones(16, 1, 1))
+        self.up, self.act = nn.ConvTranspose2d(16, 10, 2, 2), nn.PReLU(10)
+        self.dw = nn.ConvTranspose2d(10, 10, 2, 2, groups=10)
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x):
+        left, right = (self.norm(self.a(x)) * self.scale).chunk(2, 1)
+        x = torch.cat([torch.relu(self.b(left)), right], 1)
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.head(self.dw(self.act(self.up(x))).amax((2, 3)))
+
+
 class HardCoded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -60,6 +79,7 @@ ZOO = {
     "preresnet18": (lambda: PreResNet(10, 3, (16, 32, 64, 128)), (3, 32, 32)),
     "resnet18": (lambda: ResNet(10, 3, (16, 32, 64, 128)), (3, 32, 32)),
     "strange": (Strange, (3, 16, 16)),
+    "shuffled": (Shuffled, (3, 8, 8)),
 }
 
 
