@@ -7,8 +7,9 @@ or mix parameters. What anything else touches is frozen: never wrong, only less 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,18 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hetfl.core.labels import apart, called, channelwise, compact, line_of, spans, thin, varies
+from hetfl.core.rules import RULES
+from hetfl.core.sizes import Place, Size, mark, unmark
+
+Heads = Literal["width", "whole"]
+
 MOVES = frozenset(
     (
         "view reshape permute transpose flatten unflatten squeeze unsqueeze expand repeat tile chunk split unbind "
         "__getitem__ cat concat concatenate stack narrow select index_select t T mT H swapaxes swapdims movedim moveaxis "
         "flip roll tensor_split repeat_interleave ravel pixel_shuffle pixel_unshuffle channel_shuffle adjoint view_as "
-        "reshape_as expand_as"
+        "reshape_as expand_as hsplit vsplit dsplit hstack vstack"
     ).split()
 )
 SAME = frozenset(
@@ -33,42 +40,56 @@ SAME = frozenset(
         "clamp_min clamp_max clip abs neg exp log log1p expm1 sqrt rsqrt square reciprocal sin cos erf sign nan_to_num "
         "masked_fill dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout contiguous "
         "clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_ data alias positive eq ne lt le "
-        "gt ge isnan logical_not zeros_like ones_like rand_like randn_like empty_like bernoulli"
+        "gt ge isnan logical_not zeros_like ones_like rand_like randn_like empty_like bernoulli pin_memory to_dense atan log2 "
+        "fill __and__ __or__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or full_like"
     ).split()
 )
-REDUCE = frozenset(("mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean softmax log_softmax").split())
-SOFT = {"softmax", "log_softmax"}
+REDUCE = frozenset(
+    (
+        "mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean median softmax log_softmax softmin "
+        "gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort linalg_norm linalg_vector_norm"
+    ).split()
+)
+SOFT = frozenset("softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort".split())
+SHAPED = frozenset("reshape view unflatten split expand".split())  # ops that are given sizes of what they make
+NEW = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
 SPATIAL = frozenset(
     (
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
         "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate "
-        "upsample boolean_dispatch _max_pool1d _max_pool2d _max_pool3d _adaptive_max_pool2d instance_norm prelu "
-        "batch_norm"
+        "upsample boolean_dispatch _max_pool1d _max_pool2d _max_pool3d _adaptive_max_pool2d grid_sample max_unpool1d "
+        "max_unpool2d max_unpool3d"
     ).split()
 )
 DRAWS = frozenset(
     (
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu rand_like "
-        "randn_like bernoulli rand randn randint randperm normal multinomial poisson"
+        "randn_like bernoulli rand randn randint randperm normal multinomial poisson uniform"
     ).split()
 )
 RAW_LIMIT = 1 << 20
 
 
 class Tracer(TorchFunctionMode):
-    """Labels while one forward pass runs; `axes` and `reasons` hold what was learned."""
+    """Labels while forward passes run; `axes`, `claims` and `reasons` hold what was learned.
 
-    def __init__(self, model: nn.Module) -> None:
+    `heads` says what is cut where channels are split into attention heads: the width of every head, or whole heads.
+    """
+
+    def __init__(self, model: nn.Module, heads: Heads = "width") -> None:
         super().__init__()
+        self.heads = heads
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.names: dict[int, str] = {}
         for name, tensor in tensors:
             self.names.setdefault(id(tensor), name)
-        self.parameters = {id(p) for p in model.parameters()}
+        kept = model.state_dict(keep_vars=True)
+        self.parameters = {id(t) for t in kept.values() if t.is_floating_point()}  # and buffers that travel
         self.where = {id(m): name for name, m in model.named_modules()}
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.raw: dict[str, Tensor] = {}
         self.reasons: dict[int, str] = {}
+        self.claims: list[tuple[Place, Tensor, Fraction]] = []  # attributes that must follow the units they count
         self.draws = False
         self._parent = torch.empty(0, dtype=torch.long)
         self._stack: list[str] = []
@@ -77,12 +98,15 @@ class Tracer(TorchFunctionMode):
         """Trace `model(*inputs)`; its outputs' units are frozen, for they are what the caller reads."""
         before = hooks.register_module_forward_pre_hook(lambda m, _: self._stack.append(self.where.get(id(m), "?")))
         after = hooks.register_module_forward_hook(lambda m, _, __: void(self._stack.pop()), always_call=True)
+        marked = mark(self, model)
         try:
             with self:
                 out = model(*inputs)
         finally:
+            unmark(marked)
             before.remove()
             after.remove()
+            self._stack.clear()
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.freeze(self.labels(leaf), "the model's output")
@@ -105,8 +129,10 @@ class Tracer(TorchFunctionMode):
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Units at equal places go together; a unit that faces none is frozen."""
-        pairs = torch.stack([x.reshape(-1) for x in torch.broadcast_tensors(compact(a), compact(b))]).unique(dim=1)
-        for x, y in pairs.t().tolist():
+        ones, others = (x.reshape(-1) for x in torch.broadcast_tensors(compact(a), compact(b)))
+        base = len(self._parent) + 1
+        pairs = ((ones + 1) * base + others + 1)[ones != others].unique()
+        for x, y in zip((pairs // base - 1).tolist(), (pairs % base - 1).tolist(), strict=True):
             if x >= 0 and y >= 0:
                 x, y = self._find(x), self._find(y)
                 self._parent[max(x, y)] = min(x, y)
@@ -124,13 +150,20 @@ class Tracer(TorchFunctionMode):
                 if unit >= 0:
                     self.reasons.setdefault(unit, reason)
 
+    def claim(self, attribute: Any, units: Tensor, module: bool = False) -> None:
+        """`attribute`, a Size that was read from a module (or, with `module`, the name in the module at work), counts `units`."""
+        if isinstance(attribute, Size) and attribute.place is not None:
+            self.claims.append((attribute.place, units, attribute.share))
+        elif module and self._stack and self._stack[-1] != "?":
+            self.claims.append(((self._stack[-1], attribute), units, Fraction(1)))
+
     def at(self) -> str:
         return f" in {self._stack[-1]}" if self._stack and self._stack[-1] else ""
 
     # labels of activations and raw parameters
 
     def labels(self, tensor: Any) -> Tensor | None:
-        if id(tensor) in self.parameters and tensor.numel() <= RAW_LIMIT:
+        if id(tensor) in self.parameters and 1 < tensor.numel() <= RAW_LIMIT:
             name = self.names[id(tensor)]
             if name not in self.raw:
                 self.raw[name] = self.fresh(tensor.numel()).reshape(tensor.shape)
@@ -139,7 +172,7 @@ class Tracer(TorchFunctionMode):
 
     def label(self, tensor: Any, labels: Tensor | None, raw: bool = False) -> None:
         if labels is not None and isinstance(tensor, Tensor) and bool((compact(labels) >= 0).any()):
-            tensor._units, tensor._raw = labels.expand(tensor.shape), raw  # type: ignore[attr-defined]
+            tensor._units, tensor._raw = thin(labels).expand(tensor.shape), raw  # type: ignore[attr-defined]
 
     def along(self, labels: Tensor | None, dim: int, size: int) -> Tensor:
         """The units along one dim, shape (size,); where they also vary along another dim, all are frozen."""
@@ -157,7 +190,9 @@ class Tracer(TorchFunctionMode):
         if tensor is None:
             return
         name = self.names.get(id(tensor))
-        if name is None:
+        if name is None and tensor.ndim == 1 and getattr(tensor, "_raw", False):
+            self.tie(tensor._units, units)  # type: ignore[attr-defined]
+        elif name is None:
             self.freeze(units, f"a weight that is computed, not stored{self.at()}")
             self.freeze(getattr(tensor, "_units", None), f"a weight that is computed, not stored{self.at()}")
         elif (name, dim) in self.axes:
@@ -165,16 +200,60 @@ class Tracer(TorchFunctionMode):
         else:
             self.axes[name, dim] = units
 
-    def settle(self, labels: Tensor) -> Tensor:
-        """A cut must stay rectangular: where units vary along several dims, they are tied along all but one."""
+    def settle(self, labels: Tensor, heads: bool = False) -> Tensor:
+        """A cut must stay rectangular: where units vary along several dims, they are tied along all but one.
+
+        That one is the last of those with the most units (within a factor of 4), the head width where heads are split; with
+        `heads`, the one before the last.
+        """
         roots = self.root(labels)
         varying = [d for d in range(roots.ndim) if varies(roots, d)]
         if len(varying) > 1:
-            main = max(varying, key=lambda d: (len(roots.movedim(d, 0).reshape(roots.shape[d], -1)[:, 0].unique()), d))
+            counts = {d: len(roots.movedim(d, 0).reshape(roots.shape[d], -1)[:, 0].unique()) for d in varying}
+            main = max(d for d in varying if 4 * counts[d] >= max(counts.values()))
+            main = varying[-2] if heads else main
             for dim in varying:
                 if dim != main:
                     self.tie(roots.narrow(dim, 0, 1), roots)
         return labels
+
+    # sizes
+
+    def sized(self, tensor: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        """The shape of `tensor`, in which the sizes of dims of channels know their units."""
+        labels = getattr(tensor, "_units", None)
+        if labels is None:
+            return out
+        roots = self.root(labels)
+        sizes = list(tensor.shape)
+        for dim in range(roots.ndim):
+            if (line := line_of(roots, dim)) is not None:
+                sizes[dim] = Size.of(self, sizes[dim], line)
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return sizes[dim] if isinstance(out, int) else torch.Size(sizes)
+
+    def shaped(self, name: str, args: Any, kwargs: Any, pieces: list[Tensor]) -> None:
+        """Makes the sizes that a reshape or split was given follow what they count."""
+        given, dim = [*args[1:], *(v for k, v in kwargs.items() if k != "dim")], 0
+        if name in ("unflatten", "split"):
+            dim = kwargs.get("dim", given.pop(0 if name == "unflatten" else 1) if len(given) > 1 else 0) % args[0].ndim
+        flat = [s for g in given for s in (g if isinstance(g, tuple | list) else [g])]
+        for i, size in enumerate(flat):
+            piece = pieces[min(i, len(pieces) - 1)] if name == "split" else pieces[0]
+            place = dim if name == "split" else dim + i
+            if isinstance(size, Size) and size.tracer is self and place < piece.ndim:
+                self.bind(size, line_of(self.root(piece), place))
+
+    def bind(self, size: Size, line: Tensor | None) -> None:
+        """`size` counts the units `line` (None: something that is never cut)."""
+        if size.line is None:
+            if line is not None:
+                self.claim(size, line)
+        elif line is None:
+            self.freeze(size.line, f"their number shapes something else{self.at()}")
+        else:
+            small, big = sorted((size.line, line), key=len)
+            self.tie(small[None], big.reshape(-1, len(small)))
 
     # one op
 
@@ -184,14 +263,23 @@ class Tracer(TorchFunctionMode):
         name = called(func)
         self.draws |= name in DRAWS
         rule = RULES.get(name)
+        if name in ("shape", "size"):
+            return self.sized(args[0], out, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
+        if name == "__setitem__":
+            self.written(args)
+        if name in NEW or not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             return out
         if rule is not None:
             rule(self, out, args, kwargs)
         elif any(self.labels(t) is not None for t in tensors):
             self.plain(name, out, args, kwargs, tensors)
         return out
+
+    def written(self, args: Any) -> None:
+        """Channels that are written into a tensor by position stay as they are."""
+        for tensor in (args[0], args[2]):
+            self.freeze(self.labels(tensor) if isinstance(tensor, Tensor) else None, f"written by position{self.at()}")
 
     def plain(self, name: str, out: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         """Ops that own no parameters."""
@@ -223,7 +311,8 @@ class Tracer(TorchFunctionMode):
         raws = [id(t) in self.parameters or getattr(t, "_raw", False) for t in tree_leaves(args[0]) if self.labels(t) is not None]
         source = tree_map(lambda v: swap(v).contiguous() if isinstance(v, Tensor) else v, args[0])
         name = {"view": "reshape"}.get(name, name)
-        function = getattr(torch, name) if many else getattr(torch.Tensor, name, None) or getattr(torch, name)
+        function = getattr(torch, name) if many else getattr(torch.Tensor, name, None) or getattr(torch, name, None)
+        function = function or getattr(torch.nn.functional, name)
         if name in ("T", "mT", "H"):
             moved = getattr(source, name)
         elif name.endswith("_as"):
@@ -232,16 +321,25 @@ class Tracer(TorchFunctionMode):
             moved = function(source, *args[1:], **kwargs)
         pieces = list(moved) if isinstance(moved, tuple | list) else [moved]
         if first is not None:
-            self._whole(name, source, pieces)
+            given = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, tuple | list)), None)
+            self._whole(name, source, pieces, given)
+        raw = bool(raws) and all(raws)
+        heads = self.heads == "whole" and first is not None and line_of(self.root(source), source.ndim - 1) is not None
         for leaf, labels in zip(tree_leaves(out), pieces, strict=True):
-            self.label(leaf, labels if raws and all(raws) else self.settle(labels), bool(raws) and all(raws))
+            self.label(leaf, labels if raw else self.settle(labels, heads), raw)
+        if name in SHAPED and not raw:
+            self.shaped(name, args, kwargs, pieces)
 
-    def _whole(self, name: str, source: Tensor, pieces: list[Tensor]) -> None:
+    def _whole(self, name: str, source: Tensor, pieces: list[Tensor], given: Any = None) -> None:
         """Pieces of equal size are cut alike; what takes some units and leaves others fixes them all."""
         if len(pieces) > 1 and len({p.shape for p in pieces}) == 1:
             for piece in pieces[1:]:
                 self.tie(pieces[0], piece)
-        elif any(set(compact(p).unique().tolist()) != set(compact(source).unique().tolist()) for p in pieces):
+        elif name == "split" and given is not None and all(isinstance(s, Size) and s.place for s in given):
+            return  # every section follows an attribute
+        elif pieces[0].numel() == source.numel() and name not in ("__getitem__", "index_select"):
+            return  # everything is still there
+        elif any(len(self.root(p).unique()) != len(self.root(source).unique()) for p in pieces):
             self.freeze(source, f"a part is taken by position ({name}){self.at()}")
 
     def same(self, out: Tensor, tensors: Iterable[Tensor]) -> Tensor | None:
@@ -257,8 +355,11 @@ class Tracer(TorchFunctionMode):
     def _meet(self, a: Tensor, b: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(a.shape, b.shape)
         wide = [x.reshape((1,) * (len(shape) - x.ndim) + tuple(x.shape)) for x in (a, b)]
-        a, b = wide
-        if spans(a, b):
+        a, b = sorted(wide, key=lambda x: len(compact(x).unique())) if apart(*wide) else wide
+        if apart(a, b):
+            self.freeze(a, f"channels along two dimensions{self.at()}")
+            a = torch.full_like(a, -1)
+        elif spans(a, b):
             self.tie(a, b)
         elif spans(b, a):
             self.tie(b, a)
@@ -291,208 +392,3 @@ class Tracer(TorchFunctionMode):
 
 def void(_: Any) -> None:
     """Forward hooks may not return a value."""
-
-
-def called(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
-def compact(labels: Tensor) -> Tensor:
-    """Drops repetition along dims of stride 0: the same labels in as few elements as they are stored."""
-    for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            labels = labels.narrow(dim, 0, 1)
-    return labels
-
-
-def varies(labels: Tensor, dim: int) -> bool:
-    if labels.shape[dim] < 2 or labels.stride(dim) == 0:
-        return False
-    slim = compact(labels)
-    return bool((slim != slim.narrow(dim, 0, 1)).any())
-
-
-def spans(a: Tensor, b: Tensor) -> bool:
-    """Whether `b` has a full extent along every dim in which the units of `a` vary."""
-    dims = [d for d in range(a.ndim) if varies(a, d)]
-    return bool(dims) and all(b.shape[d] > 1 for d in dims)
-
-
-def channelwise(units: Tensor, ndim: int, dim: int) -> Tensor:
-    shape = [1] * ndim
-    shape[dim] = len(units)
-    return units.reshape(shape)
-
-
-def argument(args: Any, kwargs: Any, place: int, name: str, default: Any = None) -> Any:
-    return kwargs[name] if name in kwargs else args[place] if len(args) > place else default
-
-
-def positions(*names: str) -> Callable[[Any, Any], Iterator[Any]]:
-    """A reader of arguments that may be given by place or by name."""
-    return lambda args, kwargs: (argument(args, kwargs, i, name) for i, name in enumerate(names))
-
-
-def linear(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, weight, bias = positions("input", "weight", "bias")(args, kwargs)
-    inputs, outputs = t.along(t.labels(x), -1, x.shape[-1]), t.fresh(weight.shape[0])
-    dense(t, out, weight, bias, inputs, outputs, 0, 1, -1)
-
-
-def addmm(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    bias, x, weight = positions("input", "mat1", "mat2")(args, kwargs)
-    dense(t, out, weight, bias, t.along(t.labels(x), -1, x.shape[-1]), t.fresh(weight.shape[1]), 1, 0, -1)
-
-
-def dense(
-    t: Tracer, out: Tensor, weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor, o: int, i: int, dim: int
-) -> None:
-    """An op whose parameter `weight` maps units `inputs` (its dim i) to units `outputs` (its dim o)."""
-    t.own(weight, i, inputs)
-    t.own(weight, o, outputs)
-    t.own(bias, 0, outputs)
-    t.label(out, channelwise(outputs, out.ndim, dim % out.ndim))
-
-
-def conv(t: Tracer, out: Tensor, args: Any, kwargs: Any, transposed: bool = False) -> None:
-    x, weight, bias = positions("input", "weight", "bias")(args, kwargs)
-    groups = argument(args, kwargs, 6, "groups", 1)
-    channel = out.ndim - weight.ndim + 1
-    inputs = t.along(t.labels(x), channel, x.shape[channel])
-    o, i = (1, 0) if transposed else (0, 1)
-    if groups == 1:
-        dense(t, out, weight, bias, inputs, t.fresh(weight.shape[o]), o, i, channel)
-    else:
-        grouped(t, out, weight, bias, inputs, groups, transposed, channel)
-
-
-def grouped(
-    t: Tracer, out: Tensor, weight: Tensor, bias: Tensor | None, inputs: Tensor, groups: int, transposed: bool, channel: int
-) -> None:
-    """Depthwise: each output follows its input. Otherwise every group keeps the same places, so that groups stay equal."""
-    depthwise = groups == len(inputs)
-    count = out.shape[channel]
-    if depthwise:
-        outputs = inputs.repeat_interleave(count // groups)
-    else:
-        outputs = t.fresh(count)
-        for units in (inputs.reshape(groups, -1), outputs.reshape(groups, -1)):
-            t.tie(units[:1], units)
-    t.own(weight, 0, inputs if transposed else outputs)
-    if not depthwise:
-        t.own(weight, 1, outputs.reshape(groups, -1)[0] if transposed else inputs.reshape(groups, -1)[0])
-    t.own(bias, 0, outputs)
-    t.label(out, channelwise(outputs, out.ndim, channel))
-
-
-def batch_norm(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, mean, var, weight, bias = positions("input", "running_mean", "running_var", "weight", "bias")(args, kwargs)
-    per_channel(t, out, x, [mean, var, weight, bias])
-
-
-def instance_norm(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    batch_norm(t, out, args, kwargs)
-
-
-def prelu(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, weight = positions("input", "weight")(args, kwargs)
-    if weight.numel() > 1:
-        per_channel(t, out, x, [weight])
-    else:
-        t.label(out, t.labels(x))
-
-
-def per_channel(t: Tracer, out: Tensor, x: Tensor, parameters: list[Tensor | None]) -> None:
-    units = t.along(t.labels(x), 1, x.shape[1])
-    for parameter in parameters:
-        t.own(parameter, 0, units)
-    t.label(out, channelwise(units, out.ndim, 1))
-
-
-def group_norm(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, groups, weight, bias = positions("input", "num_groups", "weight", "bias")(args, kwargs)
-    units = t.along(t.labels(x), 1, x.shape[1])
-    if groups < len(units):
-        t.tie(units.reshape(groups, -1)[:1], units.reshape(groups, -1))
-    per_channel(t, out, x, [weight, bias])
-
-
-def layer_norm(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, shape, weight, bias = positions("input", "normalized_shape", "weight", "bias")(args, kwargs)
-    if len(shape) > 1:
-        t.freeze(t.labels(x), f"normalised over several dimensions{t.at()}")
-        return
-    units = t.along(t.labels(x), -1, x.shape[-1])
-    for parameter in (weight, bias):
-        t.own(parameter if isinstance(parameter, Tensor) else None, 0, units)
-    t.label(out, channelwise(units, out.ndim, out.ndim - 1))
-
-
-def embedding(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    _, weight = positions("input", "weight")(args, kwargs)
-    units = t.fresh(weight.shape[1])
-    t.own(weight, 0, torch.full((weight.shape[0],), -1))
-    t.own(weight, 1, units)
-    t.label(out, channelwise(units, out.ndim, out.ndim - 1))
-
-
-def matmul(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    a, b = args[0], argument(args, kwargs, 1, "other", kwargs.get("mat2"))
-    if id(b) in t.parameters and b.ndim == 2:
-        dense(t, out, b, None, t.along(t.labels(a), -1, a.shape[-1]), t.fresh(b.shape[1]), 1, 0, -1)
-        return
-    la, lb = (torch.full(x.shape, -1) if t.labels(x) is None else t.labels(x) for x in (a, b))
-    if a.ndim < 2 or b.ndim < 2:
-        t.freeze(la, f"matrix times vector{t.at()}")
-        t.freeze(lb, f"matrix times vector{t.at()}")
-        return
-    la, lb = t.root(la), t.root(lb)  # type: ignore[arg-type]
-    inner = varies(la, la.ndim - 1) or varies(lb, lb.ndim - 2)
-    if inner:
-        if varies(la, la.ndim - 2) or varies(lb, lb.ndim - 1):
-            t.freeze(la, f"channels are mixed with other dimensions{t.at()}")
-            t.freeze(lb, f"channels are mixed with other dimensions{t.at()}")
-        t.tie(la[..., 0, :], lb[..., :, 0])
-        return
-    t.label(out, t.settle(t._meet(la[..., :1], lb[..., :1, :]).expand(out.shape)))
-
-
-def attention(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    q, k, v = positions("query", "key", "value")(args, kwargs)
-    t.tie(*(channelwise(t.along(t.labels(x), -1, x.shape[-1]), 1, 0) for x in (q, k)))
-    units = t.along(t.labels(v), -1, v.shape[-1])
-    t.label(out, channelwise(units, out.ndim, out.ndim - 1))
-
-
-def pad(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    x, sizes = positions("input", "pad")(args, kwargs)
-    labels = t.labels(x)
-    if labels is None:
-        return
-    dim = next((d for d in range(x.ndim) if varies(t.root(labels), d)), 1)
-    units, place = t.along(labels, dim, x.shape[dim]), 2 * (x.ndim - 1 - dim)
-    if place < len(sizes):
-        units = torch.nn.functional.pad(units, tuple(sizes[place : place + 2]), value=-1)
-    t.label(out, channelwise(units, out.ndim, dim))
-
-
-def transposed(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
-    conv(t, out, args, kwargs, transposed=True)
-
-
-RULES: dict[str, Callable[[Tracer, Any, Any, Any], None]] = {
-    "linear": linear,
-    "addmm": addmm,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed),
-    "batch_norm": batch_norm,
-    "instance_norm": instance_norm,
-    "prelu": prelu,
-    "group_norm": group_norm,
-    **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
-    "embedding": embedding,
-    **dict.fromkeys(("matmul", "bmm", "__matmul__", "mm"), matmul),
-    "scaled_dot_product_attention": attention,
-    "pad": pad,
-}

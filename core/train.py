@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
-from hetfl.core.trace import called
+from hetfl.core.labels import called
 from hetfl.core.types import Reply, Task
 from hetfl.core.widths import tensors
 

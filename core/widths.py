@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hetfl.core.errors import UsageError
+from hetfl.core.labels import called
+from hetfl.core.sizes import Place
 from hetfl.core.streams import stream
-from hetfl.core.trace import Tracer, called
+from hetfl.core.trace import Heads, Tracer
 
 State = dict[str, Tensor]
 Kept = Mapping[str, Tensor]
@@ -84,7 +88,8 @@ class Widths:
     """The width groups of a module, from `trace`.
 
     `axes` maps a parameter's or buffer's name to an Axis for each dim that can be cut; `frozen` says why a layer's channels
-    cannot; `draws` tells whether the forward pass draws random numbers (dropout).
+    cannot; `draws` tells whether the forward pass draws random numbers (dropout); `sizes` are the attributes of modules that
+    count channels: (module, attribute) to the channels and the share of their number that the attribute is.
     """
 
     groups: tuple[Group, ...]
@@ -92,6 +97,7 @@ class Widths:
     shapes: dict[str, tuple[int, ...]]
     frozen: dict[str, str] = field(default_factory=dict)
     draws: bool = False
+    sizes: dict[Place, tuple[Axis, Fraction]] = field(default_factory=dict)
 
     def select(self, choose: Callable[[int], Tensor]) -> dict[str, Tensor]:
         """Units kept in every group, `choose(size)` giving the unit numbers in local order."""
@@ -111,27 +117,54 @@ class Widths:
         return sum(math.prod(self.shapes[name]) for name in self.axes) / max(total, 1)
 
 
-def trace(model: nn.Module, *inputs: Tensor, verify: bool = True) -> Widths:
-    """The width groups of `model`, found by running it once on `inputs` (a batch of two or more).
+def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width") -> Widths:
+    """The width groups of `model`, found by running it on `inputs` (a batch of two or more), in evaluation and training mode.
 
     Every group is proven: the model cut at random must compute what the full model computes with the removed entries zero
-    (normalisation over channels left out of both); a group that fails is frozen. Raises UsageError where the model does not run.
+    (normalisation over channels left out of both); a group that fails is frozen. `heads` says what is cut of attention: the
+    width of every head (HeteroFL's reading) or whole heads. The model and torch's random state are left as they were.
+    Raises UsageError where the model does not run.
     """
-    mode = model.training
-    model.eval()
+    mode, before = model.training, {name: t.clone() for name, t in model.named_buffers()}
     try:
-        tracer = Tracer(model)
-        with torch.no_grad():
-            tracer.run(model, *inputs)
+        tracer = Tracer(model, heads)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for training in (False, True):
+                tracer.run(model.train(training), *inputs)
+                restore(model, before)
+            model.eval()
             widths = gather(tracer, model)
             return prove(widths, model, inputs) if verify else widths
     except UsageError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise UsageError(f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {error}") from error
+        raise UsageError(refusal(model, inputs, error)) from error
     finally:
+        restore(model, before)
         model.train(mode)
+
+
+def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Puts the values of buffers back, in place."""
+    with torch.no_grad():
+        for name, tensor in model.named_buffers():
+            tensor.copy_(buffers[name])
+
+
+def refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str:
+    """Why a model that raised cannot be used, and what to do."""
+    needed = [
+        p.name for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]  # fmt: skip
+    if len(needed) > len(inputs):
+        return (
+            f"the model's forward needs {len(needed)} inputs ({', '.join(needed)}) but gets only the examples: wrap it in a "
+            "module whose forward takes one tensor and returns the logits"
+        )
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    said = str(error).strip().splitlines() or ["no message"]
+    return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {said[0]}"
 
 
 def gather(tracer: Tracer, model: nn.Module) -> Widths:
@@ -146,6 +179,7 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
             elif bool((units >= 0).any()):
                 raw[name, dim] = units
     lines = {key: tracer.root(units) for key, units in raw.items()}
+    counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
     reasons = {int(tracer.root(torch.tensor([unit]))): why for unit, why in tracer.reasons.items()}
     members: dict[int, dict[tuple[str, int], int]] = {}
     for key, line in lines.items():
@@ -160,7 +194,8 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
     groups: list[Group] = []
     at: dict[int, tuple[int, int]] = {}
     for signature, whole in alike.items():
-        if len(whole) > 1:
+        alone = {name for (name, _), _ in signature}
+        if len(whole) > 1 and not (len(alone) == 1 and alone <= tracer.raw.keys()):  # a table that is looked up
             at.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
             groups.append(Group(unique(signature[0][0][0], groups), len(whole)))
     frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
@@ -169,7 +204,12 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
     for (name, dim), line in lines.items():
         if any(unit in at for unit in line.tolist()):
             axes.setdefault(name, {})[dim] = axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()])
-    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws)
+    sizes = {
+        place: (axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()]), share)
+        for place, (line, share) in counts.items()
+        if any(unit in at for unit in line.tolist())
+    }
+    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
 
 
 def raw_axis(tracer: Tracer, labels: Tensor, dim: int) -> Tensor:
@@ -198,28 +238,44 @@ def tensors(model: nn.Module) -> State:
 
 
 def prove(widths: Widths, model: nn.Module, inputs: Sequence[Tensor]) -> Widths:
-    """`widths` without the groups whose cut changes what the model computes."""
-    if not widths.groups or exact(widths, model, inputs, widths.groups):
-        return widths
-    bad = [g for g in widths.groups if not exact(widths, model, inputs, [g])]
-    good = without(widths, {g.name: "a cut changes the output: its size is fixed in the code" for g in bad})
-    if good.groups and not exact(good, model, inputs, good.groups):
-        return without(good, {g.name: "its cut could not be proven" for g in good.groups})
-    return good
+    """`widths` without the groups whose cut changes what the model computes, or keeps it from running."""
+    sure = {g.name for g in provable(widths, model, inputs, widths.groups, ())}
+    reason = "a cut changes the output: its size is fixed in the code"
+    return without(widths, {g.name: reason for g in widths.groups if g.name not in sure})
+
+
+def provable(
+    widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group], sure: Sequence[Group]
+) -> Sequence[Group]:
+    """`sure`, groups that can be cut together, and as many of `groups` as can be cut with them, found by halving."""
+    if not groups or exact(widths, model, inputs, [*sure, *groups]):
+        return [*sure, *groups]
+    if len(groups) == 1:
+        return sure
+    half = len(groups) // 2
+    return provable(widths, model, inputs, groups[half:], provable(widths, model, inputs, groups[:half], sure))
 
 
 def without(widths: Widths, reasons: dict[str, str]) -> Widths:
     """`widths` with the named groups frozen."""
+    if not reasons:
+        return widths
     groups = tuple(g for g in widths.groups if g.name not in reasons)
     names = tuple(g.name for g in groups)
     axes: dict[str, dict[int, Axis]] = {}
     for name, dims in widths.axes.items():
         for dim, old in dims.items():
-            to = [names.index(g) if g in names else -1 for g in old.groups] + [-1]
-            pairs = [(to[g], u if to[g] >= 0 else -1) for g, u in zip(old.group.tolist(), old.unit.tolist(), strict=True)]
-            if any(g >= 0 for g, _ in pairs):
-                axes.setdefault(name, {})[dim] = axis(names, pairs)
-    return Widths(groups, axes, widths.shapes, {**widths.frozen, **reasons}, widths.draws)
+            if (new := narrowed(old, names)) is not None:
+                axes.setdefault(name, {})[dim] = new
+    sizes = {place: (new, share) for place, (old, share) in widths.sizes.items() if (new := narrowed(old, names)) is not None}
+    return replace(widths, groups=groups, axes=axes, frozen={**widths.frozen, **reasons}, sizes=sizes)
+
+
+def narrowed(old: Axis, names: tuple[str, ...]) -> Axis | None:
+    """`old` with the groups `names` only; None where it has none of them."""
+    to = [names.index(g) if g in names else -1 for g in old.groups] + [-1]
+    pairs = [(to[g], u if to[g] >= 0 else -1) for g, u in zip(old.group.tolist(), old.unit.tolist(), strict=True)]
+    return axis(names, pairs) if any(g >= 0 for g, _ in pairs) else None
 
 
 def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group]) -> bool:
@@ -235,10 +291,11 @@ def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Se
     small_state = {name: take(t, index.get(name, {})) for name, t in state.items()}
     masked = {name: put(small_state[name], index.get(name, {}), torch.zeros_like(t)) for name, t in state.items()}
     try:
-        small = load(build(widths, model, index), small_state)
+        small = load(build(widths, model, kept), small_state).eval()
         with Plain():
             a = torch.func.functional_call(model, masked, tuple(inputs))
             b = small(*inputs)
+        small.train()(*inputs)
     except Exception:
         return False
     return all(close(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
@@ -262,7 +319,10 @@ def leaves(out: Any) -> list[Tensor]:
 
 
 class Plain(TorchFunctionMode):
-    """Leaves out what legitimately differs between a cut and a masked model: normalisation over channels."""
+    """Leaves out what legitimately differs between a cut and a masked model: normalisation over channels, 1 / sqrt(head width).
+
+    Squashing each value stands in for the normalisation, so that deep models stay in the range of floats.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -272,11 +332,24 @@ class Plain(TorchFunctionMode):
             given = {**dict(zip(named, args, strict=False)), **kwargs}
             shape = (1, -1) + (1,) * (given["input"].ndim - 2) if name == "group_norm" else (-1,)
             weight, bias = given.get("weight"), given.get("bias")
-            out = given["input"] if weight is None else given["input"] * weight.reshape(shape)
+            out = F.softsign(given["input"])
+            out = out if weight is None else out * weight.reshape(shape)
             return out if bias is None else out + bias.reshape(shape)
         if name == "scaled_dot_product_attention":
             return F.scaled_dot_product_attention(*args, **{**kwargs, "scale": 1.0})
+        if name == "multi_head_attention_forward":
+            return func(*unscaled(list(args)), **kwargs)
         return func(*args, **kwargs)
+
+
+def unscaled(args: list[Any]) -> list[Any]:
+    """The arguments of multi_head_attention_forward with queries that make up for the 1 / sqrt(width) of a head."""
+    size, heads, packed, bias = args[3:7]
+    scale = math.sqrt(size / heads)
+    if packed is not None:
+        factor = torch.cat([torch.full((size,), scale), torch.ones(2 * size)]).to(packed)
+        args[5], args[6] = packed * factor[:, None], None if bias is None else bias * factor
+    return args
 
 
 # the smaller module
@@ -308,47 +381,54 @@ def leading(where: Tensor) -> bool:
     return bool(len(where)) and int(where[0]) == 0 and bool((where == torch.arange(len(where))).all())
 
 
-def build(widths: Widths, model: nn.Module, index: Mapping[str, Mapping[int, Tensor]]) -> nn.Module:
-    """A copy of `model` whose tensors have the sizes that `index` leaves; its values are to be loaded.
+def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
+    """A copy of `model` whose tensors have the sizes that `kept` leaves; its values are to be loaded.
 
-    Layer attributes that repeat a size (features, channels, groups, normalized_shape) follow the tensors.
+    Attributes of layers that repeat a size (features, channels, groups, normalized_shape, heads) follow.
     """
     memo: dict[int, Any] = {}
+    index = widths.index(kept)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         small = take(tensor.detach(), index.get(name, {})).clone()
         memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
     small_model = copy.deepcopy(model, memo)
-    for before, after in zip(model.modules(), small_model.modules(), strict=True):
-        refit(before, after)
+    for (path, attribute), (counted, share) in widths.sizes.items():
+        resize(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
+    for layer in small_model.modules():
+        refit(layer)
     return small_model
 
 
-def refit(before: nn.Module, after: nn.Module) -> None:
-    """Sets the size attributes of one layer to the shapes of its tensors."""
-    weight = getattr(after, "weight", None)
-    if isinstance(after, nn.modules.conv._ConvNd) and weight is not None:
-        refit_conv(before, after)  # type: ignore[arg-type]
-    elif isinstance(after, nn.Linear):
-        after.out_features, after.in_features = after.weight.shape
-    elif isinstance(after, nn.modules.batchnorm._NormBase) and weight is not None:
-        after.num_features = len(after.weight)
-    elif isinstance(after, nn.LayerNorm | nn.RMSNorm) and weight is not None:
-        after.normalized_shape = tuple(after.weight.shape)
-    elif isinstance(after, nn.GroupNorm) and weight is not None:
-        own = after.num_groups == after.num_channels
-        after.num_channels = len(after.weight)
-        after.num_groups = after.num_channels if own else after.num_groups
-    elif isinstance(after, nn.Embedding):
-        after.embedding_dim = after.weight.shape[1]
+def resize(module: nn.Module, attribute: str, size: int) -> None:
+    """Sets an attribute that counts channels; one that is a shape keeps its form."""
+    setattr(module, attribute, (size,) if isinstance(getattr(module, attribute, None), tuple) else size)
 
 
-def refit_conv(before: nn.modules.conv._ConvNd, after: nn.modules.conv._ConvNd) -> None:
-    o, i = (1, 0) if after.transposed else (0, 1)
-    depthwise = before.groups > 1 and before.groups == before.in_channels
-    if depthwise:
-        after.groups = before.groups * after.weight.shape[0] // before.weight.shape[0]
-    after.out_channels = after.weight.shape[o] * (after.groups if after.transposed else 1)
-    after.in_channels = after.weight.shape[i] * (1 if after.transposed else after.groups)
+def refit(layer: nn.Module) -> None:
+    """Sets the size attributes of one of torch's layers to the shapes of its tensors."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        refit_conv(layer)
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._NormBase) and weight is not None:
+        layer.num_features = len(weight)
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+        layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.GroupNorm) and weight is not None:
+        layer.num_channels = len(weight)
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = layer.weight.shape[1]
+    elif isinstance(layer, nn.RNNBase):
+        layer.input_size = layer.weight_ih_l0.shape[1]
+    elif isinstance(layer, nn.RNNCellBase):
+        layer.input_size = layer.weight_ih.shape[1]
+
+
+def refit_conv(layer: nn.modules.conv._ConvNd) -> None:
+    o, i = (1, 0) if layer.transposed else (0, 1)
+    layer.out_channels = layer.weight.shape[o] * (layer.groups if layer.transposed else 1)
+    layer.in_channels = layer.weight.shape[i] * (1 if layer.transposed else layer.groups)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

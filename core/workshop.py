@@ -33,7 +33,7 @@ class Workshop:
         if sizes == self.full:
             return copy.deepcopy(self.model)
         kept = {name: torch.arange(size) for name, size in sizes.items()}
-        return build(self.widths, self.model, self.widths.index(kept))
+        return build(self.widths, self.model, kept)
 
     def loaded(self, state: State, sizes: Mapping[str, int] | None = None) -> nn.Module:
         """The submodel of `sizes` holding the values of `state`."""
