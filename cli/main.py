@@ -30,6 +30,9 @@ app = typer.Typer(
 )
 
 
+LISTS = ("wrap", "lr_milestones", "mean", "std")  # options that may be given several times or with commas
+
+
 @app.callback()
 def top() -> None:
     """Federated learning with models of different sizes: any extraction pairs with any aggregation."""
@@ -38,7 +41,7 @@ def top() -> None:
 def option(name: str, field: FieldInfo) -> inspect.Parameter:
     """The command-line option of one field of RunOptions; None means that it was not given."""
     kind = field.annotation
-    listed = name in ("set", "model_args", "wrap", "lr_milestones")
+    listed = name in ("set", "model_args", *LISTS)
     plain: Any = list[str] if listed else bool if kind is bool else str
     shown = f"{field.description}{choices(kind)}"
     default = "" if field.default in (None, (), {}) else f" [default: {field.default}]"
@@ -119,7 +122,7 @@ def merge(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         pairs = given.pop(name, [])
         if pairs:
             file[name] = over(file.get(name, {}), [assignment(pair, flag(name)) for pair in pairs])
-    for name in ("wrap", "lr_milestones"):
+    for name in LISTS:
         if name in given:
             given[name] = [part for item in given[name] for part in item.split(",")]
     return {**file, **given}

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Federation
-from hetfl.core.norms import statistics
+from hetfl.core.norms import statistics, unset
 from hetfl.core.roles import Roles
 from hetfl.core.train import evaluate
 from hetfl.core.types import Node, Profile, Reply, Task
-from hetfl.core.widths import State
+from hetfl.core.widths import State, load
 from hetfl.core.workshop import Workshop
 
 
@@ -79,12 +79,14 @@ class Site:
         if len(own):
             score = evaluate(self.workshop.loaded(reply.state, down.sizes), own, self.options.eval_batch_size)
             reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
+        stay = unset(self.workshop.module(down.sizes)).keys() - down.state.keys()
+        reply.state = {name: tensor for name, tensor in reply.state.items() if name not in stay}
         return reply
 
     def passes(self, message: Message, context: Context) -> Reply:
         """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""
         down, data = self._down(message), self._holding(context).train
-        model = self.workshop.loaded(down.state, down.sizes)
+        model = self._model(down)
         state, batches = statistics(model, data.batches(self.options.eval_batch_size, None))
         return Reply(state, batches)
 
@@ -92,9 +94,17 @@ class Site:
         down, holding = self._down(message), self._holding(context)
         if not len(holding.test):
             return {}
-        labels = holding.labels if down.masked else None
-        score = evaluate(self.workshop.loaded(down.state, down.sizes), holding.test, self.options.eval_batch_size, labels)
+        labels, size = holding.labels if down.masked else None, self.options.eval_batch_size
+        model = self._model(down)
+        if unset(model).keys() - down.state.keys():
+            statistics(model, holding.train.batches(size, None))
+        score = evaluate(model, holding.test, size, labels)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
+
+    def _model(self, down: Down) -> nn.Module:
+        """The sent submodel; statistics that stay with the clients start anew."""
+        model = self.workshop.module(down.sizes)
+        return load(model, {**unset(model), **down.state})
 
     def _down(self, message: Message) -> Down:
         payload = self.desk.open(message.content)
@@ -111,7 +121,7 @@ class Site:
     def _task(self, down: Down, context: Context) -> Task:
         full = self.workshop.full
         return Task(
-            client=place(context), round=down.round, model=self.workshop.loaded(down.state, down.sizes),
+            client=place(context), round=down.round, model=self._model(down),
             data=self._holding(context), options=self.options, plan_sizes=down.sizes or full, full_sizes=full,
             extras=down.extras, memory=recall(context), draws=self.workshop.widths.draws,
         )  # fmt: skip

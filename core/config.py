@@ -19,17 +19,25 @@ class Options(BaseModel):
 class DataOptions(Options):
     """What the data are and who holds them."""
 
-    dataset: str = Field("digits", description="digits, a short name (mnist, cifar10, …), a Hub id, a folder or a parquet file")
+    dataset: str = Field(
+        "digits", description="a short name (digits, mnist, ag_news, …), a Hub id, a folder or a file (docs/data.md)"
+    )
     limit: int | None = Field(
         None, ge=1, description="use only the first N training examples of a seeded shuffle, and as many test examples"
     )
     input_column: str | None = Field(None, description="column with the inputs (found from the features if left out)")
     label_column: str | None = Field(None, description="column with the class label (found from the features if left out)")
+    mean: tuple[float, ...] = Field((), description="mean of each channel's raw values (default: the data set's)")
+    std: tuple[float, ...] = Field((), description="standard deviation of each channel's raw values (default: the data set's)")
+    tokens: int = Field(64, ge=2, description="text: tokens an example keeps, the start token included")
+    vocab: int = Field(8192, ge=3, description="text: number of token ids that words are hashed to")
     clients: int = Field(10, ge=1, description="number of clients")
-    partition: Literal["iid", "dirichlet", "pathological", "shard", "natural"] = Field(
+    partition: Literal["iid", "dirichlet", "pathological", "shard", "quantity", "natural"] = Field(
         "dirichlet", description="how training examples are dealt out"
     )
-    alpha: float = Field(0.3, gt=0, description="Dirichlet concentration; small is skewed, 10000 is nearly IID")
+    alpha: float = Field(
+        0.3, gt=0, description="Dirichlet concentration (of classes, or sizes: quantity); small is skewed, 10000 nearly IID"
+    )
     classes_per_client: int = Field(2, ge=1, description="classes (pathological) or shards (shard) a client holds")
     id_column: str | None = Field(None, description="column whose values are the clients of a natural partition")
     partition_seed: int = Field(0, ge=0, description="seed of the split and partition, apart from the run's seed")
@@ -59,8 +67,8 @@ class ServerOptions(Options):
     server_finetune_steps: int = Field(0, ge=0, description="steps on server data after each aggregation (every method alike)")
     server_lr: float = Field(1e-3, gt=0, description="Adam learning rate of pre-training and fine-tuning")
     server_batch_size: int = Field(32, ge=1, description="batch size of pre-training and fine-tuning")
-    norm_policy: Literal["auto", "aggregate", "static", "recalibrate"] = Field(
-        "auto", description="normalisation statistics of the global model: averaged, from the clients' passes, or from server data"
+    norm_policy: Literal["auto", "aggregate", "local", "static", "recalibrate", "none", "instance", "layer", "group"] = Field(
+        "auto", description="batch norm: where its statistics come from, or what stands in its place (docs/norms.md)"
     )
     control: bool = Field(True, description="also train the server-only control, where the run uses server data")
 
@@ -83,6 +91,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
     out: Path | None = Field(None, description="run folder (default: runs/<time>-<extract>-<aggregate>)")
     overwrite: bool = Field(False, description="replace an --out that is not empty")
+    heads: Literal["width", "whole"] = Field("width", description="what is cut of attention: every head's width, or whole heads")
     set: dict[str, Any] = Field({}, description="options of the chosen plugins, plugin.option=value")
 
     @field_validator("out", mode="before")

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from hetfl.core import data, models, roles
+from hetfl.core import cost, data, factories, norms, roles
 from hetfl.core.apps import Desk, Site, client_app
 from hetfl.core.config import RunOptions, write
 from hetfl.core.data import Federation
@@ -68,10 +67,10 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
 
 def traced(options: RunOptions, federation: Federation) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
-    name = options.model or models.default(federation.shape)
-    model = models.build(name, options.model_args, len(federation.classes), federation.shape, options.seed)
-    x = federation.test.x[federation.test.index[:2]]
-    widths = trace(model, x)
+    name = options.model or federation.model
+    model = norms.replaced(factories.build(name, options.model_args, federation.inputs, options.seed), options.norm_policy)
+    x = federation.inputs.batch()
+    widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
         out = model.eval()(x)
     shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
@@ -123,9 +122,15 @@ def resolved(experiment: Experiment) -> RunOptions:
     """The options with every default that depended on the data or the plugins spelt out."""
     options = experiment.options
     names = {key.split(".")[0]: key.split(".")[1] for key in experiment.plugins.plugins}
-    model = options.model or models.default(experiment.federation.shape)
+    model = options.model or experiment.federation.model
     return options.model_copy(
-        update={"aggregate": names["aggregate"], "model": model, "norm_policy": experiment.rounds.policy, "levels": None}
+        update={
+            "aggregate": names["aggregate"],
+            "model": model,
+            "norm_policy": experiment.rounds.policy,
+            "levels": None,
+            **experiment.federation.preprocessing,
+        }
     )
 
 
@@ -186,15 +191,8 @@ def sizes(experiment: Experiment) -> list[dict[str, Any]]:
     """Parameters and MACs of the submodel of each level, measured on the module that its clients trained."""
     x = experiment.federation.test.x[experiment.federation.test.index[:1]]
     levels = sorted(experiment.rounds.levels.items(), key=lambda item: -float(item[0]))
-    return [{"level": level, **cost(experiment.server.workshop.module(plan.sizes), x)} for level, plan in levels]
-
-
-def cost(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Parameters, and multiply-accumulates of one forward pass of one example."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.eval()(x)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "MACs": counter.get_total_flops() // 2}
+    modules = [(level, experiment.server.workshop.module(plan.sizes)) for level, plan in levels]
+    return [{"level": level, "parameters": cost.parameters(m), "MACs": cost.macs(m, x)} for level, m in modules]
 
 
 def warnings(measured: Sequence[Row]) -> list[str]:

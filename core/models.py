@@ -1,41 +1,33 @@
-"""The zoo: the papers' networks at the papers' sizes, and any `package.module:factory`. None knows about widths."""
+"""The zoo: the papers' networks at the papers' sizes. None knows about widths."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hetfl.core.errors import UsageError, nearest, unknown
-from hetfl.core.streams import seed_of
-
-NAMES = {
-    "classes": ("classes", "num_classes", "n_classes"),
-    "channels": ("channels", "in_channels", "in_chans"),
-    "size": ("size", "image_size", "img_size"),
-}
+Shape = int | tuple[int, ...]  # of an image or window: its side, or its height and width
 
 
 class MLP(nn.Sequential):
     """Fully connected ReLU network over the flattened input."""
 
-    def __init__(self, classes: int, channels: int, size: int, hidden: Sequence[int] = (200, 200)) -> None:
+    def __init__(self, classes: int, channels: int, size: Shape, hidden: Sequence[int] = (200, 200)) -> None:
         widths = [channels * area(size), *hidden]
         layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
         super().__init__(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 
 class FedConvCNN(nn.Sequential):
-    """FedConv's two-convolution net: 20,490 parameters on MNIST (spec fedconv 3), 6,090 on the 8x8 digits."""
+    """FedConv's two-convolution net: 20,490 parameters on MNIST, 17,765 on depth images (spec fedconv 3), 6,090 on the 8x8 digits.
 
-    def __init__(self, classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32)) -> None:
+    For WiAR's 90x250 the layers are not on record; this net is our reading of "2-conv CNN".
+    """
+
+    def __init__(self, classes: int, channels: int, size: Shape, widths: Sequence[int] = (16, 32)) -> None:
         convs, channels = [], channels
         for width in widths:
             convs += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -47,7 +39,7 @@ class FedAvgCNN(nn.Sequential):
     """McMahan et al.'s net: two 5x5 convolutions and 512 hidden units, 1,663,370 parameters on MNIST."""
 
     def __init__(
-        self, classes: int, channels: int, size: int, widths: Sequence[int] = (32, 64), hidden: int = 512, kernel: int = 5
+        self, classes: int, channels: int, size: Shape, widths: Sequence[int] = (32, 64), hidden: int = 512, kernel: int = 5
     ) -> None:
         convs, channels = [], channels
         for width in widths:
@@ -136,75 +128,228 @@ def stages(block: Callable[[int, int, int], nn.Module], widths: Sequence[int], b
     return made
 
 
+class FedConvHAR(nn.Sequential):
+    """FedConv's net for HARBox's 30x30: stride-2 convolutions, batch norm whose affine part is frozen at (1, 0) (spec fedconv 3).
+
+    15,141 parameters for 5 classes.
+    """
+
+    def __init__(self, classes: int, channels: int, size: Shape, widths: Sequence[int] = (16, 32)) -> None:
+        layers: list[nn.Module] = []
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 3, 2, 1), still(nn.BatchNorm2d(width)), nn.ReLU()]
+            channels, size = width, half(up(size))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * area(size), classes))
+
+
+def still(layer: nn.Module) -> nn.Module:
+    """`layer` with parameters that are not trained."""
+    return layer.requires_grad_(False)
+
+
+class Convolved(nn.Sequential):
+    """Convolution with bias, batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Inception(nn.Module):
+    """Four branches side by side: 1x1, 3x3, two 3x3 in place of 5x5, pooled 1x1 (Szegedy et al., 2014 and 2015)."""
+
+    def __init__(self, inputs: int, one: int, pre3: int, three: int, pre5: int, five: int, pooled: int) -> None:
+        super().__init__()
+        self.one = Convolved(inputs, one, 1)
+        self.three = nn.Sequential(Convolved(inputs, pre3, 1), Convolved(pre3, three, 3))
+        self.five = nn.Sequential(Convolved(inputs, pre5, 1), Convolved(pre5, five, 3), Convolved(five, five, 3))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, 1, 1), Convolved(inputs, pooled, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(x)], 1)
+
+
+BRANCHES = (  # 1x1, 3x3 reduced, 3x3, 5x5 reduced, 5x5, pooled; 0: halve the resolution (Szegedy et al., 2014, table 1)
+    (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), 0,
+    (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
+    (256, 160, 320, 32, 128, 128), 0, (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128),
+)  # fmt: skip
+
+
+class GoogLeNet(nn.Sequential):
+    """GoogLeNet for 32x32 images: one 3x3 convolution as stem, no auxiliary heads; 6,166,250 parameters for 10 classes.
+
+    `shrink` divides all widths.
+    """
+
+    def __init__(self, classes: int, channels: int, shrink: int = 1) -> None:
+        width = 192 // shrink
+        layers: list[nn.Module] = [Convolved(channels, width, 3)]
+        for row in BRANCHES:
+            if isinstance(row, int):
+                layers.append(nn.MaxPool2d(3, 2, 1))
+            else:
+                branches = [max(1, w // shrink) for w in row]
+                layers.append(Inception(width, *branches))
+                width = branches[0] + branches[2] + branches[4] + branches[5]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+class Inverted(nn.Module):
+    """Inverted residual: expand 1x1, depthwise 3x3, project 1x1 (Sandler et al., 2018)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        expand = [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+        depthwise = [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+        project = [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.body = nn.Sequential(*(expand if expansion > 1 else []), *depthwise, *project)
+        self.same = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return x + out if self.same else out
+
+
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+class MobileNetV2(nn.Sequential):
+    """MobileNetV2 (DAC's base) for 32x32 images: stem and second stage keep the resolution; 2,236,682 parameters for 10 classes.
+
+    `width` multiplies all widths. `stages` are (expansion, width, blocks, stride).
+    """
+
+    def __init__(
+        self, classes: int, channels: int, width: float = 1.0, stages: Sequence[Sequence[int]] = STAGES, last: int = 1280
+    ) -> None:
+        inputs = int(32 * width)
+        layers: list[nn.Module] = [nn.Conv2d(channels, inputs, 3, 1, 1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU6()]
+        for expansion, outputs, count, stride in stages:
+            for i in range(count):
+                layers.append(Inverted(inputs, int(outputs * width), stride if i == 0 else 1, expansion))
+                inputs = int(outputs * width)
+        layers += [nn.Conv2d(inputs, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Dropout(0.2), nn.Linear(last, classes))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, L, width); padded places are not looked at."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """Attention and GELU network, normalised after each residual sum (post-LN)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.norm1 = Attention(width, heads, dropout), nn.LayerNorm(width, 1e-5)
+        self.up, self.down, self.norm2 = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width, 1e-5)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = self.norm1(x + self.drop(self.attention(x, seen)))
+        out: Tensor = self.norm2(x + self.drop(self.down(F.gelu(self.up(x)))))
+        return out
+
+
+class Encoder(nn.Module):
+    """RoBERTa-style classifier of token ids (N, length), 0 = padding: learned positions, post-LN layers, GELU, dense + tanh head.
+
+    At RoBERTa-base's sizes (vocab 50265, length 514, width 768, layers 12, heads 12, hidden 3072) and 4 classes 124,647,940
+    parameters: RoBERTa's 124,648,708 without its one-row token-type embedding. The tokenizer puts a start token first, whose
+    place is what the head reads.
+    """
+
+    def __init__(
+        self, classes: int, vocab: int, length: int, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 0,
+        dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.tokens, self.places = nn.Embedding(vocab, width, padding_idx=0), nn.Embedding(length, width)
+        self.norm, self.drop = nn.LayerNorm(width, 1e-5), nn.Dropout(dropout)
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden or 4 * width, dropout) for _ in range(layers))
+        self.dense, self.head = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1], device=ids.device)
+        x, seen = self.drop(self.norm(self.tokens(ids) + self.places(place))), (ids != 0)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, seen)
+        out: Tensor = self.head(self.drop(torch.tanh(self.dense(self.drop(x[:, 0])))))
+        return out
+
+
+class LSTM(nn.Module):
+    """LSTM over sensor windows (N, 1, steps, sensors); the last hidden state is classified."""
+
+    def __init__(self, classes: int, channels: int, size: Shape, hidden: int = 64, layers: int = 1) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(channels * sides(size)[1], hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(x.transpose(1, 2).flatten(2))[0][:, -1])
+        return out
+
+
+class CNN1d(nn.Module):
+    """1-D CNN over sensor windows (N, 1, steps, sensors): convolutions over the steps, global pooling."""
+
+    def __init__(self, classes: int, channels: int, size: Shape, widths: Sequence[int] = (64, 128, 128), kernel: int = 5) -> None:
+        super().__init__()
+        inputs, layers = channels * sides(size)[1], []
+        for width in widths:
+            layers += [nn.Conv1d(inputs, width, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool1d(2, ceil_mode=True)]
+            inputs = width
+        self.body = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x.transpose(1, 2).flatten(2).transpose(1, 2))
+        return out
+
+
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "fedconv-cnn": FedConvCNN,
+    "fedconv-har": FedConvHAR,
     "fedavg-cnn": FedAvgCNN,
     "cnn": CNN,
     "preresnet18": PreResNet,
     "resnet18": ResNet,
+    "googlenet": GoogLeNet,
+    "mobilenetv2": MobileNetV2,
+    "encoder": Encoder,
+    "lstm": LSTM,
+    "cnn1d": CNN1d,
 }
 
 
-def area(size: int | tuple[int, int]) -> int:
-    return size * size if isinstance(size, int) else size[0] * size[1]
+def sides(size: Shape) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def half(size: Any) -> Any:
-    return size // 2 if isinstance(size, int) else tuple(s // 2 for s in size)
+def area(size: Shape) -> int:
+    height, width = sides(size)
+    return height * width
 
 
-def default(shape: tuple[int, ...]) -> str:
-    """The model a run takes for inputs of `shape` (C, H, W) when none is named."""
-    return "fedconv-cnn" if shape[0] == 1 else "resnet18"
+def half(size: Shape) -> Shape:
+    return tuple(s // 2 for s in sides(size))
 
 
-def build(name: str, args: dict[str, Any], classes: int, shape: tuple[int, ...], seed: int) -> nn.Module:
-    """The model `name` with weights drawn from the stream (seed, "init"); `shape` is that of one input.
-
-    Raises UsageError for an unknown name, a factory that cannot be imported or that refuses its arguments.
-    """
-    factory = find(name)
-    given = arguments(factory, classes, shape, args)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "init"))
-        try:
-            model = factory(**given)
-        except Exception as error:
-            shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
-            raise UsageError(f"model '{name}' could not be built with {shown}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model factory '{name}' returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def find(name: str) -> Callable[..., nn.Module]:
-    """The factory behind a zoo name or `package.module:factory` (looked up in the current directory too)."""
-    if ":" not in name:
-        if name not in ZOO:
-            raise unknown("model", name, [*ZOO, "package.module:factory"])
-        return ZOO[name]
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:
-        raise UsageError(f"model module '{module}' cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise UsageError(f"module '{module}' has no factory '{attribute}'{nearest(attribute, dir(sys.modules[module]))}")
-    made: Callable[..., nn.Module] = found
-    return made
-
-
-def arguments(factory: Callable[..., nn.Module], classes: int, shape: tuple[int, ...], args: dict[str, Any]) -> dict[str, Any]:
-    """What to call `factory` with: those of classes, channels and size that its signature names, then `args`."""
-    parameters = inspect.signature(factory).parameters
-    size: Any = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
-    known = {"classes": classes, "channels": shape[0], "size": size}
-    given = {name: known[what] for what, names in NAMES.items() for name in names if name in parameters}
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name in args:
-        if name not in parameters and not free:
-            raise UsageError(f"unknown model argument '{name}'{nearest(name, parameters)} (known: {', '.join(parameters)})")
-    return {**given, **args}
+def up(size: Shape) -> Shape:
+    """One more, so that `half` rounds up as a strided convolution does."""
+    return tuple(s + 1 for s in sides(size))

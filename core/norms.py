@@ -1,14 +1,35 @@
-"""Statistics of batch normalisation as a policy: averaged from the updates, from the clients' passes, or from server data."""
+"""Batch normalisation as a policy: where its statistics come from, or what stands in its place (docs/norms.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hetfl.core.train import BATCH_NORM
 from hetfl.core.widths import State, tensors
+
+REPLACEMENTS: dict[str, Callable[[int], nn.Module]] = {  # HeteroFL's ablation (spec heterofl 2.4)
+    "none": lambda channels: nn.Identity(),
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "group": lambda channels: nn.GroupNorm(math.gcd(4, channels), channels),
+}
+
+
+def replaced(model: nn.Module, policy: str) -> nn.Module:
+    """`model` with what `policy` puts in the place of each batch normalisation; other policies leave it as it is."""
+    if policy not in REPLACEMENTS:
+        return model
+    if isinstance(model, BATCH_NORM):
+        return REPLACEMENTS[policy](model.num_features)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BATCH_NORM):
+                setattr(parent, name, REPLACEMENTS[policy](child.num_features))
+    return model
 
 
 def tracked(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -48,3 +69,16 @@ def only_norms(model: nn.Module, layers: dict[str, nn.modules.batchnorm._BatchNo
 def running(model: nn.Module) -> list[str]:
     """Names of the running means and variances in the model's state."""
     return [f"{name}.{kind}" for name in tracked(model) for kind in ("running_mean", "running_var")]
+
+
+def unset(model: nn.Module) -> State:
+    """The statistics, and counters of batches, of a model that has seen nothing."""
+    start = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+    layers = ((name, kind, getattr(layer, kind)) for name, layer in tracked(model).items() for kind in start)
+    return {f"{name}.{kind}": torch.full_like(tensor, start[kind]) for name, kind, tensor in layers if tensor is not None}
+
+
+def without_statistics(state: Mapping[str, Tensor], model: nn.Module) -> State:
+    """What of `state` travels where statistics stay with the clients."""
+    own = unset(model)
+    return {name: tensor for name, tensor in state.items() if name not in own}

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _parts(options: DataOptions, y: Tensor, ids: Tensor | None) -> list[Tensor]:
     order = torch.randperm(len(y), generator=stream(options.partition_seed, "clients"))  # the IID parts are blocks
     columns = {"idx": order.numpy(), "label": y[order].numpy()} | ({} if ids is None else {"id": ids[order].numpy()})
     try:
-        return _load_parts(_partitioner(options), columns)
+        return _load_parts(_partitioner(options, len(y)), columns)
     except ValueError as error:
         raise UsageError(_unmet(options, len(y))) from error
 
@@ -139,7 +140,7 @@ def _load_parts(partitioner: Any, columns: dict[str, Any]) -> list[Tensor]:
     return parts
 
 
-def _partitioner(options: DataOptions) -> Any:
+def _partitioner(options: DataOptions, examples: int) -> Any:
     module = library("flwr_datasets.partitioner")
     clients, k, seed = options.clients, options.classes_per_client, seed_of(options.partition_seed, "partition")
     match options.partition:
@@ -151,8 +152,20 @@ def _partitioner(options: DataOptions) -> Any:
             return module.PathologicalPartitioner(clients, "label", k, "first-deterministic", shuffle=False, seed=seed)
         case "shard":
             return module.ShardPartitioner(clients, "label", num_shards_per_partition=k, shuffle=False, seed=seed)
+        case "quantity":
+            return module.SizePartitioner(_sizes(options, examples))
         case "natural":
             return module.NaturalIdPartitioner("id")
+
+
+def _sizes(options: DataOptions, examples: int) -> list[int]:
+    """Sizes of clients that differ as a Dirichlet draw of concentration alpha does; each client has at least 2."""
+    clients, spare = options.clients, examples - _SMALLEST * options.clients
+    if spare < 0:
+        raise UsageError(f"{examples} examples are too few for {clients} clients of at least {_SMALLEST}: lower --clients")
+    generator = library("numpy.random").default_rng(seed_of(options.partition_seed, "sizes"))
+    ends = (generator.dirichlet([options.alpha] * clients).cumsum() * spare).round().astype(int).tolist()
+    return [_SMALLEST + end - start for start, end in pairwise([0, *ends[:-1], spare])]
 
 
 def _check(options: DataOptions, y: Tensor) -> None:

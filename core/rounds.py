@@ -21,7 +21,7 @@ from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
 from hetfl.core.grid import by_request, node
 from hetfl.core.merge import Updates, mean
-from hetfl.core.norms import running, statistics
+from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
 from hetfl.core.server import Server
@@ -47,10 +47,11 @@ class Sent:
     client: Client
     plan: Plan
     state: State
+    travels: State  # of `state`, what crosses the network
 
     @property
     def bytes(self) -> int:
-        return payload.size(self.state) + payload.size(self.plan.extras)
+        return payload.size(self.travels) + payload.size(self.plan.extras)
 
 
 @dataclass(eq=False)
@@ -92,9 +93,9 @@ class Rounds(Strategy):
         with self.timed(server_round, "extract"):
             plans = self.roles.extract(self.server, clients, server_round)
             refuse_unfit(plans, clients, self.roles)
-            self._sent = {c.id: Sent(c, p, p.take(self.server.state)) for c, p in zip(clients, plans, strict=True)}
+            self._sent = {c.id: self._take(c, p) for c, p in zip(clients, plans, strict=True)}
         self._messages = [
-            self._message(s.client.id, MessageType.TRAIN, Down(server_round, s.state, dict(s.plan.sizes), s.plan.extras))
+            self._message(s.client.id, MessageType.TRAIN, Down(server_round, s.travels, dict(s.plan.sizes), s.plan.extras))
             for s in self._sent.values()
         ]
         return self._messages
@@ -113,8 +114,9 @@ class Rounds(Strategy):
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each client of the round gets its plan's part of the new global model for its own test data."""
         self._messages = [
-            self._message(s.client.id, MessageType.EVALUATE, Down(server_round, s.plan.take(self.server.state), dict(s.plan.sizes)))
+            self._message(s.client.id, MessageType.EVALUATE, Down(server_round, t.travels, dict(s.plan.sizes)))
             for s in self._sent.values()
+            for t in [self._take(s.client, s.plan)]
         ]
         return self._messages
 
@@ -177,6 +179,14 @@ class Rounds(Strategy):
 
     # parts of a round
 
+    def _take(self, client: Client, plan: Plan) -> Sent:
+        state = plan.take(self.server.state)
+        return Sent(client, plan, state, self._travels(state))
+
+    def _travels(self, state: State) -> State:
+        """What of `state` crosses the network under the policy for normalisation."""
+        return without_statistics(state, self.server.workshop.module()) if self.policy == "local" else state
+
     def _message(self, client: int, kind: str, content: object) -> Message:
         return Message(self.desk.seal(content), node(client), kind, group_id=str(self._now.row.get("round", 0)))
 
@@ -203,9 +213,10 @@ class Rounds(Strategy):
             reply: Reply = self._payload(message)
             row |= {"examples": reply.examples, **reply.metrics}
             row["bytes up"] = payload.size(reply.state) + payload.size(reply.extras)
-            fault = payload.fault(reply, sent.state, self.roles.up)
+            fault = payload.fault(reply, sent.travels, self.roles.up)
             if fault is None:
                 self._extras[client] = reply.extras
+                reply.state = {name: reply.state.get(name, tensor) for name, tensor in sent.state.items()}
                 return Returned(sent.client, sent.plan, sent.state, reply)
             row["fault"] = fault
         self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")
@@ -280,7 +291,7 @@ class Rounds(Strategy):
     def _masked(self, round: int, grid: Grid) -> None:
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
         asked = [
-            self._message(s.client.id, MessageType.EVALUATE, Down(round, self._aggregated, None, masked=True))
+            self._message(s.client.id, MessageType.EVALUATE, Down(round, self._travels(self._aggregated), None, masked=True))
             for s in self._sent.values()
         ]
         answers = by_request(asked, grid.send_and_receive(asked))
@@ -297,8 +308,11 @@ def sample(clients: int, fraction: float, generator: torch.Generator) -> list[in
 def policy(given: str, wanted: str | None, server: Server) -> str:
     """The policy for normalisation statistics: as given, else what a plugin asks for, else averaging."""
     chosen = (wanted or "aggregate") if given == "auto" else given
-    if chosen == "recalibrate" and not server.has_public:
-        raise UsageError("--norm-policy recalibrate needs public data on the server; give it some with --server-data 0.05")
+    if chosen in ("recalibrate", "local") and not server.has_public:
+        raise UsageError(
+            f"--norm-policy {chosen} needs public data on the server, for the global model's own statistics; "
+            "give it some with --server-data 0.05"
+        )
     return chosen
 
 

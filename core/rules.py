@@ -167,10 +167,19 @@ def matmul(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
 
 
 def attention(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
+    """Queries and keys meet along the head width; where heads are cut whole, all three are cut along the heads."""
     q, k, v = positions("query", "key", "value")(args, kwargs)
-    t.tie(*(channelwise(t.along(t.labels(x), -1, x.shape[-1]), 1, 0) for x in (q, k)))
-    units = t.along(t.labels(v), -1, v.shape[-1])
-    t.label(out, channelwise(units, out.ndim, out.ndim - 1))
+    t.draws |= argument(args, kwargs, 4, "dropout_p", 0.0) > 0
+    roots = [torch.full(x.shape, -1) if t.labels(x) is None else t.root(t.labels(x)) for x in (q, k, v)]  # type: ignore[arg-type]
+    heads = next((d for r in roots for d in range(r.ndim - 2) if varies(r, d)), None)
+    if heads is not None:
+        lines = [t.along(r, heads, r.shape[heads]) for r in roots]
+        for line in lines[:2]:
+            t.tie(lines[2], line)
+        t.label(out, channelwise(lines[2], out.ndim, heads))
+        return
+    t.tie(t.along(roots[0], -1, q.shape[-1]), t.along(roots[1], -1, k.shape[-1]))
+    t.label(out, channelwise(t.along(roots[2], -1, v.shape[-1]), out.ndim, out.ndim - 1))
 
 
 def pad(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:

@@ -31,7 +31,7 @@ class Size(int):
 
     def __mul__(self, other: Any) -> Any:
         product = int(self) * other
-        if not isinstance(product, int) or isinstance(other, Size) and bool(self.line is None) == bool(other.line is None):
+        if not isinstance(product, int) or (isinstance(other, Size) and bool(self.line is None) == bool(other.line is None)):
             return product  # two counts: whichever follows its channels carries the product along
         if isinstance(other, Size) and other.line is not None:
             return Size.of(self.tracer, product, other.line, None, other.share * int(self))

@@ -52,6 +52,7 @@ REDUCE = frozenset(
 )
 SOFT = frozenset("softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort".split())
 SHAPED = frozenset("reshape view unflatten split expand".split())  # ops that are given sizes of what they make
+VALUES = frozenset("__bool__ __int__ __float__ __index__ item tolist".split())  # Python may branch on what these give
 NEW = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
 SPATIAL = frozenset(
     (
@@ -91,6 +92,8 @@ class Tracer(TorchFunctionMode):
         self.reasons: dict[int, str] = {}
         self.claims: list[tuple[Place, Tensor, Fraction]] = []  # attributes that must follow the units they count
         self.draws = False
+        self.reached: set[int] = set()  # parameters that some op used
+        self.branches: list[str] = []  # modules that turned a tensor into a Python value
         self._parent = torch.empty(0, dtype=torch.long)
         self._stack: list[str] = []
 
@@ -266,6 +269,9 @@ class Tracer(TorchFunctionMode):
         if name in ("shape", "size"):
             return self.sized(args[0], out, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.reached.update(id(t) for t in tensors if id(t) in self.parameters)
+        if name in VALUES:
+            self.branches.append(self._stack[-1] if self._stack else "")
         if name == "__setitem__":
             self.written(args)
         if name in NEW or not any(isinstance(t, Tensor) for t in tree_leaves(out)):

@@ -114,7 +114,7 @@ class Widths:
     def elastic(self) -> float:
         """Share of the entries that some cut can remove."""
         total = sum(math.prod(shape) for shape in self.shapes.values())
-        return sum(math.prod(self.shapes[name]) for name in self.axes) / max(total, 1)
+        return sum(math.prod(self.shapes[name]) for name in self.axes if name in self.shapes) / max(total, 1)
 
 
 def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width") -> Widths:
@@ -132,6 +132,7 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
             for training in (False, True):
                 tracer.run(model.train(training), *inputs)
                 restore(model, before)
+            refuse_branches(tracer, model)
             model.eval()
             widths = gather(tracer, model)
             return prove(widths, model, inputs) if verify else widths
@@ -142,6 +143,16 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
     finally:
         restore(model, before)
         model.train(mode)
+
+
+def refuse_branches(tracer: Tracer, model: nn.Module) -> None:
+    """A path that was not taken cannot be traced, so its parameters must not exist."""
+    missed = [name for name, p in model.named_parameters() if id(p) not in tracer.reached]
+    if tracer.branches and missed:
+        raise UsageError(
+            f"the forward pass of '{tracer.branches[0] or type(model).__name__}' branches on the values of tensors, and "
+            f"'{missed[0]}' lies on a path that was not taken: compute both paths and choose with torch.where"
+        )
 
 
 def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -178,6 +189,8 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
                 tracer.tie(raw[name, dim], units)
             elif bool((units >= 0).any()):
                 raw[name, dim] = units
+    for name, dim in [key for key in raw if key[0] not in shapes]:
+        refuse_unsent(tracer, model.get_buffer(name), dim, raw[name, dim])
     lines = {key: tracer.root(units) for key, units in raw.items()}
     counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
     reasons = {int(tracer.root(torch.tensor([unit]))): why for unit, why in tracer.reasons.items()}
@@ -210,6 +223,12 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
         if any(unit in at for unit in line.tolist())
     }
     return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
+
+
+def refuse_unsent(tracer: Tracer, buffer: Tensor, dim: int, units: Tensor) -> None:
+    """A buffer outside the state cannot follow other channels than the first, unless it is the same for all."""
+    if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
+        tracer.freeze(units, "a buffer that is not part of the state")
 
 
 def raw_axis(tracer: Tracer, labels: Tensor, dim: int) -> Tensor:
@@ -420,9 +439,9 @@ def refit(layer: nn.Module) -> None:
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = layer.weight.shape[1]
     elif isinstance(layer, nn.RNNBase):
-        layer.input_size = layer.weight_ih_l0.shape[1]
+        layer.input_size = int(layer.get_parameter("weight_ih_l0").shape[1])
     elif isinstance(layer, nn.RNNCellBase):
-        layer.input_size = layer.weight_ih.shape[1]
+        layer.input_size = int(layer.get_parameter("weight_ih").shape[1])
 
 
 def refit_conv(layer: nn.modules.conv._ConvNd) -> None:

@@ -8,12 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import httpx
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,9 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hetfl.core.config import DataOptions
-from hetfl.core.data import KNOWN, Federation, _fingerprint, find, load
+from hetfl.core.data import Federation, _fingerprint, load
 from hetfl.core.errors import UsageError
 from hetfl.core.partition import Deal, deal, spread
+from hetfl.core.sources import KNOWN, find
+from hetfl.core.text import hashed
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 REPO = Path(__file__).parents[1]
@@ -54,9 +58,7 @@ def cache(tmp_path, monkeypatch):
 
 def write(folder: Path, columns: dict, name: str = "train", features=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        datasets.Dataset.from_dict(columns, features=features).with_format("arrow")[:], folder / f"{name}.parquet"
-    )
+    pq.write_table(datasets.Dataset.from_dict(columns, features=features).with_format("arrow")[:], folder / f"{name}.parquet")
     return folder
 
 
@@ -150,9 +152,7 @@ def test_counts_and_labels_say_who_holds_what():
         assert client.labels.dtype == torch.bool
         assert client.labels.nonzero().flatten().tolist() == sorted(set(client.train.all()[1].tolist()))
         assert int(client.labels.sum()) <= 3
-        assert set(client.test.all()[1].tolist()) <= set(
-            torch.cat([client.train.all()[1], client.test.all()[1]]).tolist()
-        )
+        assert set(client.test.all()[1].tolist()) <= set(torch.cat([client.train.all()[1], client.test.all()[1]]).tolist())
 
 
 def test_default_digits_add_up():
@@ -162,9 +162,7 @@ def test_default_digits_add_up():
     assert sum(map(len, parts(federation))) == 1797
     assert len(federation.public.tune) == 54
     assert len(federation.public.holdout) == 18
-    assert [round(0.1 * (len(c.train) + len(c.test))) for c in federation.clients] == [
-        len(c.test) for c in federation.clients
-    ]
+    assert [round(0.1 * (len(c.train) + len(c.test))) for c in federation.clients] == [len(c.test) for c in federation.clients]
     assert federation.clients[0].train.x is federation.clients[9].test.x is federation.public.tune.x
 
 
@@ -217,9 +215,7 @@ def test_batches_cover_every_example_once(numbered):
     plain = list(part.batches(100, None))
     assert [len(y) for _, y in plain] == [100, 100, 57]
     assert torch.equal(torch.cat([x for x, _ in plain]), part.all()[0])
-    first, again, other = (
-        torch.cat([x[:, 0] for x, _ in part.batches(7, torch.Generator().manual_seed(s))]) for s in (1, 1, 2)
-    )
+    first, again, other = (torch.cat([x[:, 0] for x, _ in part.batches(7, torch.Generator().manual_seed(s))]) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(first.sort().values, part.all()[0][:, 0].sort().values)
@@ -264,10 +260,7 @@ def test_fingerprint_is_of_who_holds_what(numbered, tmp_path):
 def test_fingerprint_covers_every_part_of_a_deal():
     def dealt(**change) -> Deal:
         whole = {"train": ([0], [1]), "own": ([2], [3]), "tune": [4], "holdout": [5], "test": [6]} | change
-        tensors = {
-            name: tuple(map(torch.tensor, v)) if name in ("train", "own") else torch.tensor(v)
-            for name, v in whole.items()
-        }
+        tensors = {name: tuple(map(torch.tensor, v)) if name in ("train", "own") else torch.tensor(v) for name, v in whole.items()}
         return Deal(**tensors)
 
     changes = (
@@ -361,9 +354,7 @@ def test_unknown_data_are_normalised_by_channel_of_the_train_split(tmp_path):
     write(tmp_path / "d", {"a": [[[[5.0, 7.0]], [[1.0, 1.0]]]] * 3, "y": ["cat", "cat", "dog"]}, "test")
     grid = [[[[float(i), float(i + 1)]], [[3.0 * i, 100.0]]] for i in range(50)]
     write(tmp_path / "d", {"a": grid, "y": ["dog", "cat"] * 25})
-    options = DataOptions(
-        dataset=str(tmp_path / "d"), label_column="y", partition="iid", clients=1, server_data=0, own_test=0
-    )
+    options = DataOptions(dataset=str(tmp_path / "d"), label_column="y", partition="iid", clients=1, server_data=0, own_test=0)
     federation = load(options)
     x, y = federation.clients[0].train.all()
     assert (federation.shape, federation.classes) == ((2, 1, 2), ("cat", "dog"))
@@ -461,11 +452,11 @@ def refused(values: dict, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"dataset": "mnits"}, r"^unknown data set 'mnits'; did you mean 'mnist'\? \(known: cifar10, "),
+        ({"dataset": "mnits"}, r"^unknown data set 'mnits'; did you mean 'mnist'\? \(known: ag_news, "),
         ({"dataset": ""}, r"^unknown data set ''"),
         ({"dataset": "./no/mnist"}, r"^no folder or file './no/mnist' for --dataset; did you mean 'mnist'\?$"),
         ({"dataset": "no.parquet"}, r"^no folder or file 'no.parquet'"),
-        ({"dataset": __file__}, r"test_data.py' is not a parquet file"),
+        ({"dataset": __file__}, r"test_data.py' is neither a parquet nor an npz file"),
         ({"clients": 1366}, r"^--clients 1366 is more than the 1365 training examples"),
         (
             {"alpha": 1e-6},
@@ -517,14 +508,14 @@ NUMBERS = datasets.Features({"features": datasets.List(datasets.Value("float32")
             r"has no label column: name one with --label-column \(columns: features\)$",
         ),
         (
-            {"label": [0, 1], "text": ["a", "b"]},
+            {"label": [0, 1], "when": [1.5, 2.5]},
             None,
-            r"has no image or numeric input column: name one with --input-column",
+            r"has no image, numeric or text input column: name one with --input-column",
         ),
         (
             PLAIN | {"more": PLAIN["features"]},
             None,
-            r"several image or numeric input columns \(features, more\): name one",
+            r"several image, numeric or text input columns \(features, more\): name one",
         ),
         (PLAIN | {"y": PLAIN["label"]}, None, r"has several label columns \(label, y\): name one with --label-column"),
         ({"features": [], "label": []}, NUMBERS, r"^the train split of d has no rows$"),
@@ -564,7 +555,7 @@ def test_folders_that_cannot_be_used(tmp_path, columns, features, sentence):
 def test_files_that_cannot_be_used(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
-    refused({"dataset": str(folder)}, r"^folder '.*d' holds no parquet file")
+    refused({"dataset": str(folder)}, r"^folder '.*d' holds no parquet or npz file")
     write(folder, PLAIN, "test")
     refused({"dataset": str(folder)}, r"has no train split: name its files train")
     (folder / "train.parquet").write_bytes(b"PAR1 not really")
@@ -631,9 +622,10 @@ def test_cifar10_finds_its_columns(tmp_path, monkeypatch):
 
 
 def test_cifar100_needs_its_label_named(tmp_path, monkeypatch):
-    folder = sample("cifar100", tmp_path / "cifar100", 300)
+    folder = sample("cifar100", tmp_path / "hundred", 300)
     refused({"dataset": folder}, r"several label columns \(fine_label, coarse_label\): name one with --label-column")
     assert len(load(DataOptions(dataset=folder, label_column="coarse_label", alpha=1)).classes) == 20
+    sample("cifar100", tmp_path / "cifar100", 300)
     monkeypatch.setenv("HETFL_DATA", str(tmp_path))
     assert len(load(DataOptions(dataset="cifar100", alpha=1)).classes) == 100
 
@@ -649,15 +641,101 @@ def test_sp_sw_har_has_its_people_as_clients():
 
 
 def test_wiar_height_by_height():
-    folder = real("wiar_height")
-    refused(
-        {"dataset": folder, "partition": "natural"},
-        r"no owner column: .*\(columns: features, label, height_cm, sample\)",
-    )
-    federation = load(DataOptions(dataset=folder, partition="natural", id_column="height_cm"))
+    federation = load(DataOptions(dataset=real("wiar_height"), partition="natural"))
     assert (len(federation.clients), federation.shape, len(federation.test)) == (3, (1, 64, 90), 288)
-    assert len(federation.classes) == 16
+    assert (len(federation.classes), federation.model) == (16, "cnn1d")
 
 
-def test_text_is_refused_in_a_sentence():
-    refused({"dataset": real("ag_news")}, r"^ag_news has no image or numeric input column: .*\(columns: text, label\)$")
+def test_ag_news_is_hashed(tmp_path):
+    federation = load(DataOptions(dataset=real("ag_news"), limit=200, tokens=32, vocab=1000, alpha=1))
+    assert (federation.shape, federation.inputs.vocab, federation.model) == ((32,), 1000, "encoder")
+    x = federation.test.x
+    assert x.dtype == torch.int64
+    assert bool((x[:, 0] == 1).all())
+    assert int(x.max()) < 1000
+    assert federation.preprocessing == {"input_column": "text", "label_column": "label", "tokens": 32, "vocab": 1000}
+
+
+def test_hashed_tokens():
+    """Same word, same id, whatever else is in the text; case does not count; padding is 0, the start token 1."""
+    ids = hashed(["A cat.", "the CAT sat on a mat today", ""], 5, 50)
+    assert ids.dtype == torch.int32
+    assert ids[:, 0].tolist() == [1, 1, 1]
+    assert ids[0, 2] == ids[1, 2]
+    assert ids[0, 4] == 0
+    assert ids[2, 1:].tolist() == [0, 0, 0, 0]
+    assert bool((ids[1, 1:] >= 2).all())
+    assert int(hashed(["word"], 2, 8192)[0, 1]) == 2 + zlib.crc32(b"word") % 8190
+
+
+def npz(folder: Path, name: str, **arrays) -> str:
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{name}.npz", **arrays)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "model"),
+    [
+        ("dcd", (36, 36), 5, "fedconv-cnn"),
+        ("dcd", (1, 36, 36), 5, "fedconv-cnn"),
+        ("harbox", (30, 30), 5, "fedconv-har"),
+        ("wiar", (90, 250), 16, "fedconv-cnn"),
+    ],
+)
+def test_npz_of_the_papers_shapes(tmp_path, name, shape, classes, model):
+    draw = np.random.default_rng(0)
+    for split, size in (("train", 96), ("test", 32)):
+        npz(
+            tmp_path / name, split,
+            x=draw.normal(size=(size, *shape)).astype("float32"), y=np.arange(size) % classes, user=np.arange(size) % 3,
+        )  # fmt: skip
+    natural = {} if name == "dcd" else {"partition": "natural"}
+    federation = load(DataOptions(dataset=str(tmp_path / name), clients=3, alpha=10, server_data=0.25, **natural))
+    assert (federation.shape, len(federation.classes), len(federation.test)) == ((1, *shape[-2:]), classes, 32)
+    assert (federation.model, len(federation.clients)) == (model, 3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"x": np.zeros((4, 3))}, r"^d has no array 'y' or 'label': name one with --label-column \(arrays: x\)$"),
+        ({"x": np.zeros((4, 3)), "y": np.arange(3)}, r"^the arrays of d must have one row for each example, but hold x 4, y 3$"),
+        ({"x": np.zeros(4), "y": np.arange(4)}, r"^array 'x' of d holds no inputs"),
+        ({"x": np.full((4, 3), np.nan), "y": np.arange(4)}, r"^array 'x' of d has values that are not finite$"),
+        ({"x": np.zeros((4, 3)), "y": np.zeros(4)}, r"^array 'y' of d holds no class labels"),
+        ({"x": np.zeros((4, 3)), "y": np.array([None] * 4)}, r"train.npz' cannot be read as npz"),
+    ],
+)
+def test_npz_that_cannot_be_used(tmp_path, arrays, sentence):
+    refused({"dataset": npz(tmp_path / "d", "train", **arrays)}, sentence)
+
+
+def test_data_that_nobody_can_download_ask_for_a_folder():
+    refused({"dataset": "harbox"}, r"^data set 'harbox' cannot be downloaded: give its folder with --dataset PATH/harbox")
+
+
+@given(st.integers(2, 20), st.sampled_from([0.1, 0.5, 2.0]), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_quantity_skew_is_of_sizes(clients, alpha, seed):
+    options = DataOptions(partition="quantity", clients=clients, alpha=alpha, partition_seed=seed)
+    sizes = [len(c.train) + len(c.test) for c in load(options).clients]
+    assert len(sizes) == clients
+    assert min(sizes) >= 2
+    assert sum(sizes) == 1365
+
+
+def test_quantity_skew_grows_as_alpha_falls():
+    spreads = [max(len(c.train) for c in load(DataOptions(partition="quantity", alpha=alpha)).clients) for alpha in (1e4, 1, 0.1)]
+    assert spreads == sorted(spreads)
+    assert spreads[0] < 140
+
+
+def test_given_normalisation():
+    base = load(DataOptions())
+    again = load(DataOptions(mean=tuple(base.preprocessing["mean"]), std=tuple(base.preprocessing["std"])))
+    assert torch.equal(base.test.x, again.test.x)
+    raw = load(DataOptions(mean=(0.0,), std=(1.0,)))
+    assert float(raw.test.x.max()) == 16.0
+    refused({"mean": (1.0, 2.0)}, r"^--mean has 2 values, but the inputs have 1 channels$")
+    refused({"std": (0.0,)}, r"^--std must be above 0")

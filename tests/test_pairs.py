@@ -11,6 +11,7 @@ from torch import nn
 
 from hetfl.core import experiment, models, registry
 from hetfl.core.config import resolve
+from hetfl.core.errors import UsageError
 from hetfl.core.record import Folder
 
 EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
@@ -159,6 +160,30 @@ def test_statistics_policies(tmp_path, policy):
     other, _ = run(tmp_path / "b", norm_policy=policy, **values)
     assert not torch.equal(mean["1.running_var"], other["1.running_var"])
     assert torch.equal(mean["0.weight"], other["0.weight"])
+
+
+NORMED = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}, "rounds": 1}
+
+
+def test_local_statistics_never_travel(tmp_path):
+    weights, local = run(tmp_path / "a", norm_policy="local", **NORMED)
+    _, all_of_it = run(tmp_path / "b", norm_policy="aggregate", **NORMED)
+    _, again = run(tmp_path / "c", norm_policy="local", workers=1, **NORMED)
+    assert local["bytes up"] < all_of_it["bytes up"]
+    assert local["bytes down"] < all_of_it["bytes down"]
+    assert local["accuracy"] == again["accuracy"]
+    assert int(weights["1.num_batches_tracked"]) >= 0
+    with pytest.raises(UsageError, match="--norm-policy local needs public data"):
+        run(tmp_path / "d", norm_policy="local", server_data=0, **NORMED)
+
+
+@pytest.mark.parametrize("policy", ["none", "instance", "layer", "group"])
+def test_replacements_of_batch_norm(tmp_path, policy):
+    """spec heterofl 2.4: none, IN (as many groups as channels), LN (1 group), GN (4 groups)"""
+    weights, _ = run(tmp_path / "a", norm_policy=policy, **NORMED)
+    assert not any("running" in name for name in weights)
+    assert ("1.weight" in weights) == (policy != "none")
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
 
 
 @pytest.mark.parametrize("preset", ["paper", "reference"])
