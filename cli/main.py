@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import inspect as signatures
 import json
 import sys
 import time
@@ -38,7 +38,7 @@ def top() -> None:
     """Federated learning with models of different sizes: any extraction pairs with any aggregation."""
 
 
-def option(name: str, field: FieldInfo) -> inspect.Parameter:
+def option(name: str, field: FieldInfo) -> signatures.Parameter:
     """The command-line option of one field of RunOptions; None means that it was not given."""
     kind = field.annotation
     listed = name in ("set", "model_args", *LISTS)
@@ -47,7 +47,7 @@ def option(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default in (None, (), {}) else f" [default: {field.default}]"
     names = (f"{flag(name)}/--no-{name.replace('_', '-')}",) if kind is bool else (flag(name),)
     declared = typer.Option(None, *names, help=(shown + default).replace("[", "\\["), show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=plain | None)
+    return signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=declared, annotation=plain | None)
 
 
 def choices(kind: Any) -> str:
@@ -56,11 +56,11 @@ def choices(kind: Any) -> str:
 
 def options_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
     """Gives `command` one option for each field of RunOptions."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     made = [option(name, field) for name, field in RunOptions.model_fields.items()]
-    hints = {k: v for k, v in inspect.get_annotations(command, eval_str=True).items() if k != "given"}
+    hints = {k: v for k, v in signatures.get_annotations(command, eval_str=True).items() if k != "given"}
     own = [p.replace(annotation=hints[p.name]) for p in own]
-    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    command.__signature__ = signatures.Signature([*own, *made])  # type: ignore[attr-defined]
     command.__annotations__ = {**hints, **{p.name: p.annotation for p in made}}
     return command
 
@@ -156,6 +156,43 @@ def pictures(folder: Folder) -> None:
     from hetfl.cli import pictures
 
     pictures.draw(folder)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")],
+    levels: Annotated[str, typer.Option(help="width ratios to measure, in (0, 1]")] = "1,0.5,0.25",
+    dataset: Annotated[str | None, typer.Option(help="build the model for this data set")] = None,
+    shape: Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")] = None,
+    vocab: Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")] = None,
+    model_args: Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="batch size of the training memory")] = 32,
+    heads: Annotated[str, typer.Option(help="what is cut of attention: width, or whole heads")] = "width",
+    norm_policy: Annotated[str, typer.Option(help="as in hfl run")] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
+    checked = config.resolve({"heads": heads, "norm_policy": norm_policy})
+    ratios = numbers(levels)
+    from hetfl.core import survey
+
+    inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
+    args = over({}, [assignment(pair, "--model-args") for pair in model_args or []])
+    render.survey(
+        survey.survey(model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy)
+    )
+
+
+def numbers(levels: str) -> list[float]:
+    """The width ratios of --levels."""
+    try:
+        ratios = [float(part) for part in levels.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+        raise UsageError(f"--levels takes width ratios in (0, 1] such as 1,0.5,0.25, not '{levels}'")
+    return ratios
 
 
 @app.command("list-plugins")

@@ -17,6 +17,7 @@ from hetfl.core.registry import Entry
 
 if TYPE_CHECKING:
     from hetfl.core.strategy import Strategy
+    from hetfl.core.survey import Survey
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -178,6 +179,37 @@ def plugin(entry: Entry, strategy: type[Strategy]) -> None:
     if rows := getattr(strategy, "DEVIATES", ()):
         console.print(f"where the default deviates (measured: docs/strategies/{entry.name}.md)", style="bold", soft_wrap=True)
         console.print(deviations(rows))
+
+
+def survey(found: Survey) -> None:
+    """What `hfl inspect` found."""
+    widths, inputs = found.widths, found.inputs
+    kind = f"{inputs.vocab} token ids" if inputs.vocab else "x".join(map(str, inputs.shape))
+    console.print(
+        f"{found.model} for {kind}, {inputs.classes} classes: {len(widths.groups)} width groups, {widths.elastic():.1%} of its "
+        f"entries can be cut (traced and proven in {found.seconds:.1f} s)", style="bold", soft_wrap=True,
+    )  # fmt: skip
+    console.print(table(("group", "units", "cuts"), [(g.name, str(g.size), several(found.members[g.name])) for g in widths.groups]))
+    console.print(table(("frozen", "why"), list(widths.frozen.items())))
+    rows = [
+        (f"{level.ratio:g}", f"{level.cost.parameters:,}", f"{level.cost.macs:,}", size(level.cost.memory), size(level.cost.bytes),
+         f"{level.error:.1e}")
+        for level in found.levels
+    ]  # fmt: skip
+    console.print(table(("level", "parameters", "MACs", "training memory", "payload", "sliced - masked"), rows, right=True))
+
+
+def several(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> Table:
+    made = Table(box=None, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold", justify="right" if right or column == "units" else "left")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
 
 
 def deviations(rows: Sequence[Sequence[str]]) -> Table:

@@ -46,7 +46,7 @@ def macs(model: nn.Module, x: Tensor) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter, torch.no_grad():
         model.eval()(x)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def recurrent(x: tuple[int, ...], w_ih: tuple[int, ...], w_hh: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -72,17 +72,17 @@ def memory(model: nn.Module, x: Tensor, y: Tensor) -> int:
     with Alive([*model.parameters(), *model.buffers(), x, y]) as alive:
         for _ in range(2):
             optimizer.zero_grad()
-            F.cross_entropy(model.train()(x), y).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model.train()(x), y).backward()
             optimizer.step()
-    return alive.peak
+    return int(alive.peak)
 
 
 class Alive(TorchDispatchMode):
     """Counts the bytes of storages from the op that makes them until they are freed."""
 
     def __init__(self, held: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
         self._seen: set[int] = set()
         for tensor in held:
             self._add(tensor)

@@ -20,11 +20,12 @@ from hetfl.core.config import RunOptions, write
 from hetfl.core.data import Federation
 from hetfl.core.errors import UsageError
 from hetfl.core.grid import LocalGrid
+from hetfl.core.groups import trace
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
 from hetfl.core.rounds import Rounds, Row, Watch
 from hetfl.core.server import Server
-from hetfl.core.widths import State, Widths, tensors, trace
+from hetfl.core.widths import State, Widths, tensors
 from hetfl.core.workshop import Workshop
 
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")

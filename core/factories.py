@@ -150,6 +150,8 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(f"models of {name} need {name}: pip install {name} ({error})") from error
+    except Exception as error:  # torchvision beside a torch of another build
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def timm(model: str) -> Factory:

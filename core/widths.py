@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -13,18 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from hetfl.core.errors import UsageError
-from hetfl.core.labels import called
 from hetfl.core.sizes import Place
-from hetfl.core.streams import stream
-from hetfl.core.trace import Heads, Tracer
 
 State = dict[str, Tensor]
 Kept = Mapping[str, Tensor]
-TOLERANCE = 1e-4
 
 
 def count(size: int, ratio: float) -> int:
@@ -117,133 +109,6 @@ class Widths:
         return sum(math.prod(self.shapes[name]) for name in self.axes if name in self.shapes) / max(total, 1)
 
 
-def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width") -> Widths:
-    """The width groups of `model`, found by running it on `inputs` (a batch of two or more), in evaluation and training mode.
-
-    Every group is proven: the model cut at random must compute what the full model computes with the removed entries zero
-    (normalisation over channels left out of both); a group that fails is frozen. `heads` says what is cut of attention: the
-    width of every head (HeteroFL's reading) or whole heads. The model and torch's random state are left as they were.
-    Raises UsageError where the model does not run.
-    """
-    mode, before = model.training, {name: t.clone() for name, t in model.named_buffers()}
-    try:
-        tracer = Tracer(model, heads)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for training in (False, True):
-                tracer.run(model.train(training), *inputs)
-                restore(model, before)
-            refuse_branches(tracer, model)
-            model.eval()
-            widths = gather(tracer, model)
-            return prove(widths, model, inputs) if verify else widths
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(refusal(model, inputs, error)) from error
-    finally:
-        restore(model, before)
-        model.train(mode)
-
-
-def refuse_branches(tracer: Tracer, model: nn.Module) -> None:
-    """A path that was not taken cannot be traced, so its parameters must not exist."""
-    missed = [name for name, p in model.named_parameters() if id(p) not in tracer.reached]
-    if tracer.branches and missed:
-        raise UsageError(
-            f"the forward pass of '{tracer.branches[0] or type(model).__name__}' branches on the values of tensors, and "
-            f"'{missed[0]}' lies on a path that was not taken: compute both paths and choose with torch.where"
-        )
-
-
-def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Puts the values of buffers back, in place."""
-    with torch.no_grad():
-        for name, tensor in model.named_buffers():
-            tensor.copy_(buffers[name])
-
-
-def refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str:
-    """Why a model that raised cannot be used, and what to do."""
-    needed = [
-        p.name for p in inspect.signature(model.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]  # fmt: skip
-    if len(needed) > len(inputs):
-        return (
-            f"the model's forward needs {len(needed)} inputs ({', '.join(needed)}) but gets only the examples: wrap it in a "
-            "module whose forward takes one tensor and returns the logits"
-        )
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    said = str(error).strip().splitlines() or ["no message"]
-    return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {said[0]}"
-
-
-def gather(tracer: Tracer, model: nn.Module) -> Widths:
-    """Turns the tracer's labels into groups: units that lie in the same dims of the same tensors form one group."""
-    shapes = {name: tuple(t.shape) for name, t in tensors(model).items()}
-    raw = dict(tracer.axes)
-    for name, labels in tracer.raw.items():
-        for dim in range(labels.ndim):
-            units = raw_axis(tracer, labels, dim)
-            if (name, dim) in raw:
-                tracer.tie(raw[name, dim], units)
-            elif bool((units >= 0).any()):
-                raw[name, dim] = units
-    for name, dim in [key for key in raw if key[0] not in shapes]:
-        refuse_unsent(tracer, model.get_buffer(name), dim, raw[name, dim])
-    lines = {key: tracer.root(units) for key, units in raw.items()}
-    counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
-    reasons = {int(tracer.root(torch.tensor([unit]))): why for unit, why in tracer.reasons.items()}
-    members: dict[int, dict[tuple[str, int], int]] = {}
-    for key, line in lines.items():
-        for unit in line.tolist():
-            if unit >= 0:
-                place = members.setdefault(unit, {})
-                place[key] = place.get(key, 0) + 1
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for unit in sorted(members):
-        if unit not in reasons:
-            alike.setdefault(tuple(members[unit].items()), []).append(unit)
-    groups: list[Group] = []
-    at: dict[int, tuple[int, int]] = {}
-    for signature, whole in alike.items():
-        alone = {name for (name, _), _ in signature}
-        if len(whole) > 1 and not (len(alone) == 1 and alone <= tracer.raw.keys()):  # a table that is looked up
-            at.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
-            groups.append(Group(unique(signature[0][0][0], groups), len(whole)))
-    frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
-    names = tuple(g.name for g in groups)
-    axes: dict[str, dict[int, Axis]] = {}
-    for (name, dim), line in lines.items():
-        if any(unit in at for unit in line.tolist()):
-            axes.setdefault(name, {})[dim] = axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()])
-    sizes = {
-        place: (axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()]), share)
-        for place, (line, share) in counts.items()
-        if any(unit in at for unit in line.tolist())
-    }
-    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
-
-
-def refuse_unsent(tracer: Tracer, buffer: Tensor, dim: int, units: Tensor) -> None:
-    """A buffer outside the state cannot follow other channels than the first, unless it is the same for all."""
-    if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
-        tracer.freeze(units, "a buffer that is not part of the state")
-
-
-def raw_axis(tracer: Tracer, labels: Tensor, dim: int) -> Tensor:
-    """Units of one dim of a parameter that was used raw: those that are the same along every other dim, and shared."""
-    lines = tracer.root(labels).movedim(dim, 0).reshape(labels.shape[dim], -1)
-    same = (lines == lines[:, :1]).all(dim=1)
-    return torch.where(same, lines[:, 0], -1) if bool(same.all()) else torch.full((len(lines),), -1)
-
-
-def unique(parameter: str, groups: Sequence[Group]) -> str:
-    name = parameter.removesuffix(".weight")
-    taken = {g.name for g in groups}
-    return next(n for n in (name, *(f"{name}#{i}" for i in range(2, len(taken) + 3))) if n not in taken)
-
-
 def axis(names: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Axis:
     group, unit = torch.tensor(list(pairs)).T.contiguous()
     return Axis(names, group, unit)
@@ -254,25 +119,6 @@ def tensors(model: nn.Module) -> State:
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = model.state_dict()
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
-
-
-def prove(widths: Widths, model: nn.Module, inputs: Sequence[Tensor]) -> Widths:
-    """`widths` without the groups whose cut changes what the model computes, or keeps it from running."""
-    sure = {g.name for g in provable(widths, model, inputs, widths.groups, ())}
-    reason = "a cut changes the output: its size is fixed in the code"
-    return without(widths, {g.name: reason for g in widths.groups if g.name not in sure})
-
-
-def provable(
-    widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group], sure: Sequence[Group]
-) -> Sequence[Group]:
-    """`sure`, groups that can be cut together, and as many of `groups` as can be cut with them, found by halving."""
-    if not groups or exact(widths, model, inputs, [*sure, *groups]):
-        return [*sure, *groups]
-    if len(groups) == 1:
-        return sure
-    half = len(groups) // 2
-    return provable(widths, model, inputs, groups[half:], provable(widths, model, inputs, groups[:half], sure))
 
 
 def without(widths: Widths, reasons: dict[str, str]) -> Widths:
@@ -295,80 +141,6 @@ def narrowed(old: Axis, names: tuple[str, ...]) -> Axis | None:
     to = [names.index(g) if g in names else -1 for g in old.groups] + [-1]
     pairs = [(to[g], u if to[g] >= 0 else -1) for g, u in zip(old.group.tolist(), old.unit.tolist(), strict=True)]
     return axis(names, pairs) if any(g >= 0 for g, _ in pairs) else None
-
-
-def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group]) -> bool:
-    """Whether the model cut in `groups` computes what the full model with zeroed entries does, on random weights."""
-    generator = stream(0, "prove")
-    cut = {g.name for g in groups}
-    kept = {
-        g.name: torch.randperm(g.size, generator=generator)[: max(1, g.size // 2)] if g.name in cut else torch.arange(g.size)
-        for g in widths.groups
-    }
-    index = widths.index(kept)
-    state = {name: noise(name, t, generator) for name, t in tensors(model).items()}
-    small_state = {name: take(t, index.get(name, {})) for name, t in state.items()}
-    masked = {name: put(small_state[name], index.get(name, {}), torch.zeros_like(t)) for name, t in state.items()}
-    try:
-        small = load(build(widths, model, kept), small_state).eval()
-        with Plain():
-            a = torch.func.functional_call(model, masked, tuple(inputs))
-            b = small(*inputs)
-        small.train()(*inputs)
-    except Exception:
-        return False
-    return all(close(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
-
-
-def noise(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Random values of a plausible scale, so that no zero or equal entry hides a wrong cut."""
-    if not tensor.is_floating_point():
-        return tensor
-    fan = math.sqrt(max(1, tensor[0].numel())) if tensor.ndim > 1 else 1.0
-    drawn = torch.randn(tensor.shape, generator=generator).to(tensor) / fan
-    return drawn.abs() + 0.5 if name.endswith("var") else drawn
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * (1 + a.abs().max()))
-
-
-def leaves(out: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-class Plain(TorchFunctionMode):
-    """Leaves out what legitimately differs between a cut and a masked model: normalisation over channels, 1 / sqrt(head width).
-
-    Squashing each value stands in for the normalisation, so that deep models stay in the range of floats.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = called(func)
-        if name in ("layer_norm", "rms_norm", "group_norm"):
-            named = ("input", "_", "weight", "bias") if name != "rms_norm" else ("input", "_", "weight")
-            given = {**dict(zip(named, args, strict=False)), **kwargs}
-            shape = (1, -1) + (1,) * (given["input"].ndim - 2) if name == "group_norm" else (-1,)
-            weight, bias = given.get("weight"), given.get("bias")
-            out = F.softsign(given["input"])
-            out = out if weight is None else out * weight.reshape(shape)
-            return out if bias is None else out + bias.reshape(shape)
-        if name == "scaled_dot_product_attention":
-            return F.scaled_dot_product_attention(*args, **{**kwargs, "scale": 1.0})
-        if name == "multi_head_attention_forward":
-            return func(*unscaled(list(args)), **kwargs)
-        return func(*args, **kwargs)
-
-
-def unscaled(args: list[Any]) -> list[Any]:
-    """The arguments of multi_head_attention_forward with queries that make up for the 1 / sqrt(width) of a head."""
-    size, heads, packed, bias = args[3:7]
-    scale = math.sqrt(size / heads)
-    if packed is not None:
-        factor = torch.cat([torch.full((size,), scale), torch.ones(2 * size)]).to(packed)
-        args[5], args[6] = packed * factor[:, None], None if bias is None else bias * factor
-    return args
 
 
 # the smaller module

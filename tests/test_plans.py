@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetfl.core.groups import trace
 from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN
 from hetfl.core.plans import Patch, Selection, grow, prefix, window
-from hetfl.core.widths import tensors, trace
+from hetfl.core.widths import tensors
 from hetfl.plugins.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr
 
 ratios = st.floats(0.05, 1.0)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hetfl.core.errors import UsageError
+from hetfl.core.groups import trace
 from hetfl.core.models import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
-from hetfl.core.widths import build, count, load, put, take, tensors, trace
+from hetfl.core.widths import build, count, load, put, take, tensors
 
 
 class Strange(nn.Module):

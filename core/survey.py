@@ -1,0 +1,89 @@
+"""What `hfl inspect` tells of a model: its width groups, what is frozen and why, and what each level costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hetfl.core import cost, data, factories, norms
+from hetfl.core.config import DataOptions
+from hetfl.core.cost import Cost
+from hetfl.core.errors import UsageError
+from hetfl.core.factories import Inputs
+from hetfl.core.groups import compared, trace
+from hetfl.core.sources import KNOWN
+from hetfl.core.streams import stream
+from hetfl.core.trace import Heads
+from hetfl.core.widths import Widths, build
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level's submodel: its cost, and how far its outputs are from those of the masked full model."""
+
+    ratio: float
+    cost: Cost
+    error: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    model: str
+    inputs: Inputs
+    widths: Widths
+    members: dict[str, list[str]]  # of each group: the tensors that it cuts, as name[dim]
+    levels: list[Level]
+    seconds: float
+
+
+def survey(
+    name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
+    batch: int = 32, heads: Heads = "width", norm_policy: str = "auto",
+) -> Survey:  # fmt: skip
+    """Builds the model `name` for `inputs`, traces it and measures the sliced module of every level in (0, 1].
+
+    Raises UsageError where the model cannot be built or run.
+    """
+    model = norms.replaced(factories.build(name, args, inputs, 0), norm_policy)
+    x, started = inputs.batch(), time.perf_counter()
+    widths = trace(model, x, heads=heads)
+    seconds, rows = time.perf_counter() - started, []
+    for ratio in levels:
+        kept = widths.prefix(ratio)
+        error = compared(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
+        rows.append(Level(ratio, cost.measure(build(widths, model, kept), x, inputs.classes, batch), error))
+    return Survey(name, inputs, widths, members(widths), rows, seconds)
+
+
+def members(widths: Widths) -> dict[str, list[str]]:
+    """For each group the dims of tensors that it cuts."""
+    found: dict[str, list[str]] = {group.name: [] for group in widths.groups}
+    for name, dims in widths.axes.items():
+        for dim, axis in dims.items():
+            for group in axis.places:
+                found[axis.groups[group]].append(f"{name}[{dim}]")
+    return found
+
+
+def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
+    """What to build `model` for: as given, else as `dataset` has it, else as the data set whose own model it is."""
+    if shape is not None:
+        return Inputs(parsed(shape), classes or 10, vocab)
+    name = dataset or next((short for short, known in KNOWN.items() if known.model == model), "cifar10")
+    if name not in KNOWN:
+        return data.load(DataOptions.model_validate({"dataset": name, "partition": "iid", "clients": 1, "server_data": 0})).inputs
+    known, options = KNOWN[name], DataOptions.model_validate({})
+    found = Inputs((options.tokens,), known.classes, options.vocab) if known.text else Inputs(known.shape, known.classes)
+    return Inputs(found.shape, classes or found.classes, vocab or found.vocab)
+
+
+def parsed(shape: str) -> tuple[int, ...]:
+    try:
+        sides = tuple(int(side) for side in shape.split("x"))
+    except ValueError:
+        sides = ()
+    if not sides or min(sides) < 1:
+        raise UsageError(f"--input takes the shape of one example such as 3x32x32 or 128, not '{shape}'")
+    return sides
