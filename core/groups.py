@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from hetfl.core.errors import UsageError
 from hetfl.core.labels import called
+from hetfl.core.sizes import Place
 from hetfl.core.streams import stream
 from hetfl.core.trace import Heads, Tracer
 from hetfl.core.widths import Axis, Group, Kept, Widths, axis, build, load, put, take, tensors, without
@@ -95,6 +97,7 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
                 raw[name, dim] = units
     for name, dim in [key for key in raw if key[0] not in shapes]:
         refuse_unsent(tracer, model.get_buffer(name), dim, raw[name, dim])
+    agree(tracer)
     lines = {key: tracer.root(units) for key, units in raw.items()}
     counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
     reasons = {int(tracer.root(torch.tensor([unit]))): why for unit, why in tracer.reasons.items()}
@@ -127,6 +130,17 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
         if any(unit in at for unit in line.tolist())
     }
     return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
+
+
+def agree(tracer: Tracer) -> None:
+    """What one attribute counts must be cut alike everywhere."""
+    first: dict[Place, tuple[Tensor, Fraction]] = {}
+    for place, units, share in tracer.claims:
+        ours, other = first.setdefault(place, (units, share))
+        if len(ours) == len(units) and share == other:
+            tracer.tie(ours, units)
+        else:
+            tracer.freeze(units, f"'{place[1]}' counts other channels too")
 
 
 def refuse_unsent(tracer: Tracer, buffer: Tensor, dim: int, units: Tensor) -> None:
@@ -168,18 +182,21 @@ def provable(
 
 
 def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group]) -> bool:
-    """Whether `model` can be cut in `groups`, half of the units of each, and also trains so."""
+    """Whether `model` can be cut in `groups`, a random part of the units of each, and also trains so."""
     cut, generator = {g.name for g in groups}, stream(0, "prove")
-    kept = {
-        g.name: torch.randperm(g.size, generator=generator)[: max(1, g.size // 2)] if g.name in cut else torch.arange(g.size)
-        for g in widths.groups
-    }
+    kept = {g.name: chosen(g.size, generator) if g.name in cut else torch.arange(g.size) for g in widths.groups}
     try:
         small, error = compared(widths, model, inputs, kept, generator)
         small.train()(*inputs)
     except Exception:
         return False
     return error <= TOLERANCE
+
+
+def chosen(size: int, generator: torch.Generator) -> Tensor:
+    """Between 1 and all but one of `size` units, in random order."""
+    count = int(torch.randint(1, max(size, 2), (1,), generator=generator))
+    return torch.randperm(size, generator=generator)[:count]
 
 
 def compared(

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Public
+from hetfl.core.dice import draws
 from hetfl.core.errors import UsageError
 from hetfl.core.plans import Selection
 from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
-from hetfl.core.train import Score, Tuned, draws, evaluate, tune
+from hetfl.core.train import Score, Tuned, evaluate, tune
 from hetfl.core.widths import State, Widths, tensors
 from hetfl.core.workshop import Workshop
 

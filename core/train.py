@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
-from hetfl.core.labels import called
+from hetfl.core.dice import draws
 from hetfl.core.types import Reply, Task
 from hetfl.core.widths import tensors
 
@@ -81,41 +78,6 @@ def evaluate(model: nn.Module, data: Examples, batch: int, labels: Tensor | None
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             right += int((logits.argmax(1) == y).sum())
     return Score(right / max(len(data), 1), loss / max(len(data), 1), len(data))
-
-
-def draws(needed: bool, generator: torch.Generator) -> AbstractContextManager[Any]:
-    """Where a model draws random numbers, draws them from `generator`: torch's own one is shared by all threads."""
-    return Dice(generator) if needed else nullcontext()
-
-
-class Dice(TorchFunctionMode):
-    """Feeds dropout and other random ops from one generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = called(func).removesuffix("_")
-        if name in DROPOUTS:
-            return self.drop(name, *args, **kwargs)
-        if name in ("rand_like", "randn_like"):
-            make = torch.rand if name == "rand_like" else torch.randn
-            return make(args[0].shape, generator=self.generator, dtype=kwargs.get("dtype") or args[0].dtype)
-        if name in ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "uniform"):
-            kwargs.setdefault("generator", self.generator)
-        return func(*args, **kwargs)
-
-    def drop(self, name: str, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0:
-            return x
-        shape = x.shape if name == "dropout" else x.shape[:2] + (1,) * (x.ndim - 2)
-        kept = torch.bernoulli(torch.full(shape, 1 - p, dtype=x.dtype), generator=self.generator)
-        return x * kept / (1 - p) if p < 1 else x * 0
-
-
-DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,10 @@ class Block:
 
 
 def blocks(selection: Selection, name: str, tensor: Tensor) -> list[Block]:
-    """How filters tile one tensor for the submodel `selection` of leading channels."""
+    """How filters tile one tensor for the submodel `selection` of leading channels; one cut along a third dim is only sliced."""
     axes, index = selection.widths.axes.get(name, {}), selection.index.get(name, {})
+    if max(axes, default=0) > 1:
+        return []
     lines = [parts(axes.get(d), index.get(d), n) for d, n in enumerate(tensor.shape[:2])]
     rows, columns = lines if len(lines) == 2 else ([Part(torch.arange(1), 1)], lines[0])
     taps = math.prod(tensor.shape[2:])
