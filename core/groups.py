@@ -100,13 +100,16 @@ def gather(tracer: Tracer, model: nn.Module) -> Widths:
     agree(tracer)
     lines = {key: tracer.root(units) for key, units in raw.items()}
     counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
-    reasons = {int(tracer.root(torch.tensor([unit]))): why for unit, why in tracer.reasons.items()}
     members: dict[int, dict[tuple[str, int], int]] = {}
     for key, line in lines.items():
         for unit in line.tolist():
             if unit >= 0:
                 place = members.setdefault(unit, {})
                 place[key] = place.get(key, 0) + 1
+    reasons: dict[int, str] = {}
+    for units, why in tracer.frozen:
+        for unit in tracer.root(units).unique().tolist():
+            reasons.setdefault(unit, why)
     alike: dict[tuple[Any, ...], list[int]] = {}
     for unit in sorted(members):
         if unit not in reasons:

@@ -296,6 +296,10 @@ def einsum(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
         if id(x) not in t.parameters:
             meet(t, lines, x, letters)
     for x, letters in mine:
+        for letter in letters if id(x) not in t.parameters else ():
+            if letter in lines and not varies(known(t, x), letters.index(letter)):
+                t.freeze(lines[letter], f"joins channels that cannot be cut{t.at()}")
+    for x, letters in mine:
         if id(x) in t.parameters:
             fresh = [c for c in letters if c not in lines and c in outs][-1:]
             lines |= {c: t.fresh(x.shape[letters.index(c)]) for c in fresh}
@@ -306,6 +310,12 @@ def einsum(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
         t.freeze(lines[letter], f"channels are mixed with other dimensions{t.at()}")
     if varying:
         t.label(out, channelwise(lines[varying[-1]], out.ndim, outs.index(varying[-1])))
+
+
+def known(t: Tracer, x: Tensor) -> Tensor:
+    """The labels of `x`, -1 where it has none."""
+    labels = t.labels(x)
+    return torch.full((1,) * x.ndim, -1).expand(x.shape) if labels is None else t.root(labels)
 
 
 def meet(t: Tracer, lines: dict[str, Tensor], x: Tensor, letters: str) -> None:

@@ -72,7 +72,7 @@ RAW_LIMIT = 1 << 20
 
 
 class Tracer(TorchFunctionMode):
-    """Labels while forward passes run; `axes`, `claims` and `reasons` hold what was learned.
+    """Labels while forward passes run; `axes`, `claims` and `frozen` hold what was learned.
 
     `heads` says what is cut where channels are split into attention heads: the width of every head, or whole heads.
     """
@@ -89,7 +89,7 @@ class Tracer(TorchFunctionMode):
         self.where = {id(m): name for name, m in model.named_modules()}
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.raw: dict[str, Tensor] = {}
-        self.reasons: dict[int, str] = {}
+        self.frozen: list[tuple[Tensor, str]] = []
         self.claims: list[tuple[Place, Tensor, Fraction]] = []  # attributes that must follow the units they count
         self.draws = False
         self.reached: set[int] = set()  # parameters that some op used
@@ -149,9 +149,7 @@ class Tracer(TorchFunctionMode):
 
     def freeze(self, labels: Tensor | None, reason: str) -> None:
         if labels is not None:
-            for unit in compact(labels).unique().tolist():
-                if unit >= 0:
-                    self.reasons.setdefault(unit, reason)
+            self.frozen.append((compact(labels).unique(), reason))
 
     def claim(self, attribute: Any, units: Tensor, module: bool = False) -> None:
         """`attribute`, a Size that was read from a module (or, with `module`, the name in the module at work), counts `units`."""

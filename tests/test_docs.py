@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetfl.core import hooks, registry
+from hetfl.core.models import ZOO
 from hetfl.core.strategy import HOOKS, Strategy
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -23,6 +24,15 @@ def test_every_hook_has_its_heading(name):
 
 def test_strategies_page_is_generated():
     assert runpy.run_path(str(DOCS / "strategies.py"))["text"]() == (DOCS / "strategies.md").read_text()
+
+
+def test_data_page_is_generated():
+    assert runpy.run_path(str(DOCS / "datasets.py"))["text"]() == (DOCS / "data.md").read_text()
+
+
+def test_every_model_of_the_zoo_has_its_row():
+    page = (DOCS / "models.md").read_text()
+    assert all(f"| `{name}` |" in page for name in ZOO)
 
 
 @pytest.mark.parametrize("entry", registry.builtins(), ids=lambda e: f"{e.role}.{e.name}")
