@@ -162,7 +162,7 @@ def cut(widths: Any, model: nn.Module, x: torch.Tensor, seed: int) -> float:
 
 
 def exact(row: dict[str, Any]) -> bool:
-    return row.get("groups", 0) > 0 and row["error"] is not None and row["error"] <= 1e-4
+    return row.get("groups", 0) > 0 and row.get("error") is not None and row["error"] <= 1e-4
 
 
 def report(rows: list[dict[str, Any]]) -> str:
