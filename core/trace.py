@@ -54,6 +54,7 @@ SOFT = frozenset("softmax log_softmax softmin gumbel_softmax cumsum cumprod cumm
 SHAPED = frozenset("reshape view unflatten split expand".split())  # ops that are given sizes of what they make
 VALUES = frozenset("__bool__ __int__ __float__ __index__ item tolist".split())  # Python may branch on what these give
 NEW = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
+MADE = frozenset("zeros ones empty full rand randn new_zeros new_ones new_full new_empty".split())
 SPATIAL = frozenset(
     (
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
@@ -201,7 +202,7 @@ class Tracer(TorchFunctionMode):
         else:
             self.axes[name, dim] = units
 
-    def settle(self, labels: Tensor, heads: bool = False) -> Tensor:
+    def settle(self, labels: Tensor, heads: bool = False, prefer: int | None = None) -> Tensor:
         """A cut must stay rectangular: where units vary along several dims, they are tied along all but one.
 
         That one is the last of those with the most units (within a factor of 4), the head width where heads are split; with
@@ -212,7 +213,7 @@ class Tracer(TorchFunctionMode):
         if len(varying) > 1:
             counts = {d: len(roots.movedim(d, 0).reshape(roots.shape[d], -1)[:, 0].unique()) for d in varying}
             main = max(d for d in varying if 4 * counts[d] >= max(counts.values()))
-            main = varying[-2] if heads else main
+            main = varying[-2] if heads else prefer if prefer in varying else main
             for dim in varying:
                 if dim != main:
                     self.tie(roots.narrow(dim, 0, 1), roots)
@@ -245,6 +246,16 @@ class Tracer(TorchFunctionMode):
             if isinstance(size, Size) and size.tracer is self and place < piece.ndim:
                 self.bind(size, line_of(self.root(piece), place))
 
+    def made(self, out: Tensor, args: Any) -> None:
+        """A new tensor whose size is a number of channels is made of as many (the first state of a recurrent net)."""
+        sizes = [s for a in args for s in (a if isinstance(a, tuple | list) else [a])][: out.ndim]
+        for dim, size in reversed(list(enumerate(sizes))):
+            if isinstance(size, Size) and size.share == 1 and size == out.shape[dim]:
+                units = self.fresh(int(size)) if size.line is None else size.line
+                self.claim(size, units)
+                self.label(out, channelwise(units, out.ndim, dim))
+                return
+
     def bind(self, size: Size, line: Tensor | None) -> None:
         """`size` counts the units `line` (None: something that is never cut)."""
         if size.line is None:
@@ -272,6 +283,8 @@ class Tracer(TorchFunctionMode):
             self.branches.append(self._stack[-1] if self._stack else "")
         if name == "__setitem__":
             self.written(args)
+        if name in MADE and isinstance(out, Tensor):
+            self.made(out, args[1:] if args and isinstance(args[0], Tensor) else args)
         if name in NEW or not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             return out
         if rule is not None:
@@ -330,7 +343,7 @@ class Tracer(TorchFunctionMode):
         raw = bool(raws) and all(raws)
         heads = self.heads == "whole" and first is not None and line_of(self.root(source), source.ndim - 1) is not None
         for leaf, labels in zip(tree_leaves(out), pieces, strict=True):
-            self.label(leaf, labels if raw else self.settle(labels, heads), raw)
+            self.label(leaf, labels if raw else self.settle(labels, heads, 1 if name == "pixel_shuffle" else None), raw)
         if name in SHAPED and not raw:
             self.shaped(name, args, kwargs, pieces)
 
@@ -367,6 +380,8 @@ class Tracer(TorchFunctionMode):
             self.tie(a, b)
         elif spans(b, a):
             self.tie(b, a)
+        if not any(varies(a, d) for d in range(a.ndim)):
+            a, b = b, a  # a single unit says less
         a, b = torch.broadcast_tensors(a, b)
         slim = torch.broadcast_tensors(compact(a), compact(b))
         return torch.where(slim[0] >= 0, slim[0], slim[1]).expand(shape)
