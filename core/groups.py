@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -84,55 +84,80 @@ def refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str
     return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {said[0]}"
 
 
+Key = tuple[str, int]  # a tensor's name and one of its dims
+Places = dict[int, dict[Key, int]]  # for each unit: how often it occurs where
+
+
 def gather(tracer: Tracer, model: nn.Module) -> Widths:
     """Turns the tracer's labels into groups: units that lie in the same dims of the same tensors form one group."""
     shapes = {name: tuple(t.shape) for name, t in tensors(model).items()}
-    raw = dict(tracer.axes)
+    lines = settled(tracer, model, shapes)
+    members, reasons = occurrences(lines), frozen_units(tracer)
+    groups, at = grouped({unit: places for unit, places in members.items() if unit not in reasons}, tracer.raw.keys())
+    names = tuple(g.name for g in groups)
+
+    def counted(line: Tensor) -> Axis | None:
+        pairs = [at.get(unit, (-1, -1)) for unit in line.tolist()]
+        return axis(names, pairs) if any(group >= 0 for group, _ in pairs) else None
+
+    axes: dict[str, dict[int, Axis]] = {}
+    for (name, dim), line in lines.items():
+        if (found := counted(line)) is not None:
+            axes.setdefault(name, {})[dim] = found
+    claims = {place: (counted(tracer.root(units)), share) for place, units, share in reversed(tracer.claims)}
+    sizes = {place: (found, share) for place, (found, share) in claims.items() if found is not None}
+    frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
+    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
+
+
+def settled(tracer: Tracer, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Tensor]:
+    """The units of every dim of every tensor, after all that ties and freezes them."""
+    lines = dict(tracer.axes)
     for name, labels in tracer.raw.items():
         for dim in range(labels.ndim):
             units = raw_axis(tracer, labels, dim)
-            if (name, dim) in raw:
-                tracer.tie(raw[name, dim], units)
+            if (name, dim) in lines:
+                tracer.tie(lines[name, dim], units)
             elif bool((units >= 0).any()):
-                raw[name, dim] = units
-    for name, dim in [key for key in raw if key[0] not in shapes]:
-        refuse_unsent(tracer, model.get_buffer(name), dim, raw[name, dim])
+                lines[name, dim] = units
+    for name, dim in [key for key in lines if key[0] not in shapes]:
+        refuse_unsent(tracer, model.get_buffer(name), dim, lines[name, dim])
     agree(tracer)
-    lines = {key: tracer.root(units) for key, units in raw.items()}
-    counts = {place: (tracer.root(units), share) for place, units, share in reversed(tracer.claims)}
-    members: dict[int, dict[tuple[str, int], int]] = {}
+    return {key: tracer.root(units) for key, units in lines.items()}
+
+
+def occurrences(lines: Mapping[Key, Tensor]) -> Places:
+    found: Places = {}
     for key, line in lines.items():
         for unit in line.tolist():
             if unit >= 0:
-                place = members.setdefault(unit, {})
+                place = found.setdefault(unit, {})
                 place[key] = place.get(key, 0) + 1
+    return found
+
+
+def frozen_units(tracer: Tracer) -> dict[int, str]:
+    """Why a unit cannot be cut, for those that cannot."""
     reasons: dict[int, str] = {}
     for units, why in tracer.frozen:
         for unit in tracer.root(units).unique().tolist():
             reasons.setdefault(unit, why)
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    return reasons
+
+
+def grouped(members: Places, raw: Collection[str]) -> tuple[list[Group], dict[int, tuple[int, int]]]:
+    """The groups, and (group, unit) for each of the tracer's units; a raw table that nothing else depends on is no group."""
+    alike: dict[tuple[tuple[Key, int], ...], list[int]] = {}
     for unit in sorted(members):
-        if unit not in reasons:
-            alike.setdefault(tuple(members[unit].items()), []).append(unit)
+        alike.setdefault(tuple(members[unit].items()), []).append(unit)
     groups: list[Group] = []
     at: dict[int, tuple[int, int]] = {}
     for signature, whole in alike.items():
-        alone = {name for (name, _), _ in signature}
-        if len(whole) > 1 and not (len(alone) == 1 and alone <= tracer.raw.keys()):  # a table that is looked up
+        named = {name for (name, _), _ in signature}
+        if len(whole) > 1 and not (len(named) == 1 and named <= set(raw)):
             at.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
             groups.append(Group(unique(signature[0][0][0], groups), len(whole)))
-    frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
-    names = tuple(g.name for g in groups)
-    axes: dict[str, dict[int, Axis]] = {}
-    for (name, dim), line in lines.items():
-        if any(unit in at for unit in line.tolist()):
-            axes.setdefault(name, {})[dim] = axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()])
-    sizes = {
-        place: (axis(names, [at.get(unit, (-1, -1)) for unit in line.tolist()]), share)
-        for place, (line, share) in counts.items()
-        if any(unit in at for unit in line.tolist())
-    }
-    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
+    return groups, at
 
 
 def agree(tracer: Tracer) -> None:

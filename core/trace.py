@@ -7,7 +7,7 @@ or mix parameters. What anything else touches is frozen: never wrong, only less 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -317,35 +317,31 @@ class Tracer(TorchFunctionMode):
                 self.freeze(self.labels(tensor), f"unknown operation {name}{self.at()}")
 
     def move(self, name: str, out: Any, args: Any, kwargs: Any) -> None:
-        def swap(value: Any) -> Any:
-            if not isinstance(value, Tensor) or (not value.is_floating_point() and self.labels(value) is None):
-                return value
-            labels = self.labels(value)
-            return torch.full(value.shape, -1) if labels is None else labels
-
-        first = args[0] if isinstance(args[0], Tensor) else None
-        many = isinstance(args[0], tuple | list)
+        """Runs an op that only moves data on the labels themselves."""
+        single = isinstance(args[0], Tensor)
         raws = [id(t) in self.parameters or getattr(t, "_raw", False) for t in tree_leaves(args[0]) if self.labels(t) is not None]
-        source = tree_map(lambda v: swap(v).contiguous() if isinstance(v, Tensor) else v, args[0])
+        raw = bool(raws) and all(raws)
+        source = tree_map(self._swapped, args[0])
         name = {"view": "reshape"}.get(name, name)
-        function = getattr(torch, name) if many else getattr(torch.Tensor, name, None) or getattr(torch, name, None)
-        function = function or getattr(torch.nn.functional, name)
-        if name in ("T", "mT", "H"):
-            moved = getattr(source, name)
-        elif name.endswith("_as"):
-            moved = getattr(source, name.removesuffix("_as"))(args[1].shape)
-        else:
-            moved = function(source, *args[1:], **kwargs)
+        moved = moving(name, single)(source, *([args[1].shape] if name.endswith("_as") else args[1:]), **kwargs)
         pieces = list(moved) if isinstance(moved, tuple | list) else [moved]
-        if first is not None:
+        if single:
             given = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, tuple | list)), None)
             self._whole(name, source, pieces, given)
-        raw = bool(raws) and all(raws)
-        heads = self.heads == "whole" and first is not None and line_of(self.root(source), source.ndim - 1) is not None
+        heads = self.heads == "whole" and single and line_of(self.root(source), source.ndim - 1) is not None
         for leaf, labels in zip(tree_leaves(out), pieces, strict=True):
             self.label(leaf, labels if raw else self.settle(labels, heads, 1 if name == "pixel_shuffle" else None), raw)
         if name in SHAPED and not raw:
             self.shaped(name, args, kwargs, pieces)
+
+    def _swapped(self, value: Any) -> Any:
+        """The labels in place of an activation; anything else stays."""
+        if not isinstance(value, Tensor):
+            return value
+        labels = self.labels(value)
+        if labels is None:
+            return torch.full(value.shape, -1) if value.is_floating_point() else value
+        return labels.contiguous()
 
     def _whole(self, name: str, source: Tensor, pieces: list[Tensor], given: Any = None) -> None:
         """Pieces of equal size are cut alike; what takes some units and leaves others fixes them all."""
@@ -407,6 +403,16 @@ class Tracer(TorchFunctionMode):
             for d in sorted(over, reverse=True):
                 small = small.narrow(d, 0, 1) if kept.ndim == roots.ndim else small.select(d, 0)
             self.label(kept, small)
+
+
+def moving(name: str, single: bool) -> Callable[..., Any]:
+    """The function that moves data as the op `name` does."""
+    if name in ("T", "mT", "H"):
+        return lambda source: getattr(source, name)
+    name = name.removesuffix("_as")
+    own = getattr(torch.Tensor, name, None) if single else None
+    found: Callable[..., Any] = own or getattr(torch, name, None) or getattr(torch.nn.functional, name)
+    return found
 
 
 def void(_: Any) -> None:

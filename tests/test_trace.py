@@ -107,7 +107,34 @@ class Tied(nn.Module):
         return self.head(F.linear(torch.relu(y), self.embed.weight))
 
 
-MODULES = {"heads": Heads, "torchs": Torchs, "recurrent": Recurrent, "odd": Odd, "tied": Tied}
+class Mixer(nn.Module):
+    """A token-mixing layer over positions, pixel shuffle, a gate of one channel."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.a, self.up, self.b = nn.Conv2d(1, 32, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(8, 16, 4, 4)
+        self.tokens, self.gate, self.head = nn.Linear(16, 16), nn.Linear(16, 1), nn.Linear(16, classes)
+
+    def forward(self, x):
+        y = self.b(F.elu(self.up(self.a(x)))).flatten(2)
+        y = (y + torch.tanh(self.tokens(y))).transpose(1, 2)
+        return self.head((self.gate(y).softmax(1) * y).sum(1))
+
+
+class Start(nn.Module):
+    """A recurrent net whose first state is made from an attribute, and whose width is read from it again."""
+
+    def __init__(self, classes=10, hidden=12):
+        super().__init__()
+        self.hidden = hidden
+        self.gru, self.norm, self.head = nn.GRU(8, hidden, batch_first=True), nn.LayerNorm(hidden), nn.Linear(hidden, classes)
+
+    def forward(self, x):
+        out, _ = self.gru(x[:, 0], torch.zeros(1, len(x), self.hidden))
+        return self.head(self.norm(out.reshape(-1, 8, self.hidden)[:, -1]))
+
+
+MODULES = {"heads": Heads, "torchs": Torchs, "recurrent": Recurrent, "odd": Odd, "tied": Tied, "mixer": Mixer, "start": Start}
 ZOO = {
     "fedconv-har": (lambda: FedConvHAR(5, 1, 30), (1, 30, 30)),
     "googlenet": (lambda: GoogLeNet(10, 3, shrink=8), (3, 16, 16)),
@@ -241,7 +268,7 @@ def held_out(monkeypatch):
 
 
 @pytest.mark.parametrize("extract", ["heterofl", "fedrolex", "fedconv"])
-@pytest.mark.parametrize("name", ["heads", "torchs", "recurrent", "odd"])
+@pytest.mark.parametrize("name", ["heads", "torchs", "recurrent", "odd", "mixer", "start"])
 def test_any_module_trains_with_any_extraction(held_out, tmp_path, extract, name):
     values = {"limit": 200, "clients": 3, "rounds": 2, "epochs": 1, "pretrain_steps": 3, "partition": "iid", "lr": 0.01}
     options = {"fedconv": {"steps": 2, "first_steps": 2}} if extract == "fedconv" else {}
