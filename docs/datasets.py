@@ -36,8 +36,8 @@ INTRODUCTION = """# Data
 
 `--dataset` takes a short name of the table (generated from core/sources.py by `python docs/datasets.py`), a Hub id, a folder or
 a file. Short names are looked for in the folder `$HETFL_DATA` before the Hub; a folder that bears a short name is treated as
-that data set. The Hub was not in reach when this was written: mnist, cifar10, cifar100 and ag_news were read from copies of the Hub's
-files, fashion-mnist and cinic10 are not tried. Decoded data and partitions are cached in `~/.cache/hetfl` (`$HETFL_CACHE`).
+that data set. The Hub was not in reach when this was written: mnist, cifar10, cifar100, ag_news were read from copies of its
+files; fashion-mnist and cinic10 are not tried. Decoded data and partitions are cached in `~/.cache/hetfl` (`$HETFL_CACHE`).
 
 """
 
