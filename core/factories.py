@@ -135,11 +135,19 @@ def arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[str, An
     given |= args
     asked = (p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     if lacking := [p.name for p in asked if p.default is p.empty and p.name not in given]:
-        known = "text" if inputs.vocab is not None else "x".join(map(str, inputs.shape))
-        raise UsageError(
-            f"model '{name}' needs '{lacking[0]}', which {known} inputs do not tell: give it with --model-args {lacking[0]}=…"
-        )
+        raise UsageError(f"model '{name}' needs '{lacking[0]}'{missing(lacking[0], inputs)}")
     return given
+
+
+def missing(argument: str, inputs: Inputs) -> str:
+    """Why an argument of a factory is not known, and what to do."""
+    what = next((what for what, names in NAMES.items() if argument in names), None)
+    if what in ("channels", "size"):
+        return ", so it takes pictures or arrays, but the inputs are text: choose another, such as --model encoder"
+    if what in ("vocab", "length"):
+        shape = "x".join(map(str, inputs.shape))
+        return f", so it takes text, but the inputs are arrays of {shape}: choose another, such as --model {default(inputs)}"
+    return f": give it with --model-args {argument}=…"
 
 
 # models of other libraries, where these are installed

@@ -253,8 +253,14 @@ def test_inspect_builds_for_text_and_for_given_shapes(capsys):
             ["cnn", "--model-args", "depth=3"],
             "unknown model argument 'depth'; did you mean 'widths'? (known: classes, channels, widths)",
         ),
-        (["encoder", "--dataset", "mnist"], "model 'encoder' needs 'vocab', which 1x28x28 inputs do not tell: give it with"),
-        (["cnn", "--dataset", "ag_news"], "model 'cnn' needs 'channels', which text inputs do not tell: give it with"),
+        (
+            ["encoder", "--dataset", "mnist"],
+            "model 'encoder' needs 'vocab', so it takes text, but the inputs are arrays of 1x28x28: choose",
+        ),
+        (
+            ["cnn", "--dataset", "ag_news"],
+            "model 'cnn' needs 'channels', so it takes pictures or arrays, but the inputs are text: choose",
+        ),
         (["held_out_nets:Two"], "the model's forward needs 2 inputs (x, lengths) but gets only the examples: wrap it in a module"),
         (["held_out_nets:coloured", "--dataset", "digits"], "the model does not run on inputs of shape (2, 1, 8, 8)"),
         (["nothing.here:Net"], "model module 'nothing.here' cannot be imported"),
