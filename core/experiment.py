@@ -70,7 +70,7 @@ def traced(options: RunOptions, federation: Federation) -> tuple[nn.Module, Widt
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name = options.model or federation.model
     model = norms.replaced(factories.build(name, options.model_args, federation.inputs, options.seed), options.norm_policy)
-    x = federation.inputs.batch()
+    x = federation.test.x[federation.test.index[:2]]
     widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
         out = model.eval()(x)

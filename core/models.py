@@ -282,6 +282,7 @@ class Encoder(nn.Module):
         self.norm, self.drop = nn.LayerNorm(width, 1e-5), nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden or 4 * width, dropout) for _ in range(layers))
         self.dense, self.head = nn.Linear(width, width), nn.Linear(width, classes)
+        self.apply(small)
 
     def forward(self, ids: Tensor) -> Tensor:
         place = torch.arange(ids.shape[1], device=ids.device)
@@ -290,6 +291,17 @@ class Encoder(nn.Module):
             x = layer(x, seen)
         out: Tensor = self.head(self.drop(torch.tanh(self.dense(self.drop(x[:, 0])))))
         return out
+
+
+def small(layer: nn.Module) -> None:
+    """RoBERTa's start: weights of linear layers and embeddings from N(0, 0.02^2), no biases, padding 0."""
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    if isinstance(layer, nn.Linear):
+        nn.init.zeros_(layer.bias)
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        with torch.no_grad():
+            layer.weight[layer.padding_idx] = 0
 
 
 class LSTM(nn.Module):
