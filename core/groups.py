@@ -210,8 +210,11 @@ def provable(
 
 
 def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group]) -> bool:
-    """Whether `model` can be cut in `groups`, a random part of the units of each, and also trains so."""
-    cut, generator = {g.name for g in groups}, stream(0, "prove")
+    """Whether `model` can be cut in `groups`, twice at random, and also trains so."""
+    return all(holds(widths, model, inputs, {g.name for g in groups}, stream(0, "prove", draw)) for draw in range(2))
+
+
+def holds(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], cut: set[str], generator: torch.Generator) -> bool:
     kept = {g.name: chosen(g.size, generator) if g.name in cut else torch.arange(g.size) for g in widths.groups}
     try:
         small, error = compared(widths, model, inputs, kept, generator)
@@ -222,8 +225,9 @@ def exact(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Se
 
 
 def chosen(size: int, generator: torch.Generator) -> Tensor:
-    """Between 1 and all but one of `size` units, in random order."""
-    count = int(torch.randint(1, max(size, 2), (1,), generator=generator))
+    """Between 2 (a single one would broadcast) and all but one of `size` units, in random order."""
+    fewest = min(2, size - 1)
+    count = int(torch.randint(fewest, max(size, fewest + 1), (1,), generator=generator))
     return torch.randperm(size, generator=generator)[:count]
 
 

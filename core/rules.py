@@ -290,16 +290,9 @@ def einsum(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
             t.freeze(t.labels(x), f"unknown operation einsum{t.at()}")
         return
     ins, outs = equation.split("->")
-    lines: dict[str, Tensor] = {}
-    mine = [(x, letters) for x, letters in zip(operands, ins.split(","), strict=True)]
-    for x, letters in mine:
-        if id(x) not in t.parameters:
-            meet(t, lines, x, letters)
-    for x, letters in mine:
-        for letter in letters if id(x) not in t.parameters else ():
-            if letter in lines and not varies(known(t, x), letters.index(letter)):
-                t.freeze(lines[letter], f"joins channels that cannot be cut{t.at()}")
-    for x, letters in mine:
+    spelt = list(zip(operands, ins.split(","), strict=True))
+    lines = activations(t, [(x, letters) for x, letters in spelt if id(x) not in t.parameters])
+    for x, letters in spelt:
         if id(x) in t.parameters:
             fresh = [c for c in letters if c not in lines and c in outs][-1:]
             lines |= {c: t.fresh(x.shape[letters.index(c)]) for c in fresh}
@@ -312,25 +305,31 @@ def einsum(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
         t.label(out, channelwise(lines[varying[-1]], out.ndim, outs.index(varying[-1])))
 
 
-def known(t: Tracer, x: Tensor) -> Tensor:
-    """The labels of `x`, -1 where it has none."""
-    labels = t.labels(x)
-    return torch.full((1,) * x.ndim, -1).expand(x.shape) if labels is None else t.root(labels)
+def activations(t: Tracer, spelt: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
+    """The units of each letter; where an operand has the letter but not the units, these are frozen."""
+    lines: dict[str, Tensor] = {}
+    borne = [channel_of(t, x) for x, _ in spelt]
+    for (_, letters), found in zip(spelt, borne, strict=True):
+        if found is not None:
+            dim, line = found
+            t.tie(lines.setdefault(letters[dim], line), line)
+    for (x, letters), found in zip(spelt, borne, strict=True):
+        for dim, letter in enumerate(letters):
+            if letter in lines and x.shape[dim] > 1 and (found is None or found[0] != dim):
+                t.freeze(lines[letter], f"joins channels that cannot be cut{t.at()}")
+    return lines
 
 
-def meet(t: Tracer, lines: dict[str, Tensor], x: Tensor, letters: str) -> None:
-    """Adds the units of an activation to those of its letters."""
+def channel_of(t: Tracer, x: Tensor) -> tuple[int, Tensor] | None:
+    """The one dim along which the units of an activation vary, and these; None (and frozen) where there is not one."""
     labels = t.labels(x)
-    roots = None if labels is None else t.root(labels)
-    found = [] if roots is None else [d for d in range(x.ndim) if varies(roots, d)]
-    if roots is not None and len(found) > 1:
+    if labels is None:
+        return None
+    roots = t.root(labels)
+    found = [(d, line) for d in range(x.ndim) if (line := line_of(roots, d)) is not None]
+    if not found:
         t.freeze(labels, f"channels are mixed with other dimensions{t.at()}")
-    elif roots is not None and found:
-        line, letter = line_of(roots, found[0]), letters[found[0]]
-        if line is not None and letter in lines:
-            t.tie(lines[letter], line)
-        elif line is not None:
-            lines[letter] = line
+    return found[0] if found else None
 
 
 def unfold(t: Tracer, out: Tensor, args: Any, kwargs: Any) -> None:
