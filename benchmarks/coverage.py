@@ -183,7 +183,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "an error of at most 1e-4.", "",
         f"**{len(good)} of {len(tried)} architectures ({len(good) / len(tried):.1%}) are traced and exact.** "
         f"Median elastic share of these {median(r['elastic'] for r in good):.1%}, at least half of the entries in "
-        f"{sum(r['elastic'] >= 0.5 for r in good)}; median time {median(r['seconds'] for r in good):.1f} s (other jobs ran beside). "
+        f"{sum(r['elastic'] >= 0.5 for r in good)}; median time {median(r['seconds'] for r in good):.1f} s (other jobs beside). "
         "Torch-Pruning reports 81 of 85 torchvision models as prunable.", "", LEFT_OUT, "",
         "| from | traced and exact | of | median elastic | largest error |", "|---|---|---|---|---|",
     ]  # fmt: skip
