@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Federation
-from hetfl.core.norms import statistics, unset
+from hetfl.core.norms import statistics, unset, without_statistics
 from hetfl.core.roles import Roles
 from hetfl.core.train import evaluate
 from hetfl.core.types import Node, Profile, Reply, Task
@@ -24,13 +24,17 @@ from hetfl.core.workshop import Workshop
 
 @dataclass(frozen=True, eq=False)
 class Down:
-    """What a client is sent: the tensors of its submodel, that submodel's sizes (None: the whole model), and extras."""
+    """What a client is sent: the tensors of its submodel, that submodel's sizes (None: the whole model), and extras.
+
+    `local`: normalisation statistics stay with the clients, so they are not among the tensors.
+    """
 
     round: int
     state: State
     sizes: dict[str, int] | None
     extras: State = field(default_factory=dict)
     masked: bool = False
+    local: bool = False
 
 
 class Desk:
@@ -79,8 +83,8 @@ class Site:
         if len(own):
             score = evaluate(self.workshop.loaded(reply.state, down.sizes), own, self.options.eval_batch_size)
             reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
-        stay = unset(self.workshop.module(down.sizes)).keys() - down.state.keys()
-        reply.state = {name: tensor for name, tensor in reply.state.items() if name not in stay}
+        if down.local:
+            reply.state = without_statistics(reply.state, self.workshop.module(down.sizes))
         return reply
 
     def passes(self, message: Message, context: Context) -> Reply:
@@ -96,7 +100,7 @@ class Site:
             return {}
         labels, size = holding.labels if down.masked else None, self.options.eval_batch_size
         model = self._model(down)
-        if unset(model).keys() - down.state.keys():
+        if down.local:
             statistics(model, holding.train.batches(size, None))
         score = evaluate(model, holding.test, size, labels)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
@@ -104,7 +108,7 @@ class Site:
     def _model(self, down: Down) -> nn.Module:
         """The sent submodel; statistics that stay with the clients start anew."""
         model = self.workshop.module(down.sizes)
-        return load(model, {**unset(model), **down.state})
+        return load(model, {**unset(model), **down.state} if down.local else down.state)
 
     def _down(self, message: Message) -> Down:
         payload = self.desk.open(message.content)

@@ -71,7 +71,6 @@ class Federation:
 
     dataset: str
     classes: tuple[str, ...]
-    shape: tuple[int, ...]  # of one input
     clients: tuple[Holding, ...]
     public: Public | None
     test: Examples
@@ -80,6 +79,11 @@ class Federation:
     inputs: Inputs  # what a model is to be built for
     model: str  # the one to take where none is named
     preprocessing: dict[str, Any]  # the data options that were left open, as they were found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return self.inputs.shape
 
 
 UNDEALT = {"dataset", "input_column", "label_column", "mean", "std", "tokens", "vocab"}  # options that deal nothing out
@@ -123,7 +127,7 @@ def _federation(options: DataOptions, source: Source, tensors: dict[str, Tensor]
     clients = [Holding(pick(train), pick(own), count) for train, own, count in zip(dealt.train, dealt.own, counts, strict=True)]
     inputs = Inputs(tuple(tensors["x"].shape[1:]), classes, facts.get("vocab"))
     return Federation(
-        source.name, tuple(facts["classes"]), inputs.shape, tuple(clients),
+        source.name, tuple(facts["classes"]), tuple(clients),
         Public(pick(dealt.tune), pick(dealt.holdout)) if len(dealt.tune) else None,
         pick_test(dealt.test), _fingerprint(facts["fingerprint"], dealt), counts, inputs, _model(source.known, inputs), found,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +95,7 @@ class Rounds(Strategy):
             refuse_unfit(plans, clients, self.roles)
             self._sent = {c.id: self._take(c, p) for c, p in zip(clients, plans, strict=True)}
         self._messages = [
-            self._message(s.client.id, MessageType.TRAIN, Down(server_round, s.travels, dict(s.plan.sizes), s.plan.extras))
+            self._message(s.client.id, MessageType.TRAIN, self._down(s.travels, s.plan.sizes, extras=s.plan.extras))
             for s in self._sent.values()
         ]
         return self._messages
@@ -114,7 +114,7 @@ class Rounds(Strategy):
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each client of the round gets its plan's part of the new global model for its own test data."""
         self._messages = [
-            self._message(s.client.id, MessageType.EVALUATE, Down(server_round, t.travels, dict(s.plan.sizes)))
+            self._message(s.client.id, MessageType.EVALUATE, self._down(t.travels, s.plan.sizes))
             for s in self._sent.values()
             for t in [self._take(s.client, s.plan)]
         ]
@@ -183,6 +183,10 @@ class Rounds(Strategy):
         state = plan.take(self.server.state)
         return Sent(client, plan, state, self._travels(state))
 
+    def _down(self, state: State, sizes: Mapping[str, int] | None, **more: Any) -> Down:
+        local = self.policy == "local"
+        return Down(self._now.row["round"], state, None if sizes is None else dict(sizes), local=local, **more)
+
     def _travels(self, state: State) -> State:
         """What of `state` crosses the network under the policy for normalisation."""
         return without_statistics(state, self.server.workshop.module()) if self.policy == "local" else state
@@ -234,8 +238,7 @@ class Rounds(Strategy):
     def _passes(self, round: int, grid: Grid) -> State:
         state = self.server.state
         self._messages = [
-            self._message(s.client.id, "train.passes", Down(round, s.plan.take(state), dict(s.plan.sizes)))
-            for s in self._sent.values()
+            self._message(s.client.id, "train.passes", self._down(s.plan.take(state), s.plan.sizes)) for s in self._sent.values()
         ]
         answers = by_request(self._messages, grid.send_and_receive(self._messages))
         replies = [(i, self._payload(reply)) for i, reply in answers if reply.has_content()]
@@ -291,7 +294,7 @@ class Rounds(Strategy):
     def _masked(self, round: int, grid: Grid) -> None:
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
         asked = [
-            self._message(s.client.id, MessageType.EVALUATE, Down(round, self._travels(self._aggregated), None, masked=True))
+            self._message(s.client.id, MessageType.EVALUATE, self._down(self._travels(self._aggregated), None, masked=True))
             for s in self._sent.values()
         ]
         answers = by_request(asked, grid.send_and_receive(asked))

@@ -25,10 +25,6 @@ def thousand():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 1000))
 
 
-def text(classes, vocab):
-    return nn.Sequential(nn.Embedding(vocab, 8), nn.Flatten(), nn.LazyLinear(classes))
-
-
 class Two(nn.Module):
     def forward(self, x, lengths):
         return x
