@@ -5,35 +5,43 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from hetfl.core.config import RunOptions
-from hetfl.core.data import Examples, Federation
+from hetfl.core.data import Federation, Holding
+from hetfl.core.meter import Meter
 from hetfl.core.norms import statistics, unset, without_statistics
 from hetfl.core.roles import Roles
 from hetfl.core.train import evaluate
 from hetfl.core.types import Node, Profile, Reply, Task
-from hetfl.core.widths import State, load
+from hetfl.core.widths import State, load, tensors
 from hetfl.core.workshop import Workshop
 
 
 @dataclass(frozen=True, eq=False)
 class Down:
-    """What a client is sent: the tensors of its submodel, that submodel's sizes (None: the whole model), and extras.
+    """What a client is sent: tensors of its submodel, what it needs to build that submodel, and extras.
 
-    `local`: normalisation statistics stay with the clients, so they are not among the tensors.
+    `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
+    it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
+    statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
+    classes that the client does not hold put to 0.
     """
 
     round: int
     state: State
     sizes: dict[str, int] | None
+    model: str | None = None
+    masks: State = field(default_factory=dict)
     extras: State = field(default_factory=dict)
-    masked: bool = False
+    up: Collection[str] | None = None
+    held: bool = False
     local: bool = False
 
 
@@ -67,30 +75,41 @@ class Site:
     roles: Roles
     workshop: Workshop
     desk: Desk
+    meter: Meter
 
     def profile(self, message: Message, context: Context) -> Profile:
-        round = self.desk.open(message.content)
+        round, client = self.desk.open(message.content), place(context)
         assert isinstance(round, int)
-        return self.roles.profile(Node(place(context), len(self.federation.clients), round, self.options.seed))
+        data = self.federation.clients[client].train
+        return self.roles.profile(
+            Node(
+                client, len(self.federation.clients), round, self.options.seed,
+                self.meter.cost, partial(self.meter.seconds, data), len(data),
+            )
+        )  # fmt: skip
 
     def train(self, message: Message, context: Context) -> Reply:
         down, started = self._down(message), time.perf_counter()
         task = self._task(down, context)
         reply = self.roles.fit(task)
-        remember(context, task.memory)
+        remember(context, "memory", task.memory)
         reply.metrics["seconds"] = time.perf_counter() - started
-        own = self._own(down, reply, context)
-        if len(own):
-            score = evaluate(self.workshop.loaded(reply.state, down.sizes), own, self.options.eval_batch_size)
+        own = self._holding(context).test
+        if len(own) and reply.state:
+            trained = self.workshop.loaded(reply.state, shrunk(down.sizes, reply.kept), down.model)
+            score = evaluate(trained, own, self.options.eval_batch_size)
             reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
+        if down.up is not None:
+            remember(context, "home", {name: t for name, t in reply.state.items() if name not in down.up})
+            reply.state = {name: t for name, t in reply.state.items() if name in down.up}
         if down.local:
-            reply.state = without_statistics(reply.state, self.workshop.module(down.sizes))
+            reply.state = without_statistics(reply.state, self.workshop.module(down.sizes, down.model))
         return reply
 
     def passes(self, message: Message, context: Context) -> Reply:
         """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""
         down, data = self._down(message), self._holding(context).train
-        model = self._model(down)
+        model = self._model(down, context)
         state, batches = statistics(model, data.batches(self.options.eval_batch_size, None))
         return Reply(state, batches)
 
@@ -98,37 +117,50 @@ class Site:
         down, holding = self._down(message), self._holding(context)
         if not len(holding.test):
             return {}
-        labels, size = holding.labels if down.masked else None, self.options.eval_batch_size
-        model = self._model(down)
+        labels, size = holding.labels if down.held else None, self.options.eval_batch_size
+        model = self._model(down, context)
         if down.local:
             statistics(model, holding.train.batches(size, None))
         score = evaluate(model, holding.test, size, labels)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
 
-    def _model(self, down: Down) -> nn.Module:
-        """The sent submodel; statistics that stay with the clients start anew."""
-        model = self.workshop.module(down.sizes)
-        return load(model, {**unset(model), **down.state} if down.local else down.state)
+    def _model(self, down: Down, context: Context) -> nn.Module:
+        """The submodel with what was sent, and for the rest what the client has."""
+        model = self.workshop.module(down.sizes, down.model)
+        state = {**unset(model), **down.state} if down.local else down.state
+        missing = [name for name in tensors(model) if name not in state]
+        return load(model, {**self._home(down, context, missing), **state})
+
+    def _home(self, down: Down, context: Context, names: Collection[str]) -> State:
+        """The client's own tensors: as it left them if they still fit, else those of an untrained model."""
+        if not names:
+            return {}
+        initial, kept = self.workshop.initial(down.sizes, down.model), recall(context, "home")
+        fits = {name: name in kept and kept[name].shape == initial[name].shape for name in names}
+        found = {name: kept[name] if fits[name] else initial[name] for name in names}
+        return {name: t * down.masks[name] if name in down.masks else t for name, t in found.items()}
 
     def _down(self, message: Message) -> Down:
         payload = self.desk.open(message.content)
         assert isinstance(payload, Down)
         return payload
 
-    def _holding(self, context: Context):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _holding(self, context: Context) -> Holding:
         return self.federation.clients[place(context)]
 
-    def _own(self, down: Down, reply: Reply, context: Context) -> Examples:
-        holding: Examples = self._holding(context).test
-        return holding if reply.plan is None else Examples(holding.x, holding.y, holding.index[:0])
-
     def _task(self, down: Down, context: Context) -> Task:
-        full = self.workshop.full
+        full, public = self.workshop.full, self.federation.public
         return Task(
-            client=place(context), round=down.round, model=self._model(down),
-            data=self._holding(context), options=self.options, plan_sizes=down.sizes or full, full_sizes=full,
-            extras=down.extras, memory=recall(context), draws=self.workshop.widths.draws,
+            client=place(context), round=down.round, model=self._model(down, context),
+            data=self._holding(context), options=self.options, plan_sizes=full if down.sizes is None else down.sizes,
+            full_sizes=full, extras=down.extras, memory=recall(context, "memory"), workshop=self.workshop, masks=dict(down.masks),
+            public=None if public is None else public.tune, draws=self.workshop.widths.draws,
         )  # fmt: skip
+
+
+def shrunk(sizes: dict[str, int] | None, kept: Mapping[str, Tensor]) -> dict[str, int] | None:
+    """`sizes` after a client went on with the units `kept`."""
+    return {**sizes, **{name: len(units) for name, units in kept.items()}} if sizes and kept else sizes
 
 
 def client_app(site: Site) -> ClientApp:
@@ -150,12 +182,12 @@ def place(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def recall(context: Context) -> dict[str, Tensor]:
-    """What the client remembers of earlier rounds."""
-    record = context.state.get("memory")
+def recall(context: Context, what: str) -> dict[str, Tensor]:
+    """What the client remembers of earlier rounds: its plugins' "memory", and the tensors of its model that stay at "home"."""
+    record = context.state.get(what)
     return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else {}
 
 
-def remember(context: Context, memory: dict[str, Tensor]) -> None:
-    if memory or "memory" in context.state:
-        context.state["memory"] = ArrayRecord(memory)
+def remember(context: Context, what: str, tensors: dict[str, Tensor]) -> None:
+    if tensors or what in context.state:
+        context.state[what] = ArrayRecord(tensors)

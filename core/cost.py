@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetfl.core import payload
+from hetfl.core import payload, train
+from hetfl.core.config import RunOptions
 from hetfl.core.widths import tensors
 
 
@@ -27,14 +28,16 @@ class Cost:
     bytes: int
 
 
-def measure(model: nn.Module, x: Tensor, classes: int, batch: int = 32) -> Cost:
-    """The cost of `model` on examples `x` (N, *shape): MACs of one example, memory of a step of SGD with momentum on `batch`.
+def measure(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
+    """The cost of `model` on examples `x` (N, *shape): MACs of one example, memory of two local steps on `batch` of them.
+
+    The optimiser is that of `options` (default: SGD with momentum).
 
     The model's values change.
     """
     rows = torch.arange(batch) % len(x)
     labels = torch.arange(batch) % classes
-    return Cost(parameters(model), macs(model, x[:1]), memory(model, x[rows], labels), payload.size(tensors(model)))
+    return Cost(parameters(model), macs(model, x[:1]), memory(model, x[rows], labels, options), payload.size(tensors(model)))
 
 
 def parameters(model: nn.Module) -> int:
@@ -66,9 +69,9 @@ UNCOUNTED = {  # by torch's own counter
 }
 
 
-def memory(model: nn.Module, x: Tensor, y: Tensor) -> int:
+def memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = None) -> int:
     """The most bytes of tensors alive at once over two training steps (the second holds the momentum)."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, 0.9)
+    optimizer = train.make_optimizer(model, options or RunOptions.model_validate({}), 1)
     with Alive([*model.parameters(), *model.buffers(), x, y]) as alive:
         for _ in range(2):
             optimizer.zero_grad()

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,8 +20,10 @@ from hetfl.core.apps import Desk, Site, client_app
 from hetfl.core.config import RunOptions, write
 from hetfl.core.data import Federation
 from hetfl.core.errors import UsageError
+from hetfl.core.exits import every
 from hetfl.core.grid import LocalGrid
 from hetfl.core.groups import trace
+from hetfl.core.meter import Meter
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
 from hetfl.core.rounds import Rounds, Row, Watch
@@ -42,6 +45,7 @@ class Experiment:
     rounds: Rounds
     grid: LocalGrid
     initial: State
+    meter: Meter
     seconds: dict[str, float]
 
 
@@ -51,8 +55,8 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     watch.phase(0, "data")
     federation = data.load(options)
     watch.phase(0, "model")
-    model, widths = traced(options, federation)
-    pool, workshop = Pool(options.workers), Workshop(model, widths)
+    model, widths = traced(options, federation, plugins)
+    pool, workshop = Pool(options.workers), Workshop(model, widths, partial(built, options, federation))
     initial = tensors(model)
     server = Server(options, workshop, initial, len(federation.classes), federation.public, pool)
     began = time.perf_counter()
@@ -62,16 +66,25 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     plugins.prepare(server)
     desk = Desk()
     rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch)
-    grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk)), len(federation.clients), pool)
-    return Experiment(options, federation, plugins, server, rounds, grid, initial, {"pretrain": time.perf_counter() - began})
+    meter = Meter(options, workshop, federation.test, len(federation.classes))
+    grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk, meter)), len(federation.clients), pool)
+    seconds = {"pretrain": time.perf_counter() - began}
+    return Experiment(options, federation, plugins, server, rounds, grid, initial, meter, seconds)
 
 
-def traced(options: RunOptions, federation: Federation) -> tuple[nn.Module, Widths]:
+def built(options: RunOptions, federation: Federation, name: str) -> nn.Module:
+    """The model `name` of a run, with the run's arguments where it is the run's own model."""
+    args = options.model_args if name == (options.model or federation.model) else {}
+    return norms.replaced(factories.build(name, args, federation.inputs, options.seed), options.norm_policy)
+
+
+def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name = options.model or federation.model
-    model = norms.replaced(factories.build(name, options.model_args, federation.inputs, options.seed), options.norm_policy)
     x = federation.test.x[federation.test.index[:2]]
-    widths = trace(model, x, heads=options.heads)
+    model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
+    with every(model):
+        widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
         out = model.eval()(x)
     shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__

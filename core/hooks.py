@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hetfl.core.merge import Merged, Update, Updates
     from hetfl.core.plans import Plan
     from hetfl.core.server import Server
-    from hetfl.core.types import Client, Node, Profile, Reply, Returned, Task
+    from hetfl.core.types import Client, Node, Profile, Reply, Returned, Shares, Task
+    from hetfl.core.widths import State
 
 hookspec = pluggy.HookspecMarker("hetfl")
 hookimpl = pluggy.HookimplMarker("hetfl")
+
+
+@hookspec(firstresult=True)
+def adapt(model: nn.Module, x: Tensor, classes: int) -> nn.Module | None:
+    """Everywhere, before the widths are traced: the model to use in place of `model`. Default: `model`."""
 
 
 @hookspec
@@ -28,8 +36,23 @@ def profile(node: Node) -> Profile | None:
 
 
 @hookspec(firstresult=True)
-def extract(server: Server, clients: Sequence[Client], round: int) -> list[Plan] | None:
-    """Server: one plan for each of the round's clients, in their order. Default: the whole model for everyone."""
+def extract(server: Server, clients: Sequence[Client], round: int) -> Sequence[Plan | None] | None:
+    """Server: a plan for each of the round's clients, in their order; None: it sits out. Default: the whole model for everyone."""
+
+
+@hookspec(firstresult=True)
+def source(server: Server, client: Client) -> State | None:
+    """Server: the state that this client's plan is taken from, a branch of its own. Default: the global model."""
+
+
+@hookspec
+def shares(server: Server, client: Client, names: Collection[str]) -> Shares | None:
+    """Server: which of the tensors `names` travel to and from this client; the others stay with it. Default: all."""
+
+
+@hookspec
+def brief(server: Server, client: Client, plan: Plan, round: int) -> State | None:
+    """Server: the extras that travel to this client beside its submodel. All chosen plugins are asked."""
 
 
 @hookspec(firstresult=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +24,10 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The next global model, and server-side models in coordinates of their own, keyed by cluster or client."""
+    """The next global model, and further models of the server by name: a cluster's or a client's own, as patches of the global."""
 
     state: State
-    branches: dict[str, State] = field(default_factory=dict)
+    branches: Mapping[str, Patches] = field(default_factory=dict)
 
 
 class Updates(Sequence[Update]):
@@ -53,16 +53,19 @@ class Updates(Sequence[Update]):
 
     def sums(self, name: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """(sum w c x, sum w c) over the clients for one tensor; the second may be broadcastable to the first's shape."""
-        old, patches = self.old[name], [u.patches[name] for u in self]
-        total, count = torch.zeros_like(old), torch.zeros(extent(old, patches))
-        for patch, weight in zip(patches, weights, strict=True):
+        old = self.old[name]
+        held = [(u.patches[name], weight) for u, weight in zip(self, weights, strict=True) if name in u.patches]
+        total, count = torch.zeros_like(old), torch.zeros(extent(old, [patch for patch, _ in held]))
+        for patch, weight in held:
             add(total, patch.values if patch.coverage is None else patch.values * patch.coverage, patch, weight)
             add(count, torch.ones(()) if patch.coverage is None else patch.coverage, patch, weight)
         return total, count
 
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """One tensor of all clients at full size: values and coverage, both (clients, *shape)."""
-        values, coverage = zip(*(u.patches[name].full(self.old[name]) for u in self), strict=True)
+        old = self.old[name]
+        absent = (old, torch.zeros(old.shape))
+        values, coverage = zip(*(u.patches[name].full(old) if name in u.patches else absent for u in self), strict=True)
         return torch.stack(values), torch.stack(coverage)
 
     def averaged(self) -> list[str]:
@@ -72,7 +75,12 @@ class Updates(Sequence[Update]):
     def counters(self) -> State:
         """Integer buffers (numbers of batches seen): the largest that any client reports."""
         names = [name for name, tensor in self.old.items() if not tensor.is_floating_point()]
-        return {name: torch.stack([self.old[name], *(u.patches[name].values for u in self)]).amax(0) for name in names}
+        held = {name: [u.patches[name].values for u in self if name in u.patches] for name in names}
+        return {name: torch.stack([self.old[name], *values]).amax(0) for name, values in held.items()}
+
+    def among(self, chosen: Callable[[Update], bool], old: State | None = None) -> Updates:
+        """The updates that are `chosen`, over `old` in place of the global state."""
+        return Updates([u for u in self if chosen(u)], self.old if old is None else old)
 
 
 def extent(old: Tensor, patches: Sequence[Patch]) -> list[int]:

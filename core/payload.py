@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -14,10 +15,47 @@ from torch import Tensor
 from hetfl.core.types import Extra, Reply
 from hetfl.core.widths import State
 
+BITS = "/mask"
 
-def size(state: Mapping[str, Tensor]) -> int:
-    """Bytes of `state` as Flower's ArrayRecord encodes it: the .npy form of every tensor, and its name."""
-    return sum(len(name.encode()) + header(t.dtype, tuple(t.shape)) + t.numel() * t.element_size() for name, t in state.items())
+
+def size(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, positions: bool = True) -> int:
+    """Bytes of `state` as Flower's ArrayRecord encodes it: the .npy form of every tensor, and its name.
+
+    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`packed`).
+    """
+    masks = masks or {}
+    return sum(entry(name, tensor, masks.get(name), positions) for name, tensor in state.items())
+
+
+def entry(name: str, tensor: Tensor, mask: Tensor | None, positions: bool) -> int:
+    if mask is None:
+        return named(name, tensor.dtype, tuple(tensor.shape))
+    bits = named(name + BITS, torch.uint8, (math.ceil(mask.numel() / 8),)) if positions else 0
+    return named(name, tensor.dtype, (int(mask.sum()),)) + bits
+
+
+def named(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return len(name.encode()) + header(dtype, shape) + math.prod(shape) * dtype.itemsize
+
+
+def packed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+    """`state` as it travels: of a tensor with a mask the values that exist, in order, and a bit for each entry."""
+    values = {name: t[masks[name]] if name in masks else t for name, t in state.items()}
+    bits = {name + BITS: torch.from_numpy(np.packbits(masks[name].numpy())) for name in state if name in masks}
+    return values | bits
+
+
+def unpacked(travelled: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[State, State]:
+    """The inverse of `packed`: the state, entries that do not exist 0, and the masks; `shapes` are those of the masked tensors."""
+    state = {name: t for name, t in travelled.items() if not name.endswith(BITS)}
+    masks: State = {}
+    for name, shape in shapes.items():
+        bits = np.unpackbits(travelled[name + BITS].numpy(), count=math.prod(shape))
+        masks[name] = torch.from_numpy(bits).bool().reshape(shape)
+        whole = torch.zeros(shape, dtype=travelled[name].dtype)
+        whole[masks[name]] = travelled[name]
+        state[name] = whole
+    return state, masks
 
 
 @cache
@@ -29,8 +67,23 @@ def header(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return buffer.tell()
 
 
+def narrowing(reply: Reply, sizes: Mapping[str, int], masks: Mapping[str, Tensor], state: State) -> str | None:
+    """Why what a reply says it kept cannot be: units that were not sent, or entries that a mask had ruled out; or None."""
+    for group, units in reply.kept.items():
+        if group not in sizes or not isinstance(units, Tensor) or units.dtype != torch.int64 or units.ndim != 1:
+            return f"what it kept of '{group}' is no list of units of a group"
+        if not 0 < len(units) == len(units.unique()) or int(units.min()) < 0 or int(units.max()) >= sizes[group]:
+            return f"it kept units of group '{group}' that it was not sent"
+    for name, mask in reply.masks.items():
+        if name not in state or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            return f"its mask of '{name}' is no mask of a tensor that it was sent"
+        if not reply.kept and name in masks and bool((mask & ~masks[name]).any() if mask.shape == masks[name].shape else True):
+            return f"its mask of '{name}' is wider than the one that was sent"
+    return None
+
+
 def fault(reply: Reply, sent: State, allowed: Mapping[str, Extra]) -> str | None:
-    """Why a reply cannot be used, or None: it must hold the tensors that were sent, finite, and only declared extras."""
+    """Why a reply cannot be used, or None: it must hold the tensors of `sent`, finite, and only declared extras."""
     if set(reply.state) != set(sent):
         odd = sorted(set(reply.state) ^ set(sent))
         return f"its tensors are not those that were sent ({', '.join(odd[:3])})"
@@ -41,6 +94,9 @@ def fault(reply: Reply, sent: State, allowed: Mapping[str, Extra]) -> str | None
             return f"tensor {name} is {got}, not {wanted}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"tensor {name} holds NaN or infinity"
+    for name, mask in reply.masks.items():
+        if name in reply.state and mask.shape != reply.state[name].shape:
+            return f"its mask of '{name}' does not have the tensor's shape"
     return undeclared(reply.extras, allowed)
 
 

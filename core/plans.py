@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hetfl.core.widths import Kept, State, Widths, cells, count, take
+from hetfl.core.widths import DEPTH, Kept, State, Widths, cells, count, take, within
 
 Index = Mapping[int, Tensor]
 
@@ -31,7 +31,7 @@ class Patch:
         values, coverage = like.clone(), torch.zeros(like.shape)
         where = cells(self.index, like)
         values[where] = self.values.to(like)
-        coverage[where] = 1.0 if self.coverage is None else self.coverage
+        coverage[where] = 1.0 if self.coverage is None else self.coverage.to(coverage)
         return values, coverage
 
     def rows(self, keep: Tensor) -> Patch:
@@ -49,12 +49,16 @@ class Plan(Protocol):
     """One client's submodel. A plan serves as long as the server's state keeps its shapes."""
 
     @property
+    def model(self) -> str | None:
+        """The client's own architecture by its name; None: it trains a part of the run's model."""
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Units kept in each width group: all that a node needs to build the submodel."""
 
     @property
-    def extras(self) -> State:
-        """Named tensors that travel down beside the weights."""
+    def masks(self) -> State:
+        """Bool tensors in the shapes of what travels: the entries that exist; a tensor without a mask is dense."""
 
     def take(self, state: State) -> State:
         """What the client gets of the global `state`."""
@@ -62,28 +66,68 @@ class Plan(Protocol):
     def put(self, trained: State) -> Patches:
         """What `trained`, the client's tensors, says of the global ones."""
 
+    def narrow(self, kept: Kept, masks: State) -> Plan:
+        """The plan of a client that went on to keep only `kept` (local unit numbers) and `masks` of what it was sent."""
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The submodel of the units in `kept` (group -> unit numbers in local order): HeteroFL's slice, FedRolex's window."""
+    """The submodel of the units in `kept` (group -> unit numbers in local order): HeteroFL's slice, FedRolex's window.
+
+    `masks` (bool, shaped like the slices) are the entries that exist: FIARSE's submodel. `names`: the tensors that it has, all
+    by default; `depth`: the exits that it has, where the model has several.
+    """
 
     widths: Widths
     kept: Kept
-    extras: State = field(default_factory=dict)
+    masks: State = field(default_factory=dict)
+    names: frozenset[str] | None = None
+    depth: int | None = None
+    model: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {name: len(units) for name, units in self.kept.items()}
+        depth = {} if self.depth is None else {DEPTH: self.depth}
+        return {name: len(units) for name, units in self.kept.items()} | depth
 
     @cached_property
     def index(self) -> dict[str, dict[int, Tensor]]:
         return self.widths.index(self.kept)
 
     def take(self, state: State) -> State:
-        return {name: take(tensor, self.index.get(name, {})) for name, tensor in state.items()}
+        mine = {name: take(t, self.index.get(name, {})) for name, t in state.items() if self.names is None or name in self.names}
+        return {name: t * self.masks[name] if name in self.masks else t for name, t in mine.items()}
 
     def put(self, trained: State) -> dict[str, Patch]:
-        return {name: Patch(values, self.index.get(name, {})) for name, values in trained.items()}
+        return {name: Patch(values, self.index.get(name, {}), self.masks.get(name)) for name, values in trained.items()}
+
+    def narrow(self, kept: Kept, masks: State) -> Selection:
+        units = {name: units[kept[name]] if name in kept else units for name, units in self.kept.items()}
+        inner = within(self.widths, self.sizes, kept) if kept else {}
+        old = {name: take(mask, inner.get(name, {})) for name, mask in self.masks.items()}
+        return replace(self, kept=units, masks={**old, **masks})
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A client's own architecture `model`, which shares no coordinates with the global one; `initial` are its first tensors."""
+
+    model: str
+    initial: State
+    masks: State = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def take(self, state: State) -> State:
+        return {name: state.get(f"{self.model}:{name}", tensor) for name, tensor in self.initial.items()}
+
+    def put(self, trained: State) -> dict[str, Patch]:
+        return {f"{self.model}:{name}": Patch(tensor) for name, tensor in trained.items()}
+
+    def narrow(self, kept: Kept, masks: State) -> Foreign:
+        return replace(self, masks=masks)
 
 
 def grow(patches: Patches, like: State) -> tuple[State, State]:

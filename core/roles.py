@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pluggy
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from hetfl.core import hooks, registry, train
 from hetfl.core.config import RunOptions, sentence
@@ -16,7 +17,8 @@ from hetfl.core.merge import Merged, Update, Updates, mean
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
 from hetfl.core.strategy import Strategy, hookimpl
-from hetfl.core.types import Client, Extra, Node, Profile, Reply, Returned, Task
+from hetfl.core.types import Client, Extra, Node, Profile, Reply, Returned, Shares, Task
+from hetfl.core.widths import State
 
 
 class Defaults:
@@ -31,6 +33,10 @@ class Defaults:
         return [server.select(torch.arange) for _ in clients]
 
     @hookimpl
+    def source(self, server: Server) -> State:
+        return server.state
+
+    @hookimpl
     def fit(self, task: Task) -> Reply:
         return train.fit(task)
 
@@ -43,10 +49,17 @@ class Defaults:
         return Merged(mean(updates, [1.0] * len(updates)))
 
 
+def both(a: Collection[str] | None, b: Collection[str] | None) -> Collection[str] | None:
+    """The names in both; None stands for all."""
+    if a is None or b is None:
+        return b if a is None else a
+    return frozenset(a) & frozenset(b)
+
+
 def put(returned: Returned) -> Update:
     """A reply put back where its plan took it."""
     reply = returned.reply
-    return Update(returned.client.id, (reply.plan or returned.plan).put(reply.state), float(reply.examples), reply.extras)
+    return Update(returned.client.id, returned.plan.put(reply.state), float(reply.examples), reply.extras)
 
 
 class Roles:
@@ -79,7 +92,25 @@ class Roles:
     def profile(self, node: Node) -> Profile:
         return cast(Profile, self._callers["profile"]("profile")(node=node))
 
-    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+    def adapt(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
+        adapted = self._manager.hook.adapt(model=model, x=x, classes=classes)
+        return model if adapted is None else cast(nn.Module, adapted)
+
+    def source(self, server: Server, client: Client) -> State:
+        return cast(State, self._callers["aggregate"]("source")(server=server, client=client))
+
+    def shares(self, server: Server, client: Client, names: Collection[str]) -> Shares:
+        """What travels under all chosen plugins."""
+        down, up = None, None
+        for said in self._manager.hook.shares(server=server, client=client, names=names):
+            down, up = both(down, said.down), both(up, said.up)
+        return Shares(down, up)
+
+    def brief(self, server: Server, client: Client, plan: Plan, round: int) -> State:
+        said = self._manager.hook.brief(server=server, client=client, plan=plan, round=round)
+        return {name: tensor for extras in reversed(said) for name, tensor in extras.items()}
+
+    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan | None]:
         return list(self._callers["extract"]("extract")(server=server, clients=clients, round=round))
 
     def fit(self, task: Task) -> Reply:
@@ -153,7 +184,19 @@ def load(options: RunOptions) -> Roles:
     """Imports and configures a run's plugins. Raises UsageError for a bad option or a plugin that cannot be used."""
     entries = chosen(options)
     given = settings(options, entries)
-    return Roles({f"{e.role}.{e.name}": configure(e, given[f"{e.role}.{e.name}"]) for e in entries})
+    made = {f"{e.role}.{e.name}": configure(e, given[f"{e.role}.{e.name}"]) for e in entries}
+    refuse_foreign(made, entries)
+    return Roles(made)
+
+
+def refuse_foreign(made: Mapping[str, Strategy], entries: Sequence[registry.Entry]) -> None:
+    """Architectures that share no coordinates cannot be averaged entry by entry."""
+    extract, aggregate = entries[:2]
+    if made[f"extract.{extract.name}"].foreign and not made[f"aggregate.{aggregate.name}"].foreign:
+        raise UsageError(
+            f"not applicable: the clients of '{extract.name}' have architectures of their own here, which share no coordinates, "
+            f"and '{aggregate.name}' averages parameters; take an aggregation of scores or of clusters"
+        )
 
 
 def configure(entry: registry.Entry, given: Mapping[str, Any]) -> Strategy:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,10 +48,13 @@ class Sent:
     plan: Plan
     state: State
     travels: State  # of `state`, what crosses the network
+    extras: State
+    up: frozenset[str]  # the tensors that are to come back
+    personal: bool  # whether its model is not just a part of the global one
 
     @property
     def bytes(self) -> int:
-        return payload.size(self.travels) + payload.size(self.plan.extras)
+        return payload.size(self.travels, self.plan.masks) + payload.size(self.extras)
 
 
 @dataclass(eq=False)
@@ -78,6 +81,7 @@ class Rounds(Strategy):
         self._sent: dict[int, Sent] = {}
         self._messages: list[Message] = []
         self._extras: dict[int, State] = {}
+        self._met: dict[int, int] = {}
         self._now = Progress()
         self._aggregated = server.state
 
@@ -88,14 +92,16 @@ class Rounds(Strategy):
         chosen = sample(self.clients, self.options.fraction, self.server.stream("sample", server_round))
         with self.timed(server_round, "profile"):
             profiles = self._profiles(server_round, chosen, grid)
-        clients = [Client(i, profiles[i], self._extras.get(i, {})) for i in chosen]
+        clients = [Client(i, profiles[i], self._extras.get(i, {}), self._met.get(i, 0)) for i in chosen]
+        self.server.clients |= {client.id: client for client in clients}
         refuse_uncut(self.server, clients)
         with self.timed(server_round, "extract"):
             plans = self.roles.extract(self.server, clients, server_round)
-            refuse_unfit(plans, clients, self.roles)
-            self._sent = {c.id: self._take(c, p) for c, p in zip(clients, plans, strict=True)}
+            refuse_unfit(plans, clients)
+            self._sent = {c.id: self._take(c, p, server_round) for c, p in zip(clients, plans, strict=True) if p is not None}
+            refuse_undeclared(self._sent.values(), self.roles)
         self._messages = [
-            self._message(s.client.id, MessageType.TRAIN, self._down(s.travels, s.plan.sizes, extras=s.plan.extras))
+            self._message(s.client.id, MessageType.TRAIN, self._down(s, extras=s.extras, up=self._up(s)))
             for s in self._sent.values()
         ]
         return self._messages
@@ -108,21 +114,20 @@ class Rounds(Strategy):
                 updates = Updates(self.roles.recover(self.server, returned, server_round), self.server.state)
             with self.timed(server_round, "aggregate"):
                 merged = self.roles.aggregate(self.server, updates, server_round)
-            self.server.state, self.server.branches = merged.state, merged.branches
+            self.server.state, self.server.branches = merged.state, dict(merged.branches)
         return None, MetricRecord({"valid": len(returned)})
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Each client of the round gets its plan's part of the new global model for its own test data."""
-        self._messages = [
-            self._message(s.client.id, MessageType.EVALUATE, self._down(t.travels, s.plan.sizes))
-            for s in self._sent.values()
-            for t in [self._take(s.client, s.plan)]
-        ]
+        """Each client of the round gets its plan's part of the new global model, or its own model, for its own test data."""
+        self._sent = {i: self._take(s.client, s.plan, server_round) for i, s in self._sent.items()}
+        self._messages = [self._message(i, MessageType.EVALUATE, self._down(s)) for i, s in self._sent.items()]
         return self._messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        scores = [self._payload(reply) for _, reply in by_request(self._messages, replies) if reply.has_content()]
-        spread(self._now.row, "submodel@own", [s["accuracy"] for s in scores if s])
+        answers = by_request(self._messages, replies)
+        scores = [(self._sent[i].personal, self._payload(reply)) for i, reply in answers if reply.has_content()]
+        for personal, name in ((False, "submodel@own"), (True, "personal@own")):
+            spread(self._now.row, name, [s["accuracy"] for own, s in scores if s and own == personal])
         return None
 
     def summary(self) -> None:
@@ -179,13 +184,22 @@ class Rounds(Strategy):
 
     # parts of a round
 
-    def _take(self, client: Client, plan: Plan) -> Sent:
-        state = plan.take(self.server.state)
-        return Sent(client, plan, state, self._travels(state))
+    def _take(self, client: Client, plan: Plan, round: int) -> Sent:
+        source = self.roles.source(self.server, client)
+        state = plan.take(source)
+        shares = self.roles.shares(self.server, client, tuple(state))
+        travels = {name: t for name, t in state.items() if shares.down is None or name in shares.down}
+        own = len(travels) < len(state) or source is not self.server.state
+        up = frozenset(state if shares.up is None else (name for name in state if name in shares.up))
+        return Sent(client, plan, state, self._travels(travels), self.roles.brief(self.server, client, plan, round), up, own)
 
-    def _down(self, state: State, sizes: Mapping[str, int] | None, **more: Any) -> Down:
-        local = self.policy == "local"
-        return Down(self._now.row["round"], state, None if sizes is None else dict(sizes), local=local, **more)
+    def _down(self, sent: Sent, **more: Any) -> Down:
+        plan, local = sent.plan, self.policy == "local"
+        sizes, round = dict(plan.sizes), self._now.row["round"]
+        return Down(round, sent.travels, sizes, plan.model, plan.masks, local=local, **more)
+
+    def _up(self, sent: Sent) -> frozenset[str] | None:
+        return None if len(sent.up) == len(sent.state) else sent.up
 
     def _travels(self, state: State) -> State:
         """What of `state` crosses the network under the policy for normalisation."""
@@ -215,16 +229,26 @@ class Rounds(Strategy):
             row["fault"], row["traceback"] = last_line(message), message.error.reason
         else:
             reply: Reply = self._payload(message)
-            row |= {"examples": reply.examples, **reply.metrics}
-            row["bytes up"] = payload.size(reply.state) + payload.size(reply.extras)
-            fault = payload.fault(reply, sent.travels, self.roles.up)
+            fault = payload.narrowing(reply, sent.plan.sizes, sent.plan.masks, sent.state)
             if fault is None:
-                self._extras[client] = reply.extras
-                reply.state = {name: reply.state.get(name, tensor) for name, tensor in sent.state.items()}
+                sent = self._narrowed(sent, reply)
+                expected = self._travels({name: t for name, t in sent.state.items() if name in sent.up})
+                fault = payload.fault(reply, expected, self.roles.up)
+            row |= {"examples": reply.examples, **reply.metrics, "bytes up": upload(sent.plan, reply)}
+            if fault is None:
+                self._sent[client], self._extras[client], self._met[client] = sent, reply.extras, row["round"]
                 return Returned(sent.client, sent.plan, sent.state, reply)
             row["fault"] = fault
+        self._met[client] = 0
         self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")
         return None
+
+    def _narrowed(self, sent: Sent, reply: Reply) -> Sent:
+        """What was sent, as if it had been as narrow as what the client went on to train."""
+        if not (reply.kept or reply.masks):
+            return sent
+        plan = sent.plan.narrow(reply.kept, reply.masks)
+        return replace(sent, plan=plan, state=plan.take(self.roles.source(self.server, sent.client)))
 
     def _normalise(self, round: int, grid: Grid) -> None:
         """Gives the new global model its normalisation statistics, where the policy is not to average them."""
@@ -237,9 +261,8 @@ class Rounds(Strategy):
 
     def _passes(self, round: int, grid: Grid) -> State:
         state = self.server.state
-        self._messages = [
-            self._message(s.client.id, "train.passes", self._down(s.plan.take(state), s.plan.sizes)) for s in self._sent.values()
-        ]
+        sent = [replace(s, travels=s.plan.take(state)) for s in self._sent.values() if s.plan.model is None]
+        self._messages = [self._message(s.client.id, "train.passes", self._down(s)) for s in sent]
         answers = by_request(self._messages, grid.send_and_receive(self._messages))
         replies = [(i, self._payload(reply)) for i, reply in answers if reply.has_content()]
         whole = [Returned(self._sent[i].client, self._sent[i].plan, {}, r) for i, r in replies if r.examples]
@@ -284,19 +307,23 @@ class Rounds(Strategy):
             level = sent.client.profile.level
             if f"level-{level}@test" not in jobs:
                 self.levels[level] = sent.plan
-                jobs[f"level-{level}@test"] = partial(self._score, sent.plan, sent.plan.take(state))
-                jobs[f"sent-{level}@test"] = partial(self._score, sent.plan, sent.state)
+                source = self.roles.source(self.server, sent.client)
+                if sent.plan.model is None:
+                    jobs[f"level-{level}@test"] = partial(self._score, sent.plan, state)
+                if source is not self.server.state:
+                    jobs[f"personal-{level}@test"] = partial(self._score, sent.plan, source)
+                elif not sent.personal:
+                    jobs[f"sent-{level}@test"] = partial(self.server.score, sent.state, self.test, sent.plan.sizes)
         return jobs
 
     def _score(self, plan: Plan, state: State) -> Score:
-        return self.server.score(state, self.test, plan.sizes)
+        return self.server.score(plan.take(state), self.test, plan.sizes, plan.model)
 
     def _masked(self, round: int, grid: Grid) -> None:
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
-        asked = [
-            self._message(s.client.id, MessageType.EVALUATE, self._down(self._travels(self._aggregated), None, masked=True))
-            for s in self._sent.values()
-        ]
+        state, local = self._travels(self._aggregated), self.policy == "local"
+        down = Down(round, state, None, local=local, held=True)
+        asked = [self._message(i, MessageType.EVALUATE, down) for i in self._sent]
         answers = by_request(asked, grid.send_and_receive(asked))
         scores = [self._payload(reply) for _, reply in answers if reply.has_content()]
         spread(self._now.row, "global@own masked", [s["accuracy"] for s in scores if s])
@@ -325,12 +352,21 @@ def refuse_uncut(server: Server, clients: Sequence[Client]) -> None:
         raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
 
 
-def refuse_unfit(plans: Sequence[Plan], clients: Sequence[Client], roles: Roles) -> None:
+def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> None:
     """A plugin's mistake, said before anything is sent."""
     if len(plans) != len(clients):
         raise RunError(f"the extraction gave {len(plans)} plans for {len(clients)} clients")
-    if fault := next((f for p in plans if (f := payload.undeclared(p.extras, roles.down))), None):
-        raise RunError(f"the extraction sends what it did not declare: {fault}")
+
+
+def refuse_undeclared(sent: Iterable[Sent], roles: Roles) -> None:
+    if fault := next((f for s in sent if (f := payload.undeclared(s.extras, roles.down))), None):
+        raise RunError(f"a plugin sends what it did not declare: {fault}")
+
+
+def upload(plan: Plan, reply: Reply) -> int:
+    """Bytes of a reply: the values that exist, their positions only where the client changed them, extras, and what it cut."""
+    positions = bool(reply.masks)
+    return payload.size(reply.state, plan.masks, positions=positions) + payload.size(reply.extras) + payload.size(reply.kept)
 
 
 def spread(row: Row, name: str, values: Sequence[float]) -> None:

@@ -12,16 +12,18 @@ from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Public
 from hetfl.core.dice import draws
 from hetfl.core.errors import UsageError
-from hetfl.core.plans import Selection
+from hetfl.core.plans import Patches, Selection
 from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
 from hetfl.core.train import Score, Tuned, evaluate, tune
-from hetfl.core.widths import State, Widths, tensors
+from hetfl.core.types import Client
+from hetfl.core.widths import Kept, State, Widths, tensors
 from hetfl.core.workshop import Workshop
 
 
 class Server:
-    """`state` is the global model, `branches` further models by name, `widths` the groups that can be cut.
+    """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
+    `clients` has every client by its id as it was when last sampled.
 
     `public` is the server's labelled data or None; `spent` counts the training steps taken on it.
     """
@@ -30,7 +32,8 @@ class Server:
         self, options: RunOptions, workshop: Workshop, state: State, classes: int, public: Public | None, pool: Pool
     ) -> None:
         self.options, self.workshop, self.state, self.classes, self.pool = options, workshop, state, classes, pool
-        self.branches: dict[str, State] = {}
+        self.branches: dict[str, Patches] = {}
+        self.clients: dict[int, Client] = {}
         self.spent: list[int] = []
         self.notes: list[str] = []
         self._public = public
@@ -55,11 +58,12 @@ class Server:
         """A random stream that belongs to (seed, purpose, round, client)."""
         return stream(self.options.seed, purpose, round, client)
 
-    def select(self, choose: Callable[[int], Tensor], extras: State | None = None) -> Selection:
-        """The plan that keeps the units `choose(size)` of every width group; equal selections are one object."""
-        kept = self.widths.select(choose)
-        if extras:
-            return Selection(self.widths, kept, extras)
+    def select(self, choose: Callable[[int], Tensor] | Kept) -> Selection:
+        """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each.
+
+        Equal selections are one object. Mask it or give it a depth with `dataclasses.replace`.
+        """
+        kept = self.widths.select(choose) if callable(choose) else choose
         key = tuple(tuple(units.tolist()) for units in kept.values())
         if key not in self._selections:
             if len(self._selections) > 64:
@@ -73,9 +77,9 @@ class Server:
         out: Tensor = torch.func.functional_call(model, dict(state), (x,))
         return out
 
-    def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None) -> Score:
+    def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None, model: str | None = None) -> Score:
         """Accuracy and loss of `state` on `data`."""
-        return evaluate(self.workshop.loaded(state, sizes), data, self.options.eval_batch_size)
+        return evaluate(self.workshop.loaded(state, sizes, model), data, self.options.eval_batch_size)
 
     def tune(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,

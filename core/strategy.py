@@ -23,7 +23,8 @@ class Strategy(BaseModel):
 
     `down` and `up` declare the extras that travel beside the weights; what is not declared is refused. What a plugin keeps
     from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
-    wants for normalisation statistics when the run leaves it open.
+    wants for normalisation statistics when the run leaves it open. `foreign`: an extraction whose clients may have
+    architectures of their own, an aggregation that can do with such.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -42,6 +43,10 @@ class Strategy(BaseModel):
     @property
     def norm_policy(self) -> str | None:
         return None
+
+    @property
+    def foreign(self) -> bool:
+        return False
 
     def state_dict(self) -> State:
         """Tensors that a later round needs again."""

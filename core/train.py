@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +29,37 @@ class Score:
 
 def fit(task: Task) -> Reply:
     """Plain local training: `epochs` passes over the client's own examples from what it was sent."""
-    options, model = task.options, task.model
-    optimizer = make_optimizer(model, options, task.round)
-    loss = torch.zeros(())
+    optimizer = make_optimizer(task.model, task.options, task.round)
     with draws(task.draws, task.stream("dropout")):
-        model.train()
-        for x, y in passes(task):
-            optimizer.zero_grad()
-            loss = task.loss(model(x), y)
-            for penalty in task.penalties:
-                loss = loss + penalty(model)
-            loss.backward()
-            if options.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            optimizer.step()
-    state = {name: tensor.clone() for name, tensor in tensors(model).items()}
-    return Reply(state, len(task.data.train), {"loss": loss.item()})
+        last = descend(task, optimizer, passes(task), lambda x, y: total(task, x, y))
+    return Reply({name: t.clone() for name, t in tensors(task.model).items()}, len(task.data.train), {"loss": last})
+
+
+def total(task: Task, x: Tensor, y: Tensor) -> Tensor:
+    """The loss on a batch and the penalties."""
+    loss = task.loss(task.forward(task.model, x), y)
+    for penalty in task.penalties:
+        loss = loss + penalty(task.model)
+    return loss
+
+
+def descend(
+    task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    """A step of `optimizer` on `loss(x, y)` for each batch; entries outside the task's masks get no gradient. The last loss."""
+    model, last = task.model.train(), torch.zeros(())
+    masked = [(p, task.masks[name]) for name, p in model.named_parameters() if name in task.masks]
+    for x, y in batches:
+        optimizer.zero_grad()
+        last = loss(x, y)
+        last.backward()
+        for parameter, mask in masked:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        if task.options.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), task.options.clip)
+        optimizer.step()
+    return last.item()
 
 
 def passes(task: Task) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hetfl.core.config import RunOptions
-from hetfl.core.data import Holding
+from hetfl.core.data import Examples, Holding
 from hetfl.core.plans import Plan
 from hetfl.core.streams import stream
-from hetfl.core.widths import State
+from hetfl.core.widths import Kept, State, load, take, tensors, within
+from hetfl.core.workshop import Workshop
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from hetfl.core.cost import Cost
+
+
+def unmeasured(ratio: float) -> Any:
+    raise NotImplementedError("this node cannot measure")
+
+
+def call(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
 
 
 @dataclass(frozen=True)
 class Node:
-    """Where a client lives, as its profile plugin sees it: client `client` of `clients`, in round `round`."""
+    """Where a client lives, as its profile plugin sees it: client `client` of `clients`, in round `round`.
+
+    `cost(ratio)` is what the submodel of a width ratio costs, `probe(ratio)` the seconds of one training step of it on this
+    machine; `examples` is how many the client trains on.
+    """
 
     client: int
     clients: int
     round: int
     seed: int
+    cost: Callable[[float], Cost] = unmeasured
+    probe: Callable[[float], float] = unmeasured
+    examples: int = 0
 
     def stream(self, purpose: str, each_round: bool = True) -> torch.Generator:
         return stream(self.seed, purpose, self.round if each_round else 0, self.client)
@@ -33,9 +50,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device can afford: `width`, the REMAINING width ratio in (0, 1]; parameters scale with about its square."""
+    """What a device can afford: `width`, the REMAINING width ratio in (0, 1], and `binding`, what keeps it from more."""
 
     width: float = 1.0
+    binding: str = ""
+
+    @property
+    def parameters(self) -> float:
+        """The parameter budget that goes with the width: about its square, as a share of the model's parameters."""
+        return self.width**2
 
     @property
     def level(self) -> str:
@@ -45,11 +68,20 @@ class Profile:
 
 @dataclass(frozen=True)
 class Client:
-    """A sampled client as the server sees it, with the extras of its last reply (empty before the first)."""
+    """A sampled client as the server sees it: `met` is the round of its last valid reply (0: none), `extras` came with it."""
 
     id: int
     profile: Profile
     extras: State = field(default_factory=dict)
+    met: int = 0
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Names of the tensors that travel `down` to a client and back `up`; None: all. What does not travel stays with the client."""
+
+    down: Collection[str] | None = None
+    up: Collection[str] | None = None
 
 
 @dataclass(eq=False)
@@ -65,29 +97,46 @@ class Task:
     full_sizes: dict[str, int]
     extras: State
     memory: State
+    workshop: Workshop
+    masks: State = field(default_factory=dict)
+    public: Examples | None = None
     draws: bool = False
-    loss: Loss = nn.functional.cross_entropy
+    forward: Callable[[nn.Module, Tensor], Any] = call
+    loss: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
     penalties: list[Callable[[nn.Module], Tensor]] = field(default_factory=list)
 
     def stream(self, purpose: str) -> torch.Generator:
         """The client's own random stream for `purpose` in this round."""
         return stream(self.options.seed, purpose, self.round, self.client)
 
+    def cut(self, kept: Kept) -> None:
+        """Goes on with the units `kept` (local numbers) of each group alone: a smaller `model` with the same values."""
+        index = within(self.workshop.widths, self.plan_sizes, kept)
+        state = {name: take(tensor, index.get(name, {})).clone() for name, tensor in tensors(self.model).items()}
+        self.masks = {name: take(mask, index.get(name, {})) for name, mask in self.masks.items()}
+        self.plan_sizes = {**self.plan_sizes, **{name: len(units) for name, units in kept.items()}}
+        self.model = load(self.workshop.module(self.plan_sizes), state)
+
 
 @dataclass(eq=False)
 class Reply:
-    """What a client sends back: its trained tensors, extras and metrics; `plan` only if it trained less than was sent."""
+    """What a client sends back: its trained tensors, extras and metrics.
+
+    Where it trained less than it was sent, `kept` has the units of each group that it cut (local numbers, LongTensor) and
+    `masks` (bool, in the shapes of `state`) the entries that still exist.
+    """
 
     state: State
     examples: int
     metrics: dict[str, float] = field(default_factory=dict)
     extras: State = field(default_factory=dict)
-    plan: Plan | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    masks: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Returned:
-    """A client's valid reply beside the plan it was sent, as `recover` gets it."""
+    """A client's valid reply, what it was sent, and the plan that it trained (narrower than sent, if it cut more)."""
 
     client: Client
     plan: Plan

@@ -17,6 +17,7 @@ from hetfl.core.sizes import Place
 
 State = dict[str, Tensor]
 Kept = Mapping[str, Tensor]
+DEPTH = "depth"  # among the sizes of a submodel: how many exits it has, where the model has several
 
 
 def count(size: int, ratio: float) -> int:
@@ -168,6 +169,13 @@ def cells(index: Mapping[int, Tensor], like: Tensor) -> tuple[Any, ...]:
     return torch.meshgrid(*lines, indexing="ij") if like.ndim else ()
 
 
+def within(widths: Widths, sizes: Mapping[str, int], kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """Where the units `kept` (local numbers) of a submodel of `sizes` lie in that submodel's own tensors."""
+    ours = {group.name: torch.arange(sizes[group.name]) for group in widths.groups}
+    outer, inner = widths.index(ours), widths.index({**ours, **kept})
+    return {name: {dim: torch.searchsorted(outer[name][dim], where) for dim, where in dims.items()} for name, dims in inner.items()}
+
+
 def leading(where: Tensor) -> bool:
     return bool(len(where)) and int(where[0]) == 0 and bool((where == torch.arange(len(where))).all())
 
@@ -183,7 +191,8 @@ def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
         small = take(tensor.detach(), index.get(name, {})).clone()
         memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
     small_model = copy.deepcopy(model, memo)
-    for (path, attribute), (counted, share) in widths.sizes.items():
+    present = {path for path, _ in small_model.named_modules()}
+    for (path, attribute), (counted, share) in ((p, c) for p, c in widths.sizes.items() if p[0] in present):
         resize(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
     for layer in small_model.modules():
         refit(layer)

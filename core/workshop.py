@@ -4,37 +4,62 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from hetfl.core.widths import State, Widths, build, load
+from hetfl.core.widths import DEPTH, State, Widths, build, load, tensors
+
+Build = Callable[[str], nn.Module]
 
 
 class Workshop:
-    """Builds the submodels of `model`. A module belongs to the thread that asked for it, until that thread asks again."""
+    """Builds the submodels of `model`, and the architectures that clients have of their own, by name, with `other`.
 
-    def __init__(self, model: nn.Module, widths: Widths) -> None:
-        self.model, self.widths = model, widths
+    A module belongs to the thread that asked for it, until that thread asks again.
+    """
+
+    def __init__(self, model: nn.Module, widths: Widths, other: Build | None = None) -> None:
+        self.model, self.widths, self._other = model, widths, other
         self.full = {group.name: group.size for group in widths.groups}
-        self._own = threading.local()
+        self._own, self._lock = threading.local(), threading.Lock()
+        self._pristine: dict[str | None, nn.Module] = {None: model}
 
-    def module(self, sizes: Mapping[str, int] | None = None) -> nn.Module:
+    def module(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """The submodel that keeps `sizes` units of each group (None: the whole model), with values of any earlier use."""
-        wanted = tuple((sizes or self.full).items())
+        wanted = (model, () if model else tuple((self.full if sizes is None else sizes).items()))
         shelf = self._own.__dict__.setdefault("shelf", {})
         if wanted not in shelf:
-            shelf[wanted] = self._build(dict(wanted))
+            shelf[wanted] = self._build(dict(wanted[1]), model)
         made: nn.Module = shelf[wanted]
         return made
 
-    def _build(self, sizes: dict[str, int]) -> nn.Module:
-        if sizes == self.full:
-            return copy.deepcopy(self.model)
-        kept = {name: torch.arange(size) for name, size in sizes.items()}
-        return build(self.widths, self.model, kept)
+    def _build(self, sizes: dict[str, int], name: str | None) -> nn.Module:
+        model = self.pristine(name)
+        if name or sizes == self.full:
+            return copy.deepcopy(model)
+        depth = sizes.pop(DEPTH, None)
+        whole = model if depth is None else model.at_depth(depth)  # type: ignore[operator]
+        return build(self.widths, whole, {name: torch.arange(size) for name, size in sizes.items()})
 
-    def loaded(self, state: State, sizes: Mapping[str, int] | None = None) -> nn.Module:
+    def fresh(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
+        """A submodel of its own for whoever asks, untrained."""
+        return self._build(dict(self.full if sizes is None else sizes), model)
+
+    def pristine(self, name: str | None = None) -> nn.Module:
+        """The run's model, or the architecture `name`, as it was before any training; not to be changed."""
+        with self._lock:
+            if name not in self._pristine:
+                assert name is not None
+                assert self._other is not None
+                self._pristine[name] = self._other(name)
+            return self._pristine[name]
+
+    def initial(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> State:
+        """The tensors of a submodel before any training: the leading entries of the run's model."""
+        return tensors(self.fresh(sizes, model))
+
+    def loaded(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """The submodel of `sizes` holding the values of `state`."""
-        return load(self.module(sizes), state)
+        return load(self.module(sizes, model), state)

@@ -21,7 +21,7 @@ from hetfl.core.plans import Patch, Plan, Selection, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Client, Returned
-from hetfl.core.widths import State
+from hetfl.core.widths import Kept, State
 from hetfl.plugins.filters import Compressor, Filters, coverage, dilate
 
 LATE = 6
@@ -35,7 +35,8 @@ class Compressed:
     filters: Filters
     times: int
     residual: str
-    extras: State = field(default_factory=dict)
+    model: str | None = None
+    masks: State = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -46,6 +47,10 @@ class Compressed:
 
     def put(self, trained: State) -> Mapping[str, Patch]:
         return self.selection.put(trained)
+
+    def narrow(self, kept: Kept, masks: State) -> Selection:
+        """What remains is no longer a transform of the whole: a plain part of the leading slice."""
+        return self.selection.narrow(kept, masks)
 
 
 class FedConv(Strategy):
@@ -200,10 +205,11 @@ class FedConv(Strategy):
         epochs = (
             self.upload_epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
         )
-        trained = server.trained(reply.state, epochs, "upload", round, sizes=returned.plan.sizes, lr=1e-4, client=client)
-        whole = not isinstance(returned.plan, Compressed)
+        state = {**returned.sent, **reply.state}
+        trained = server.trained(state, epochs, "upload", round, sizes=returned.plan.sizes, lr=1e-4, client=client)
+        whole = not isinstance(returned.plan, Compressed) or not reply.state
         patches = returned.plan.put(trained) if whole else self._dilated(server, returned, trained, round)
-        return Update(client, patches, float(reply.examples), reply.extras)
+        return Update(client, {name: patches[name] for name in reply.state}, float(reply.examples), reply.extras)
 
     def _dilated(self, server: Server, returned: Returned, trained: State, round: int) -> Mapping[str, Patch]:
         plan = returned.plan

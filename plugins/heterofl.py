@@ -81,7 +81,7 @@ def scaled(model: nn.Module, s: float) -> Generator[None, None, None]:
 def update(server: Server, returned: Returned) -> Update:
     """The reply put back, the head's rows only for the classes that the client holds (spec 2.5)."""
     labels, patches = returned.reply.extras["labels"], dict(returned.plan.put(returned.reply.state))
-    for name in head(server):
+    for name in set(head(server)) & set(patches):
         patches[name] = patches[name].rows(labels)
     return Update(returned.client.id, patches, float(returned.reply.examples), returned.reply.extras)
 

@@ -206,11 +206,7 @@ def test_trained_dilators_run_and_differ(tmp_path):
 
 def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
     from hetfl.core.errors import RunError
-    from hetfl.core.plans import prefix
-    from hetfl.plugins.full import Full
 
-    extra = {"secret": torch.zeros(2)}
-    monkeypatch.setattr(Full, "down", {})
-    monkeypatch.setattr("hetfl.core.roles.Roles.extract", lambda self, s, c, r: [s.select(prefix(1), extra) for _ in c])
+    monkeypatch.setattr("hetfl.core.roles.Roles.brief", lambda *_: {"secret": torch.zeros(2)})
     with pytest.raises(RunError, match="extra 'secret' is undeclared"):
         run(tmp_path / "a", extract="full", aggregate="fedavg")

@@ -1,0 +1,52 @@
+"""What submodels cost on this machine: measured on the sliced module, once a width."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+
+from hetfl.core import cost
+from hetfl.core.config import RunOptions
+from hetfl.core.cost import Cost
+from hetfl.core.data import Examples
+from hetfl.core.widths import build
+from hetfl.core.workshop import Workshop
+
+
+class Meter:
+    """Costs of the submodels of a run's model, for the profile plugins and for the report."""
+
+    def __init__(self, options: RunOptions, workshop: Workshop, sample: Examples, classes: int) -> None:
+        self._options, self._workshop, self._classes = options, workshop, classes
+        self._x = sample.x[sample.index[:2]]
+        self._costs: dict[object, Cost] = {}
+        self._lock = threading.Lock()
+
+    def cost(self, ratio: float) -> Cost:
+        """The cost of the leading `ratio` of every width group."""
+        return self.of({name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()})
+
+    def of(self, sizes: Mapping[str, int] | None, model: str | None = None) -> Cost:
+        """The cost of a submodel: dense compute, whatever is masked in it."""
+        key = (model, tuple((sizes or {}).items()))
+        with self._lock:
+            if key not in self._costs:
+                module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
+                self._costs[key] = cost.measure(module, self._x, self._classes, self._options.batch_size, self._options)
+        return self._costs[key]
+
+    def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
+        """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
+        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio)).train()
+        rows = data.index[torch.arange(self._options.batch_size) % len(data)]
+        x, y, times = data.x[rows], data.y[rows], []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            F.cross_entropy(model(x), y).backward()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
