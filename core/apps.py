@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
@@ -96,11 +97,12 @@ class Site:
         reply.metrics["seconds"] = time.perf_counter() - started
         own = self._holding(context).test
         if len(own) and reply.state:
-            trained = self.workshop.loaded(reply.state, shrunk(down.sizes, reply.kept), down.model)
-            score = evaluate(trained, own, self.options.eval_batch_size)
+            model = self.workshop.loaded(reply.state, shrunk(down.sizes, reply.kept), down.model)
+            score = evaluate(model, own, self.options.eval_batch_size)
             reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
         if down.up is not None:
-            remember(context, "home", {name: t for name, t in reply.state.items() if name not in down.up})
+            now = {**tensors(task.model), **reply.state}
+            remember(context, "home", self._kept(down, context, {n: t for n, t in now.items() if n not in down.up}))
             reply.state = {name: t for name, t in reply.state.items() if name in down.up}
         if down.local:
             reply.state = without_statistics(reply.state, self.workshop.module(down.sizes, down.model))
@@ -139,6 +141,15 @@ class Site:
         fits = {name: name in kept and kept[name].shape == initial[name].shape for name in names}
         found = {name: kept[name] if fits[name] else initial[name] for name in names}
         return {name: t * down.masks[name] if name in down.masks else t for name, t in found.items()}
+
+    def _kept(self, down: Down, context: Context, trained: State) -> State:
+        """What stays at home: entries outside the masks as they were."""
+        before = recall(context, "home")
+        return {
+            name: torch.where(down.masks[name], t, before[name])
+            if name in down.masks and name in before and before[name].shape == t.shape == down.masks[name].shape else t.clone()
+            for name, t in trained.items()
+        }  # fmt: skip
 
     def _down(self, message: Message) -> Down:
         payload = self.desk.open(message.content)

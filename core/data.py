@@ -38,6 +38,13 @@ class Examples:
             rows = index[start : start + size]
             yield self.x[rows], self.y[rows]
 
+    def split(self, every: int = 5) -> tuple[Examples, Examples]:
+        """Two parts that never change: all but each `every`-th example, and these; fewer than `every` stand in both."""
+        if len(self) < every:
+            return self, self
+        held = torch.arange(len(self)) % every == every - 1
+        return Examples(self.x, self.y, self.index[~held]), Examples(self.x, self.y, self.index[held])
+
     def all(self) -> tuple[Tensor, Tensor]:
         """Every example: x (len, *shape), y (len,)."""
         return self.x[self.index], self.y[self.index]

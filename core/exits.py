@@ -94,19 +94,44 @@ def every(model: nn.Module) -> Generator[None, None, None]:
 def points(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozenset[str]]]:
     """The ends of `model`'s stages in order of execution: (module, shape of its output, modules run by then).
 
-    A stage is a run of modules whose outputs have the same shape beyond the batch; it ends where the shape changes. Modules that
-    run more than once, or whose output is no tensor of features (N, C, ...), are no ends.
+    Looked at are the steps of the network: modules that stand, through nothing but containers, directly under `model`, run once
+    and answer with features. A stage is a run of steps with as many channels; where that leaves one stage, every step with
+    parameters of its own is one (a transformer's layers).
     """
+    steps = traced_steps(model, x)
+    ends = [a for a, b in zip(steps, [*steps[1:], None], strict=True) if b is None or width(a[1], x) != width(b[1], x)]
+    return grown(model, ends if len(grown(model, ends)) > 2 else steps)
+
+
+def width(shape: Shape, x: Tensor) -> int:
+    return shape[-1] if tokens(x, shape) else shape[0]
+
+
+def grown(model: nn.Module, ends: list[tuple[str, Shape, frozenset[str]]]) -> list[tuple[str, Shape, frozenset[str]]]:
+    """`ends` without those by which no further parameters have come into play."""
+    weights = {name: sum(p.numel() for p in m.parameters(recurse=False)) for name, m in model.named_modules()}
+    known: frozenset[str] = frozenset()
+    found = []
+    for end in ends:
+        if any(weights[name] for name in end[2] - known):
+            found.append(end)
+            known = end[2]
+    return found
+
+
+def traced_steps(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozenset[str]]]:
+    names = {module: name for name, module in model.named_modules()}
+    containers = {name for name, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)} | {""}
     started: list[str] = []
     ended: list[tuple[str, Shape, frozenset[str]]] = []
-    names = {module: name for name, module in model.named_modules()}
 
     def before(module: nn.Module, args: Any) -> None:
         started.append(names[module])
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
-        if names[module] and isinstance(out, Tensor) and out.ndim > 2:
-            ended.append((names[module], tuple(out.shape[1:]), frozenset(started)))
+        name = names[module]
+        if name not in containers and ancestors(name) <= containers and isinstance(out, Tensor) and out.ndim > 1:
+            ended.append((name, tuple(out.shape[1:]), frozenset(started)))
 
     hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
     try:
@@ -115,12 +140,61 @@ def points(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozenset[str]
     finally:
         for hook in hooks:
             hook.remove()
-    once = [e for e in ended if started.count(e[0]) == 1]
     silent = {name for name in names.values() if name not in started}
-    stages = [a for a, b in zip(once, [*once[1:], None], strict=True) if b is None or a[1] != b[1]]
-    return [(name, shape, with_silent(run, silent)) for name, shape, run in stages]
+    return [(name, shape, with_silent(run, silent)) for name, shape, run in ended if started.count(name) == 1]
+
+
+def ancestors(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(len(parts))}
 
 
 def with_silent(run: frozenset[str], silent: set[str]) -> frozenset[str]:
     """Modules that are never called have their tensors used by the module around them."""
     return run | {name for name in silent if name.rpartition(".")[0] in run}
+
+
+def with_exits(model: nn.Module, x: Tensor, classes: int, exits: int, convs: int) -> Exits:
+    """`model` with heads after at most `exits - 1` of its stages, spread evenly; weights of the heads are a fixed draw."""
+    ends = points(model, x)[:-1]
+    chosen = [ends[i] for i in even(len(ends), exits - 1)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        heads = [head(shape, classes, convs, tokens(x, shape)) for _, shape, _ in chosen]
+    return Exits(model, [name for name, _, _ in chosen], heads, [run for _, _, run in chosen])
+
+
+def even(number: int, wanted: int) -> list[int]:
+    """`wanted` of `number` places, as evenly as can be; all, where there are fewer."""
+    if wanted >= number:
+        return list(range(number))
+    return [round((i + 1) * (number + 1) / (wanted + 1)) - 1 for i in range(wanted)]
+
+
+def tokens(x: Tensor, shape: Shape) -> bool:
+    """Whether features are (tokens, channels) rather than (channels, time)."""
+    return len(shape) == 2 and (not x.is_floating_point() or x.ndim == 4)
+
+
+def head(shape: Shape, classes: int, convs: int, tokens: bool) -> nn.Module:
+    """A classifier of features: for images `convs` 3x3 convolutions first, then the mean over positions and a linear layer."""
+    if tokens:
+        return nn.Sequential(Mean(), nn.Linear(shape[-1], classes))
+    channels = shape[0]
+    blocks = [conv_block(channels) for _ in range(convs)] if len(shape) == 3 else []
+    return nn.Sequential(*blocks, *([Mean(list(range(2, len(shape) + 1)))] if len(shape) > 1 else []), nn.Linear(channels, classes))
+
+
+def conv_block(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+
+
+class Mean(nn.Module):
+    """The mean over `dims`."""
+
+    def __init__(self, dims: Sequence[int] = (1,)) -> None:
+        super().__init__()
+        self.dims = list(dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims)

@@ -114,7 +114,7 @@ def blend(updates: Updates, weights: Sequence[float]) -> State:
     state, whole = updates.counters(), float(sum(weights))
     for name in updates.averaged():
         total, count = updates.sums(name, weights)
-        state[name] = (total + (whole - count) * updates.old[name]) / whole
+        state[name] = torch.where(count > 0, (total + (whole - count) * updates.old[name]) / whole, updates.old[name])
     return ordered(state, updates.old)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hetfl.core.train import BATCH_NORM
 from hetfl.core.widths import State, tensors
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 REPLACEMENTS: dict[str, Callable[[int], nn.Module]] = {  # HeteroFL's ablation (spec heterofl 2.4)
     "none": lambda channels: nn.Identity(),
     "instance": lambda channels: nn.GroupNorm(channels, channels),
@@ -30,6 +31,12 @@ def replaced(model: nn.Module, policy: str) -> nn.Module:
             if isinstance(child, BATCH_NORM):
                 setattr(parent, name, REPLACEMENTS[policy](child.num_features))
     return model
+
+
+def plain(model: nn.Module) -> list[str]:
+    """Names of the parameters that belong to no normalisation: what pruning and masking are about."""
+    ours = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    return [name for name, p in model.named_parameters() if id(p) not in ours]
 
 
 def tracked(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:

@@ -30,8 +30,9 @@ class Patch:
         """Values and coverage in the shape of `like`; uncovered entries show `like` and coverage 0."""
         values, coverage = like.clone(), torch.zeros(like.shape)
         where = cells(self.index, like)
-        values[where] = self.values.to(like)
-        coverage[where] = 1.0 if self.coverage is None else self.coverage.to(coverage)
+        there = torch.ones(()) if self.coverage is None else self.coverage.to(coverage)
+        values[where] = torch.where(there > 0, self.values.to(like), like[where])
+        coverage[where] = there
         return values, coverage
 
     def rows(self, keep: Tensor) -> Patch:
@@ -131,8 +132,13 @@ class Foreign:
 
 
 def grow(patches: Patches, like: State) -> tuple[State, State]:
-    """Patches at full size: (state, coverage), with the entries of `like` where nothing is covered."""
-    full = {name: patches[name].full(tensor) for name, tensor in like.items()}
+    """Patches at full size: (state, coverage), with the entries of `like` where nothing is covered.
+
+    What `like` does not have (the tensors of an own architecture) is whole by itself.
+    """
+    absent = {name: (tensor, torch.zeros(tensor.shape)) for name, tensor in like.items() if name not in patches}
+    full = absent | {name: patch.full(like.get(name, patch.values)) for name, patch in patches.items()}
+    full = {name: full[name] for name in [*like, *full]}
     return {name: values for name, (values, _) in full.items()}, {name: cover for name, (_, cover) in full.items()}
 
 

@@ -94,10 +94,10 @@ class Rounds(Strategy):
             profiles = self._profiles(server_round, chosen, grid)
         clients = [Client(i, profiles[i], self._extras.get(i, {}), self._met.get(i, 0)) for i in chosen]
         self.server.clients |= {client.id: client for client in clients}
-        refuse_uncut(self.server, clients)
         with self.timed(server_round, "extract"):
             plans = self.roles.extract(self.server, clients, server_round)
             refuse_unfit(plans, clients)
+            refuse_uncut(self.server, clients, plans)
             self._sent = {c.id: self._take(c, p, server_round) for c, p in zip(clients, plans, strict=True) if p is not None}
             refuse_undeclared(self._sent.values(), self.roles)
         self._messages = [
@@ -346,8 +346,10 @@ def policy(given: str, wanted: str | None, server: Server) -> str:
     return chosen
 
 
-def refuse_uncut(server: Server, clients: Sequence[Client]) -> None:
-    if not server.widths.groups and any(c.profile.width < 1 for c in clients):
+def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan | None]) -> None:
+    """Where nothing can be cut, a narrower client would train the whole model."""
+    whole = any(p is not None and p.model is None and not p.masks for p in plans)
+    if not server.widths.groups and whole and any(c.profile.width < 1 for c in clients):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(server.widths.frozen.items())[:3])
         raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
 

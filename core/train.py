@@ -30,8 +30,7 @@ class Score:
 def fit(task: Task) -> Reply:
     """Plain local training: `epochs` passes over the client's own examples from what it was sent."""
     optimizer = make_optimizer(task.model, task.options, task.round)
-    with draws(task.draws, task.stream("dropout")):
-        last = descend(task, optimizer, passes(task), lambda x, y: total(task, x, y))
+    last = descend(task, optimizer, passes(task), lambda x, y: total(task, x, y))
     return Reply({name: t.clone() for name, t in tensors(task.model).items()}, len(task.data.train), {"loss": last})
 
 
@@ -44,9 +43,20 @@ def total(task: Task, x: Tensor, y: Tensor) -> Tensor:
 
 
 def descend(
+    task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor], purpose: str = "dropout",
+) -> float:  # fmt: skip
+    """A step of `optimizer` on `loss(x, y)` for each batch; entries outside the task's masks get no gradient. The last loss.
+
+    Dropout draws from the client's stream `purpose`.
+    """
+    with draws(task.draws, task.stream(purpose)):
+        return _descend(task, optimizer, batches, loss)
+
+
+def _descend(
     task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    """A step of `optimizer` on `loss(x, y)` for each batch; entries outside the task's masks get no gradient. The last loss."""
     model, last = task.model.train(), torch.zeros(())
     masked = [(p, task.masks[name]) for name, p in model.named_parameters() if name in task.masks]
     for x, y in batches:

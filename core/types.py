@@ -13,7 +13,7 @@ from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Holding
 from hetfl.core.plans import Plan
 from hetfl.core.streams import stream
-from hetfl.core.widths import Kept, State, load, take, tensors, within
+from hetfl.core.widths import Kept, State, load, put, take, tensors, within
 from hetfl.core.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -108,6 +108,13 @@ class Task:
     def stream(self, purpose: str) -> torch.Generator:
         """The client's own random stream for `purpose` in this round."""
         return stream(self.options.seed, purpose, self.round, self.client)
+
+    def padded(self) -> State:
+        """The model's tensors in the shapes of the whole model's, as its leading units; 0 elsewhere."""
+        widths = self.workshop.widths
+        index = widths.index({name: torch.arange(self.plan_sizes[name]) for name in self.full_sizes})
+        mine = tensors(self.model).items()
+        return {n: put(t, index.get(n, {}), torch.zeros(widths.shapes[n], dtype=t.dtype)) for n, t in mine}
 
     def cut(self, kept: Kept) -> None:
         """Goes on with the units `kept` (local numbers) of each group alone: a smaller `model` with the same values."""

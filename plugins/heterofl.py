@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetfl.core.merge import Update
+from hetfl.core.norms import NORMS
 from hetfl.core.plans import Plan, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Client, Extra, Reply, Returned, Task
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 

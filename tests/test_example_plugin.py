@@ -44,7 +44,7 @@ def test_it_is_listed_without_being_imported(site):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).returncode == 0
 
 
-@pytest.mark.parametrize(("extract", "aggregate"), [("alternate", "overlap"), ("fedrolex", "median"), ("alternate", "median")])
+@pytest.mark.parametrize(("extract", "aggregate"), [("alternate", "overlap"), ("fedrolex", "midpoint"), ("alternate", "midpoint")])
 def test_it_pairs_with_built_ins(site, tmp_path, extract, aggregate):
     done = hfl(site, "run", "--extract", extract, "--aggregate", aggregate, *TINY, "--out", str(tmp_path / "o"))
     assert done.returncode == 0, done.stderr

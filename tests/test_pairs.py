@@ -13,6 +13,7 @@ from hetfl.core import experiment, models, registry
 from hetfl.core.config import resolve
 from hetfl.core.errors import UsageError
 from hetfl.core.record import Folder
+from hetfl.core.roles import Roles
 
 EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
 AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
@@ -41,28 +42,64 @@ def run(out, watch=None, **values):
 
 
 def tuned(extract, aggregate, steps):
-    options = {}
-    if extract == "fedconv":
-        options["fedconv"] = {"steps": steps, "first_steps": steps}
-    if aggregate == "kld":
-        options["kld"] = {"steps": steps}
-    return {"extract": extract, "aggregate": aggregate, "set": options}
+    """A pair with as many server steps a round, where its parts take any."""
+    options = {
+        ("extract", "fedconv"): {"steps": steps, "first_steps": steps},
+        ("extract", "serveralone"): {"epochs": 1},
+        ("extract", "dac"): {"epochs": 1, "stall": 0.3},
+        ("extract", "lotteryfl"): {"threshold": 0.0},
+        ("extract", "hermes"): {"threshold": 0.0},
+        ("extract", "tailorfl"): {"steps": 2},
+        ("aggregate", "kld"): {"steps": steps},
+        ("aggregate", "fedmd"): {"public_epochs": 1, "distill_steps": 0},
+    }
+    chosen = {
+        role: {name: options[role, name]}
+        for role, name in (("extract", extract), ("aggregate", aggregate))
+        if (role, name) in options
+    }
+    return {"extract": extract, "aggregate": aggregate, "set": chosen}
 
 
 def same(a, b):
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
+TINY = {
+    "limit": 120,
+    "clients": 3,
+    "batch_size": 64,
+    "rounds": 3,
+    "model": "mlp",
+    "model_args": {"hidden": [8, 6]},
+    "levels": "1,0.5,0.5",
+}
+
+
 @pytest.mark.parametrize(("extract", "aggregate"), list(itertools.product(EXTRACTIONS, AGGREGATIONS)))
-def test_any_pair_runs_finite_and_the_same_for_any_number_of_workers(extract, aggregate, tmp_path):
-    values = tuned(extract, aggregate, 3)
+def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract, aggregate, tmp_path, monkeypatch):
+    moves = []
+    whole = Roles.aggregate
+
+    def watched(self, server, updates, round):
+        before, merged = server.state, whole(self, server, updates, round)
+        covered = {name: updates.column(name)[1].amax(0) > 0 for name in updates.averaged()}
+        moves.append({name: (merged.state[name] != before[name], covered[name]) for name in covered})
+        return merged
+
+    monkeypatch.setattr(Roles, "aggregate", watched)
+    values = {**TINY, **tuned(extract, aggregate, 2)}
     one, summary = run(tmp_path / "1", workers=1, **values)
+    monkeypatch.undo()
     two, again = run(tmp_path / "2", workers=2, **values)
     assert same(one, two)
     assert summary["accuracy"] == again["accuracy"]
     assert all(bool(torch.isfinite(t).all()) for t in one.values())
-    start, _ = run(tmp_path / "3", **{**values, "rounds": 1, "lr": 1e-12, "set": tuned(extract, aggregate, 0)["set"]})
-    assert not same(one, start)
+    assert not any(bool((moved & ~covered).any()) for round in moves for moved, covered in round.values())
+    for round in moves:
+        if any(bool(covered.any()) for _, covered in round.values()):
+            assert any(bool(moved.any()) for moved, _ in round.values())
+    assert bool(moves) == (extract != "serveralone")
 
 
 def test_untuned_fedconv_and_kld_are_heterofl_and_overlap_exactly(tmp_path):

@@ -1,4 +1,4 @@
-"""Two plugins for hetfl: an extraction that spreads the kept channels evenly, and a robust aggregation."""
+"""Two plugins for hetfl: an extraction that spreads the kept channels evenly, and an aggregation by midpoints."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def spaced(size: int, width: float, shift: int) -> Tensor:
     return ((torch.arange(kept) * size // kept + shift) % size).sort().values
 
 
-class Median(Strategy):
-    """Per entry, the median over the clients that cover it; what nobody covers keeps its old value."""
+class Midpoint(Strategy):
+    """Per entry, half way between the extremes of the clients that cover it; what nobody covers keeps its old value."""
 
     @hookimpl
     def aggregate(self, updates: Updates) -> Merged:
         state = mean(updates, updates.weights)
         for name in updates.averaged():
             values, coverage = updates.column(name)
-            middle = values.masked_fill(coverage == 0, float("nan")).nanmedian(0).values
-            state[name] = torch.where(middle.isnan(), updates.old[name], middle)
+            held, endless = coverage > 0, float("inf")
+            middle = (values.masked_fill(~held, -endless).amax(0) + values.masked_fill(~held, endless).amin(0)) / 2
+            state[name] = torch.where(held.any(0), middle, updates.old[name])
         return Merged(state)

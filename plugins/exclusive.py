@@ -1,0 +1,20 @@
+"""The bound that any method must pass: only the clients that can afford the full model train (field notes 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hetfl.core.plans import Plan, prefix
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client
+
+
+class Exclusive(Strategy):
+    """The model of width `width` for the clients that can afford it; the others sit out."""
+
+    width: float = Field(1.0, gt=0, le=1, description="the width that is trained; smaller clients sit out")
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan | None]:
+        return [server.select(prefix(self.width)) if c.profile.width >= self.width else None for c in clients]

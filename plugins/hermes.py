@@ -1,0 +1,128 @@
+"""Hermes (Li et al., MobiCom 2021): structured personal submodels; only what several clients share is averaged (spec hermes)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from hetfl.core.merge import Merged, Update, Updates, mean
+from hetfl.core.norms import plain
+from hetfl.core.personal import examined, goal, pruned, remaining
+from hetfl.core.plans import Patch, Patches, Plan, Selection, grow
+from hetfl.core.roles import put
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client, Extra, Reply, Returned, Task
+from hetfl.core.units import scores, strongest
+from hetfl.core.widths import State, cells, count
+
+
+class Hermes(Strategy):
+    """A client whose model is good enough drops its weakest channels; a group lasso makes channels weak.
+
+    The remaining share is one of parameters, so of every group its square root remains. Clients start with the whole model.
+    """
+
+    down: ClassVar[dict[str, Extra]] = {"budget": Extra(1)}
+
+    rate: float = Field(0.2, gt=0, lt=1, description="share of the parameters that a pruning removes (r_p)")
+    threshold: float = Field(0.5, ge=0, le=1, description="accuracy on held-back training data above which a client prunes")
+    target: float | None = Field(
+        None, gt=0, le=1, description="share that remains in the end (none: the client's parameter budget)"
+    )
+    clamp: bool = Field(True, description="end exactly on the target, as the paper's sizes suggest")
+    lasso: float = Field(1e-4, ge=0, description="coefficient of the group lasso; the paper does not give it")
+    _kept: dict[int, dict[str, Tensor]] = PrivateAttr(default_factory=dict)
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [server.select(self._kept.get(client.id, torch.arange)) for client in clients]
+
+    @hookimpl
+    def brief(self, client: Client) -> State:
+        return {"budget": torch.tensor(client.profile.parameters)}
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        accuracy, target, kept = examined(task), goal(self.target, task.extras["budget"]), dict[str, Tensor]()
+        if accuracy > self.threshold and remaining(task) > target:
+            after = pruned(remaining(task), self.rate, target, self.clamp)
+            kept = strong(task, after**0.5)
+            task.memory["remaining"] = torch.tensor(after)
+            task.cut(kept)
+        if self.lasso:
+            task.penalties.append(lambda model: self.lasso * group_lasso(model))
+        reply = yield
+        reply.kept = kept
+        return reply
+
+    @hookimpl
+    def recover(self, replies: Sequence[Returned]) -> Iterable[Update]:
+        self._kept |= {r.client.id: dict(r.plan.kept) for r in replies if isinstance(r.plan, Selection)}
+        return [put(r) for r in replies]
+
+    def state_dict(self) -> State:
+        return {f"{client}/{group}": units for client, kept in self._kept.items() for group, units in kept.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        self._kept = {}
+        for key, units in state.items():
+            client, _, group = key.partition("/")
+            self._kept.setdefault(int(client), {})[group] = units
+
+
+class HermesMean(Strategy):
+    """Entries that several clients hold become their mean for each holder; the others stay as each client left them (Alg. 1)."""
+
+    overlap: Literal["any", "all"] = Field(
+        "any", description="averaged is what two or more hold, or what all clients of the round do"
+    )
+    weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
+
+    @hookimpl
+    def source(self, server: Server, client: Client) -> State | None:
+        """The client's own model, once it has one."""
+        branch = server.branches.get(f"client {client.id}")
+        return None if branch is None else grow(branch, server.state)[0]
+
+    @hookimpl
+    def aggregate(self, server: Server, updates: Updates) -> Merged:
+        weights = updates.weights if self.weighting == "samples" else [1.0] * len(updates)
+        state = mean(updates, weights)
+        least = len(updates) if self.overlap == "all" else 2
+        shared = {name: updates.sums(name, [1.0] * len(updates))[1] >= least for name in updates.averaged()}
+        own = {f"client {u.client}": personal(u.patches, state, shared) for u in updates}
+        return Merged(state, {**server.branches, **own})
+
+
+def personal(patches: Patches, state: State, shared: State) -> Patches:
+    """A client's patches with the mean wherever the entry is shared."""
+    return {name: merged(patch, state[name], shared[name]) if name in shared else patch for name, patch in patches.items()}
+
+
+def merged(patch: Patch, mean: Tensor, shared: Tensor) -> Patch:
+    where = cells(patch.index, mean)
+    return Patch(torch.where(shared.expand(mean.shape)[where], mean[where], patch.values), patch.index, patch.coverage)
+
+
+def strong(task: Task, ratio: float) -> dict[str, Tensor]:
+    """The strongest channels of each group by the L2 norm of what makes them, so many that `ratio` of the whole group is left."""
+    strength = scores(task.workshop.widths, task.padded(), plain(task.model), 2)
+    sizes = {name: min(size, count(task.full_sizes[name], ratio)) for name, size in task.plan_sizes.items()}
+    return {name: strongest(strength[name][: task.plan_sizes[name]], size) for name, size in sizes.items()}
+
+
+def group_lasso(model: nn.Module) -> Tensor:
+    """Sum of the L2 norms of every filter and every input channel of convolutions and linear layers (spec 2, eqs. 2 and 3)."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return torch.stack([lasso(m.weight) for m in model.modules() if isinstance(m, layers)]).sum()
+
+
+def lasso(weight: Tensor) -> Tensor:
+    """sum_f ||W[f]|| + sum_c ||W[:, c]||; the gradient at an all-zero group is 0."""
+    ways = weight.flatten(1), weight.transpose(0, 1).flatten(1)
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1).sum() for rows in ways]).sum()

@@ -1,0 +1,102 @@
+"""LotteryFL (Li et al., SEC 2021): every client finds its own winning ticket of the global model (spec lotteryfl)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from hetfl.core.merge import Update
+from hetfl.core.norms import plain
+from hetfl.core.personal import examined, goal, pruned, remaining
+from hetfl.core.plans import Plan
+from hetfl.core.roles import put
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client, Extra, Reply, Returned, Task
+from hetfl.core.widths import State, load, tensors
+
+INITIAL = "initial/"
+
+
+class LotteryFL(Strategy):
+    """A client whose model is good enough prunes its smallest weights and rewinds the rest to the first model.
+
+    Weights only: neither biases nor norm layers are pruned. Clients start dense, whatever they can afford.
+    """
+
+    down: ClassVar[dict[str, Extra]] = {"budget": Extra(1)}
+
+    rate: float = Field(0.2, gt=0, lt=1, description="share of each layer's living weights that a pruning removes (r_p)")
+    threshold: float = Field(0.2, ge=0, le=1, description="accuracy on held-back training data above which a client prunes")
+    target: float | None = Field(
+        None, gt=0, le=1, description="share that remains in the end (none: the client's parameter budget)"
+    )
+    clamp: bool = Field(False, description="end exactly on the target, which the published schedule undershoots")
+    _masks: dict[int, State] = PrivateAttr(default_factory=dict)
+    _first: State = PrivateAttr(default_factory=dict)
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        self._first = self._first or server.state
+        return [replace(server.select(torch.arange), masks=self._masks.get(c.id, {})) for c in clients]
+
+    @hookimpl
+    def brief(self, client: Client, round: int) -> State:
+        """The budget; a client that is met late also gets the first model, to which it will rewind."""
+        late = not client.met and round > 1
+        rewind = {INITIAL + name: tensor for name, tensor in self._first.items()} if late else {}
+        return {"budget": torch.tensor(client.profile.parameters), **rewind}
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        if not any(name.startswith(INITIAL) for name in task.memory):
+            sent = {INITIAL + name: tensor.clone() for name, tensor in tensors(task.model).items()}
+            task.memory |= {name: task.extras.get(name, tensor) for name, tensor in sent.items()}
+        accuracy, target = examined(task), goal(self.target, task.extras["budget"])
+        if accuracy > self.threshold and remaining(task) > target:
+            self._prune(task, target)
+        reply = yield
+        reply.masks = dict(task.masks)
+        return reply
+
+    def _prune(self, task: Task, target: float) -> None:
+        """New masks for the task, and its model rewound to the first one under them (spec 1)."""
+        state, now = tensors(task.model), remaining(task)
+        after = pruned(now, self.rate, target, self.clamp)
+        weights = {name: state[name] for name in plain(task.model) if state[name].ndim > 1}
+        task.masks = {name: survivors(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
+        task.memory["remaining"] = torch.tensor(after)
+        first = {name: task.memory[INITIAL + name] for name in state}
+        load(task.model, {name: t * task.masks[name] if name in task.masks else t for name, t in first.items()})
+
+    @hookimpl
+    def recover(self, replies: Sequence[Returned]) -> Iterable[Update]:
+        self._masks |= {r.client.id: dict(r.plan.masks) for r in replies}
+        return [put(r) for r in replies]
+
+    def state_dict(self) -> State:
+        masks = {f"{client}/{name}": mask for client, masks in self._masks.items() for name, mask in masks.items()}
+        return masks | {INITIAL + name: tensor for name, tensor in self._first.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        self._first = {name.removeprefix(INITIAL): t for name, t in state.items() if name.startswith(INITIAL)}
+        self._masks = {}
+        for key, mask in state.items():
+            if not key.startswith(INITIAL):
+                client, _, name = key.partition("/")
+                self._masks.setdefault(int(client), {})[name] = mask
+
+
+def survivors(weight: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    """The mask without the `rate` share of the living (non-zero) weights of smallest magnitude; ties at the threshold stay."""
+    alive = weight.ne(0) if mask is None else mask & weight.ne(0)
+    if not alive.any():
+        return alive
+    least = float(np.percentile(weight[alive].abs().double().numpy(), 100 * rate))
+    return alive & (weight.abs().double() >= least)

@@ -1,0 +1,40 @@
+"""Robust aggregation by coverage: median and trimmed mean (Yin et al., ICML 2018) over the clients that hold an entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetfl.core.merge import Merged, Updates
+from hetfl.core.strategy import Field, Strategy, hookimpl
+
+
+class TrimmedMean(Strategy):
+    """Per entry, the mean of the covering clients without the `trim` share of largest and of smallest values."""
+
+    trim: float = Field(0.1, ge=0, lt=0.5, description="share of the covering clients left out at either end")
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        state = {name: trimmed(*updates.column(name), updates.old[name], self.trim) for name in updates.averaged()}
+        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+
+
+class Median(Strategy):
+    """Per entry, the median of the covering clients (the mean of the middle two); what nobody covers keeps its old value."""
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        state = {name: trimmed(*updates.column(name), updates.old[name], 0.5) for name in updates.averaged()}
+        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+
+
+def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """The mean over dim 0 of the middle covered values: floor(trim * n) of the n are left out at either end, at least one stays."""
+    number = (coverage > 0).sum(0)
+    cut = torch.minimum((trim * number).floor(), ((number - 1) / 2).floor().clamp(min=0))
+    ordered = values.masked_fill(coverage <= 0, float("inf")).sort(0).values
+    place = torch.arange(len(values)).reshape(-1, *[1] * old.ndim)
+    kept = (place >= cut) & (place < number - cut)
+    total = torch.where(kept, ordered, 0.0).sum(0)
+    return torch.where(number > 0, total / kept.sum(0).clamp(min=1), old)

@@ -1,0 +1,28 @@
+"""Every client for itself: its own model on its own data, nothing communicated (spec baselines 1, oracle O4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from hetfl.core.plans import Plan, prefix
+from hetfl.core.server import Server
+from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.types import Client, Shares
+
+
+class Standalone(Strategy):
+    """A model of the client's own width that stays with it for the whole run; the global model never changes."""
+
+    start: Literal["untrained", "server"] = Field(
+        "untrained", description="what a client begins with: an untrained model, or once the server's pre-trained part"
+    )
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [server.select(prefix(client.profile.width)) for client in clients]
+
+    @hookimpl
+    def shares(self, client: Client) -> Shares:
+        first = self.start == "server" and not client.met
+        return Shares(down=None if first else (), up=())
