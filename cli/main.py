@@ -184,6 +184,30 @@ def inspect(
     )
 
 
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")],
+    levels: Annotated[str, typer.Option(help="width ratios to choose from, in (0, 1]")] = "1,0.75,0.5,0.25,0.125,0.0625",
+    dataset: Annotated[str | None, typer.Option(help="build the model for this data set")] = None,
+    shape: Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")] = None,
+    vocab: Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")] = None,
+    model_args: Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="local batch size")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of a round")] = 100,
+    deadline: Annotated[float, typer.Option(min=0, help="seconds for a round's training")] = 60.0,
+    share: Annotated[float, typer.Option(min=0, max=1, help="share of the free memory that training may use")] = 0.5,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
+    ratios = numbers(levels)
+    from hetfl.core import survey
+
+    inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
+    args = over({}, [assignment(pair, "--model-args") for pair in model_args or []])
+    render.offers(model, survey.afford(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share))
+
+
 def numbers(levels: str) -> list[float]:
     """The width ratios of --levels."""
     try:

@@ -17,7 +17,7 @@ from hetfl.core.registry import Entry
 
 if TYPE_CHECKING:
     from hetfl.core.strategy import Strategy
-    from hetfl.core.survey import Survey
+    from hetfl.core.survey import Offer, Survey
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -146,12 +146,14 @@ def accuracies(found: dict[str, dict[str, float]]) -> Table:
 
 
 def levels(found: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in ("level", "parameters", "MACs"):
-        table.add_column(column, justify="right")
-    for level in found:
-        table.add_row(level["level"], f"{level['parameters']:,}", f"{level['MACs']:,}")
-    return table
+    """What a client of each level spends in a round."""
+    names = ("level", "parameters", "MACs", "training memory", "down", "up", "seconds")
+    rows = [
+        (level["level"], f"{level['parameters']:,}", f"{level['MACs']:,}", size(level["memory"]), size(level["bytes down"]),
+         size(level["bytes up"]), f"{level.get('seconds', 0):.2f}")
+        for level in found
+    ]  # fmt: skip
+    return table(names, rows, right=True)
 
 
 def plugins(entries: Sequence[Entry]) -> None:
@@ -197,6 +199,21 @@ def survey(found: Survey) -> None:
         for level in found.levels
     ]  # fmt: skip
     console.print(table(("level", "parameters", "MACs", "training memory", "payload", "sliced - masked"), rows, right=True))
+
+
+def offers(model: str, found: Sequence[Offer]) -> None:
+    """What `hfl profile` measured, and the width that this machine affords."""
+    rows = [
+        (f"{o.ratio:g}", f"{o.cost.parameters:,}", f"{o.cost.macs:,}", size(o.cost.memory), f"{1000 * o.seconds:.2f} ms",
+         o.exceeded or "yes")
+        for o in found
+    ]  # fmt: skip
+    console.print(table(("width", "parameters", "MACs", "training memory", "step", "affordable"), rows, right=True))
+    best = max((o.ratio for o in found if not o.exceeded), default=None)
+    told = "affords no width of it" if best is None else f"affords width {best:g}"
+    next_up = min((o for o in found if o.exceeded and (best is None or o.ratio > best)), key=lambda o: o.ratio, default=None)
+    why = f"; beyond that binds {next_up.exceeded}" if next_up else ""
+    console.print(f"{model}: this machine {told}{why}", style="bold", soft_wrap=True)
 
 
 def several(names: Sequence[str]) -> str:

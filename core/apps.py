@@ -85,7 +85,8 @@ class Site:
         return self.roles.profile(
             Node(
                 client, len(self.federation.clients), round, self.options.seed,
-                self.meter.cost, partial(self.meter.seconds, data), len(data),
+                self.meter.cost, partial(self.meter.seconds, data),
+                self.options.epochs * len(data), self.options.epochs * -(-len(data) // self.options.batch_size),
             )
         )  # fmt: skip
 

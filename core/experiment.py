@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hetfl.core import cost, data, factories, norms, roles
+from hetfl.core import data, factories, norms, roles
 from hetfl.core.apps import Desk, Site, client_app
 from hetfl.core.config import RunOptions, write
 from hetfl.core.data import Federation
@@ -65,8 +65,8 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
         server.state = server.trained(initial, options.pretrain_steps, "pretrain")
     plugins.prepare(server)
     desk = Desk()
-    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch)
     meter = Meter(options, workshop, federation.test, len(federation.classes))
+    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, meter)
     grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk, meter)), len(federation.clients), pool)
     seconds = {"pretrain": time.perf_counter() - began}
     return Experiment(options, federation, plugins, server, rounds, grid, initial, meter, seconds)
@@ -184,7 +184,7 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
         "client seconds": sum(row["client seconds"] for row in rows),
         "bytes down": sum(row["bytes down"] for row in rows), "bytes up": sum(row["bytes up"] for row in rows),
         "weights sha256": digest(experiment.server.state),
-        "notes": [*dict.fromkeys(experiment.server.notes), *warnings(measured)],
+        "notes": [*dict.fromkeys(experiment.server.notes), *unmoved(experiment), *warnings(measured)],
     }  # fmt: skip
 
 
@@ -201,12 +201,28 @@ def values(name: str, measured: Sequence[Row]) -> dict[str, float]:
     return {**found, **extra}
 
 
+SPENT = ("parameters", "MACs", "memory", "bytes down", "bytes up", "seconds")
+
+
 def sizes(experiment: Experiment) -> list[dict[str, Any]]:
-    """Parameters and MACs of the submodel of each level, measured on the module that its clients trained."""
-    x = experiment.federation.test.x[experiment.federation.test.index[:1]]
-    levels = sorted(experiment.rounds.levels.items(), key=lambda item: -float(item[0]))
-    modules = [(level, experiment.server.workshop.module(plan.sizes)) for level, plan in levels]
-    return [{"level": level, "parameters": cost.parameters(m), "MACs": cost.macs(m, x)} for level, m in modules]
+    """What the clients of each level spent in a round, on average: the papers' tables of memory, time and communication."""
+    rows = [row for row in experiment.rounds.client_rows if "fault" not in row]
+    levels = sorted({row["level"] for row in rows}, key=float, reverse=True)
+    return [{"level": level} | averages([row for row in rows if row["level"] == level]) for level in levels]
+
+
+def averages(rows: Sequence[Row]) -> dict[str, float]:
+    found = {name: [row[name] for row in rows if name in row] for name in SPENT}
+    means = {name: sum(values) / len(values) for name, values in found.items() if values}
+    return {name: value if name == "seconds" else round(value) for name, value in means.items()}
+
+
+def unmoved(experiment: Experiment) -> list[str]:
+    """Where the clients keep their models, the global one stays what it was."""
+    now, first = experiment.server.state, experiment.rounds.first
+    if not all(torch.equal(now[name], tensor) for name, tensor in first.items()):
+        return []
+    return ["the global model is still that of before round 1: read personal@own, the models that the clients keep"]
 
 
 def warnings(measured: Sequence[Row]) -> list[str]:

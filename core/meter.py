@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetfl.core import cost
 from hetfl.core.config import RunOptions
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
+from hetfl.core.exits import every
 from hetfl.core.widths import build
 from hetfl.core.workshop import Workshop
 
@@ -37,16 +40,27 @@ class Meter:
         with self._lock:
             if key not in self._costs:
                 module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
-                self._costs[key] = cost.measure(module, self._x, self._classes, self._options.batch_size, self._options)
+                with every(module):
+                    self._costs[key] = cost.measure(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
 
     def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
-        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio)).train()
+        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio))
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
-        x, y, times = data.x[rows], data.y[rows], []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            F.cross_entropy(model(x), y).backward()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:])
+        return step_seconds(model, data.x[rows], data.y[rows], repeats)
+
+
+def step_seconds(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> float:
+    """The median seconds of a forward and backward pass in training, after one to warm up."""
+    model, times = model.train(), []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        F.cross_entropy(model(x), y).backward()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def free() -> float:
+    """Bytes of memory that are free on this machine now."""
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

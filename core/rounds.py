@@ -17,10 +17,12 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from hetfl.core import payload
 from hetfl.core.apps import Desk, Down
+from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
 from hetfl.core.grid import by_request, node
 from hetfl.core.merge import Updates, mean
+from hetfl.core.meter import Meter
 from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
@@ -70,13 +72,13 @@ class Progress:
 class Rounds(Strategy):
     """Drives a Server and the chosen plugins through `options.rounds` rounds over any Flower Grid."""
 
-    def __init__(self, server: Server, roles: Roles, desk: Desk, test: Examples, clients: int, watch: Watch) -> None:
+    def __init__(self, server: Server, roles: Roles, desk: Desk, test: Examples, clients: int, watch: Watch, meter: Meter) -> None:
+        self.meter = meter
         self.server, self.roles, self.desk, self.test, self.clients, self.watch = server, roles, desk, test, clients, watch
         self.options = server.options
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
-        self.levels: dict[str, Plan] = {}
-        self.control = server.state
+        self.control = self.first = server.state
         self.policy = policy(self.options.norm_policy, roles.norm_policy, server)
         self._sent: dict[int, Sent] = {}
         self._messages: list[Message] = []
@@ -164,6 +166,8 @@ class Rounds(Strategy):
     def _close(self, seconds: float) -> None:
         now = self._now
         people = list(now.clients.values())
+        for client, sent in self._sent.items():
+            now.clients[client] |= spent(self.meter.of(sent.plan.sizes, sent.plan.model), sent)
         spread(now.row, "client@own", [c["own accuracy"] for c in people if "own accuracy" in c])
         now.row |= {
             "bytes down": sum(c["bytes down"] for c in people), "bytes up": sum(c["bytes up"] for c in people),
@@ -223,6 +227,7 @@ class Rounds(Strategy):
         """A client's reply if it can be used; otherwise the client is left out, with the reason in the run folder."""
         sent = self._sent[client]
         row: Row = {"round": self._now.row["round"], "client": client, "level": sent.client.profile.level}
+        row |= {"bound by": sent.client.profile.binding} if sent.client.profile.binding else {}
         row |= {"bytes down": sent.bytes, "bytes up": 0}
         self._now.clients[client] = row
         if message.has_error():
@@ -303,18 +308,15 @@ class Rounds(Strategy):
         jobs["global@test"] = partial(self.server.score, state, self.test)
         if self.options.server_finetune_steps:
             jobs["sent@test"] = partial(self.server.score, self.server.state, self.test)
-        for sent in self._sent.values():
-            level = sent.client.profile.level
-            if f"level-{level}@test" not in jobs:
-                self.levels[level] = sent.plan
-                source = self.roles.source(self.server, sent.client)
-                if sent.plan.model is None:
-                    jobs[f"level-{level}@test"] = partial(self._score, sent.plan, state)
-                if source is not self.server.state:
-                    jobs[f"personal-{level}@test"] = partial(self._score, sent.plan, source)
-                elif not sent.personal:
-                    jobs[f"sent-{level}@test"] = partial(self.server.score, sent.state, self.test, sent.plan.sizes)
-        return jobs
+        for level, sent in {s.client.profile.level: s for s in reversed(self._sent.values())}.items():
+            source = self.roles.source(self.server, sent.client)
+            if sent.plan.model is None:
+                jobs[f"level-{level}@test"] = partial(self._score, sent.plan, state)
+            if source is not self.server.state:
+                jobs[f"personal-{level}@test"] = partial(self._score, sent.plan, source)
+            elif not sent.personal:
+                jobs[f"sent-{level}@test"] = partial(self.server.score, sent.state, self.test, sent.plan.sizes)
+        return dict(sorted(jobs.items(), key=lambda job: order(job[0])))
 
     def _score(self, plan: Plan, state: State) -> Score:
         return self.server.score(plan.take(state), self.test, plan.sizes, plan.model)
@@ -327,6 +329,12 @@ class Rounds(Strategy):
         answers = by_request(asked, grid.send_and_receive(asked))
         scores = [self._payload(reply) for _, reply in answers if reply.has_content()]
         spread(self._now.row, "global@own masked", [s["accuracy"] for s in scores if s])
+
+
+def order(name: str) -> tuple[bool, float]:
+    """Whole models first, then levels from the widest."""
+    level = name.split("@")[0].partition("-")[2]
+    return bool(level), -float(level or 0)
 
 
 def sample(clients: int, fraction: float, generator: torch.Generator) -> list[int]:
@@ -363,6 +371,12 @@ def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> Non
 def refuse_undeclared(sent: Iterable[Sent], roles: Roles) -> None:
     if fault := next((f for s in sent if (f := payload.undeclared(s.extras, roles.down))), None):
         raise RunError(f"a plugin sends what it did not declare: {fault}")
+
+
+def spent(cost: Cost, sent: Sent) -> Row:
+    """What a device spends on its submodel: parameters that exist, and dense compute and memory even where entries are masked."""
+    masked = sum(int((~mask).sum()) for mask in sent.plan.masks.values())
+    return {"parameters": cost.parameters - masked, "MACs": cost.macs, "memory": cost.memory}
 
 
 def upload(plan: Plan, reply: Reply) -> int:

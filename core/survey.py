@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hetfl.core import cost, data, factories, norms
 from hetfl.core.config import DataOptions
 from hetfl.core.cost import Cost
 from hetfl.core.errors import UsageError
 from hetfl.core.factories import Inputs
 from hetfl.core.groups import compared, trace
+from hetfl.core.meter import free, step_seconds
 from hetfl.core.sources import KNOWN
 from hetfl.core.streams import stream
 from hetfl.core.trace import Heads
@@ -55,6 +58,34 @@ def survey(
         error = compared(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
         rows.append(Level(ratio, cost.measure(build(widths, model, kept), x, inputs.classes, batch), error))
     return Survey(name, inputs, widths, members(widths), rows, seconds)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A width on this machine: its cost, the seconds of a training step, and which limits it exceeds."""
+
+    ratio: float
+    cost: Cost
+    seconds: float
+    exceeded: str
+
+
+def afford(
+    name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
+    batch: int, steps: int, deadline: float, share: float,
+) -> list[Offer]:  # fmt: skip
+    """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
+    model, x = factories.build(name, args, inputs, 0), inputs.batch()
+    widths, allowed = trace(model, x), share * free()
+    x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
+    offers = []
+    for ratio in levels:
+        small = build(widths, model, widths.prefix(ratio))
+        spent, seconds = cost.measure(small, x, inputs.classes, batch), step_seconds(small, x, y)
+        over = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if spent.memory > allowed else []
+        over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
+        offers.append(Offer(ratio, spent, seconds, "; ".join(over)))
+    return offers
 
 
 def members(widths: Widths) -> dict[str, list[str]]:

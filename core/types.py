@@ -33,7 +33,7 @@ class Node:
     """Where a client lives, as its profile plugin sees it: client `client` of `clients`, in round `round`.
 
     `cost(ratio)` is what the submodel of a width ratio costs, `probe(ratio)` the seconds of one training step of it on this
-    machine; `examples` is how many the client trains on.
+    machine; `examples` and `steps` are those of a round's training, epochs counted.
     """
 
     client: int
@@ -43,6 +43,7 @@ class Node:
     cost: Callable[[float], Cost] = unmeasured
     probe: Callable[[float], float] = unmeasured
     examples: int = 0
+    steps: int = 0
 
     def stream(self, purpose: str, each_round: bool = True) -> torch.Generator:
         return stream(self.seed, purpose, self.round if each_round else 0, self.client)
