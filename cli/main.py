@@ -14,12 +14,13 @@ import typer
 from pydantic.fields import FieldInfo
 
 from hetfl.cli import render
-from hetfl.core import config, registry
+from hetfl.core import config, presets, registry
 from hetfl.core.config import RunOptions, flag
-from hetfl.core.errors import RunError, UsageError, unknown
+from hetfl.core.errors import RunError, UsageError, nearest, unknown
 from hetfl.core.record import Folder
 
 if TYPE_CHECKING:
+    from hetfl.core.matrix import Outcome
     from hetfl.core.strategy import Strategy
 
 app = typer.Typer(
@@ -57,7 +58,8 @@ def choices(kind: Any) -> str:
 def options_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
     """Gives `command` one option for each field of RunOptions."""
     own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    made = [option(name, field) for name, field in RunOptions.model_fields.items()]
+    taken = {p.name for p in own}
+    made = [option(name, field) for name, field in RunOptions.model_fields.items() if name not in taken]
     hints = {k: v for k, v in signatures.get_annotations(command, eval_str=True).items() if k != "given"}
     own = [p.replace(annotation=hints[p.name]) for p in own]
     command.__signature__ = signatures.Signature([*own, *made])  # type: ignore[attr-defined]
@@ -73,8 +75,7 @@ def run(
     **given: Any,
 ) -> None:
     """Run one experiment and leave its results in a run folder."""
-    values = merge(config.read(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
-    options = config.resolve(values)
+    options = config.resolve(gathered(file, given))
     check(options)
     folder = Folder(options.out or fresh(options)).open(options.overwrite)
     started = False
@@ -94,6 +95,13 @@ def run(
             folder.discard()
         raise
     render.summary(summary, folder.path)
+
+
+def gathered(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run: the command line's over the run file's over the preset's."""
+    values = merge(config.read(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
+    below = presets.find(str(values["preset"])).values if values.get("preset") is not None else {}
+    return presets.over(below, values)
 
 
 def check(options: RunOptions) -> None:
@@ -217,6 +225,88 @@ def numbers(levels: str) -> list[float]:
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise UsageError(f"--levels takes width ratios in (0, 1] such as 1,0.5,0.25, not '{levels}'")
     return ratios
+
+
+@app.command()
+@options_of_a_run
+def matrix(
+    extract: Annotated[str, typer.Option(help="extractions with commas, or all")] = "all",
+    aggregate: Annotated[
+        str, typer.Option(help="aggregations with commas, all, or natural: each extraction's own partner")
+    ] = "natural",
+    alpha: Annotated[str | None, typer.Option(help="Dirichlet concentrations with commas")] = None,
+    seeds: Annotated[str, typer.Option(help="how many seeds, or the seeds with commas (0, for seed 0 alone)")] = "3",
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="option=value,value: any run option or plugin.option; may be repeated")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
+    metric: Annotated[str, typer.Option(help="what the leaderboard ranks, e.g. global@test or personal@own")] = "global@test",
+    out: Annotated[Path, typer.Option(help="folder; a matrix that was stopped goes on there")] = Path("matrix"),
+    seed: Annotated[int | None, typer.Option(hidden=True)] = None,
+    overwrite: Annotated[bool, typer.Option(hidden=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    **given: Any,
+) -> None:
+    """Run many pairs over many settings and seeds, the controls always among them; what is in --out already is not run again."""
+    from hetfl.core import matrix as cross
+
+    swept = {} if alpha is None else {"alpha": [assignment(f"x={value}", "--alpha")[1] for value in alpha.split(",")]}
+    for text in sweep or []:
+        path, values = assignment(text, "--sweep")
+        name, listed = ".".join(path), values if isinstance(values, list) else str(values).split(",")
+        swept[name] = [assignment(f"x={value}", "--sweep")[1] if isinstance(value, str) else value for value in listed]
+    found = cross.cells(gathered(None, given), cross.pairs(extract.split(","), aggregate.split(",")), swept, whole(seeds))
+    try:
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out '{out}' cannot be written: {error.strerror}") from error
+    cross.refuse_bad(found)
+    cross.forget_failures(out, found)
+    outcomes: list[cross.Outcome] = []
+    try:
+        with render.Board(len(found), metric) as board:
+            for outcome in cross.run(found, out, jobs):
+                outcomes.append(outcome)
+                board.show(outcomes)
+    finally:
+        cross.write(outcomes, metric, out)
+    finish(outcomes, metric, out)
+
+
+def finish(outcomes: list[Outcome], metric: str, out: Path) -> None:
+    """Shows what a matrix came to. Raises RunError where cells failed."""
+    from hetfl.cli import pictures
+
+    pictures.heatmap(outcomes, out, metric)
+    render.leaderboard(outcomes, metric, out)
+    names = {name for o in outcomes for name in o.row if "@" in name}
+    if metric not in names:
+        raise UsageError(f"--metric '{metric}' is not among what was measured{nearest(metric, names)} ({', '.join(sorted(names))})")
+    if failed := [o for o in outcomes if o.status == "failed"]:
+        raise RunError(f"{len(failed)} of {len(outcomes)} cells failed, the first: {failed[0].cell.name}: {failed[0].row['why']}")
+
+
+def whole(seeds: str) -> list[int]:
+    """`3` is 0, 1, 2; a list with commas is itself."""
+    try:
+        numbers = [int(part) for part in seeds.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or ("," not in seeds and numbers[0] < 1):
+        raise UsageError(f"--seeds takes how many, such as 3, or seeds such as 0,1,2, not '{seeds}'")
+    return numbers if "," in seeds else list(range(numbers[0]))
+
+
+@app.command("presets")
+def list_presets(
+    name: Annotated[str | None, typer.Argument(help="show this preset's settings")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """List the papers' experiments that `hfl run --preset` takes, or show one."""
+    if name is None:
+        render.presets(list(presets.presets().values()))
+    else:
+        render.preset(presets.find(name))
 
 
 @app.command("list-plugins")

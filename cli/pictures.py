@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hetfl.core.matrix import Outcome, label
 from hetfl.core.record import Folder
 
 
@@ -46,6 +49,38 @@ def partition(figure: Any, facts: dict[str, Any]) -> None:
     if len(counts[0]) <= 20:
         axes.set_xticks(range(len(counts[0])), facts["classes"], rotation=45)
     figure.colorbar(image, label="training examples")
+
+
+def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
+    """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for o in outcomes:
+        if o.row.get(metric) is not None:
+            values.setdefault((o.cell.extract, o.cell.aggregate, label(o.cell.point)), []).append(100 * o.row[metric])
+    if not values:
+        return
+    extractions, partners, points = (list(dict.fromkeys(key[i] for key in values)) for i in range(3))
+    crossed = len(values) > (len(extractions) + len(partners)) * len(points)
+    panels = points if crossed else [metric]
+    rows = extractions if crossed else list(dict.fromkeys(f"{e} x {a}" for e, a, _ in values))
+    columns = partners if crossed else points
+    cells = {(p, e, a) if crossed else (metric, f"{e} x {a}", p): sum(v) / len(v) for (e, a, p), v in values.items()}
+    figure = Figure(figsize=(2 + 0.8 * len(columns) * len(panels) + 2, 1.5 + 0.35 * len(rows)), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        grid = [[cells.get((panel, row, column), float("nan")) for column in columns] for row in rows]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=min(cells.values()), vmax=max(cells.values()))
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_title(panel)
+        for (_, row, column), value in ((key, v) for key, v in cells.items() if key[0] == panel):
+            axes.text(columns.index(column), rows.index(row), f"{value:.0f}", ha="center", va="center", color="w", fontsize=7)
+    figure.colorbar(image, ax=figure.axes, label=f"{metric}, %")
+    Folder(out).write("heatmap.png", png(figure))
 
 
 def png(figure: Any) -> bytes:

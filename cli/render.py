@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
 from rich.console import Console, Group
 from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
 from hetfl.core.config import RunOptions
+from hetfl.core.presets import Preset
 from hetfl.core.registry import Entry
 
 if TYPE_CHECKING:
+    from hetfl.core.matrix import Outcome
     from hetfl.core.strategy import Strategy
     from hetfl.core.survey import Offer, Survey
 
@@ -166,6 +169,20 @@ def plugins(entries: Sequence[Entry]) -> None:
     console.print(table)
 
 
+def presets(found: Sequence[Preset]) -> None:
+    """Every preset."""
+    console.print(table(("preset", "what", "unlike the paper"), [(p.name, p.about, p.unlike) for p in found]))
+
+
+def preset(found: Preset) -> None:
+    """One preset's settings, as a run file, and their hash."""
+    console.print(f"{found.name}: {found.about}", style="bold", soft_wrap=True)
+    if found.unlike:
+        console.print(f"unlike the paper: {found.unlike}", soft_wrap=True)
+    console.print(Text(tomli_w.dumps(found.values)), soft_wrap=True)
+    console.print(f"sha256 {found.digest}", soft_wrap=True)
+
+
 def plugin(entry: Entry, strategy: type[Strategy]) -> None:
     """One plugin: what it is, its options and what its presets set."""
     console.print(f"{entry.role} {entry.name} ({entry.source}) {entry.paper}".rstrip(), style="bold", soft_wrap=True)
@@ -214,6 +231,62 @@ def offers(model: str, found: Sequence[Offer]) -> None:
     next_up = min((o for o in found if o.exceeded and (best is None or o.ratio > best)), key=lambda o: o.ratio, default=None)
     why = f"; beyond that binds {next_up.exceeded}" if next_up else ""
     console.print(f"{model}: this machine {told}{why}", style="bold", soft_wrap=True)
+
+
+class Board:
+    """The standings of a matrix while it runs; one plain line a cell where the output is no terminal."""
+
+    def __init__(self, cells: int, metric: str) -> None:
+        self._cells, self._metric, self._started = cells, metric, time.perf_counter()
+        self._screen = Screen(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Board:
+        if self._screen:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen:
+            self._screen.stop()
+
+    def show(self, outcomes: Sequence[Outcome]) -> None:
+        done, new = len(outcomes), outcomes[-1]
+        status = f"{done} of {self._cells} cells, {sum(o.cached for o in outcomes)} of them from before"
+        if self._screen:
+            self._screen.update(
+                Group(standings(outcomes, self._metric), Text(f"{status} ({time.perf_counter() - self._started:.0f} s)"))
+            )
+            self._screen.refresh()
+        else:
+            told = share(new.row.get(self._metric)) if new.status == "ok" else f"{new.status}: {new.row['why']}"
+            at = ", ".join(f"{name} {value}" for name, value in new.cell.point)
+            console.print(f"[{done}/{self._cells}] {new.cell.extract} x {new.cell.aggregate} {at} seed {new.cell.seed}: {told}",
+                          soft_wrap=True, markup=False)  # fmt: skip
+
+
+def standings(outcomes: Sequence[Outcome], metric: str) -> Table:
+    """Mean and 95 % interval over the seeds at every point, by mean rank."""
+    from hetfl.core import matrix
+
+    points = list(dict.fromkeys(o.cell.point for o in outcomes))
+    rows = []
+    for s in matrix.leaderboard(outcomes, metric):
+        told = [spread(*s.values[p]) if p in s.values else "" for p in points]
+        rows.append((f"{s.rank:.1f}" if s.values else "", s.extract, s.aggregate, *told, s.why))
+    columns = ("rank", "extract", "aggregate", *(matrix.label(p) for p in points), "")
+    return table(columns, rows)
+
+
+def spread(mean: float, half: float, seeds: int) -> str:
+    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if seeds > 1 else "")
+
+
+def leaderboard(outcomes: Sequence[Outcome], metric: str, out: Path) -> None:
+    """What a matrix came to."""
+    console.print()
+    console.print(f"{metric}, %, mean over seeds and 95 % interval, by mean rank", style="bold", soft_wrap=True)
+    console.print(standings(outcomes, metric))
+    console.print(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)", soft_wrap=True)
 
 
 def several(names: Sequence[str]) -> str:

@@ -76,6 +76,9 @@ class ServerOptions(Options):
 class RunOptions(DataOptions, TrainOptions, ServerOptions):
     """A whole run. Same options and seed, same bits."""
 
+    preset: str | None = Field(
+        None, description="a paper's experiment to start from (hfl presets lists them); other options go over it"
+    )
     extract: str = Field("fedconv", description="how a client's submodel is taken")
     aggregate: str | None = Field(None, description="how updates are merged (default: the extraction's natural partner)")
     profile: str = Field("levels", description="how a device's capacity is found")
@@ -122,6 +125,11 @@ def sentence(error: ValidationError, options: type[BaseModel], prefix: str = "")
         return f"unknown option '{prefix}{name}'{nearest(name, known)} (known: {', '.join(known)})"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{shown}: {message} (got {first['input']!r})" if name else message
+
+
+def unknown_option(name: str) -> UsageError:
+    """The sentence for what is no option of a run."""
+    return UsageError(f"unknown option '{name}'{nearest(name, RunOptions.model_fields)}; plugin options are given as plugin.option")
 
 
 def resolve(values: dict[str, Any]) -> RunOptions:

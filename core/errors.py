@@ -10,6 +10,10 @@ class UsageError(Exception):
     """What was asked for cannot be done as asked; the command ends with exit code 2."""
 
 
+class NotApplicable(UsageError):  # noqa: N818 (no error: an answer)
+    """Two parts that are each in order cannot work together, or not with these data."""
+
+
 class RunError(Exception):
     """The run could not go on; the command ends with exit code 1."""
 

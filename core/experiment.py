@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hetfl.core import data, factories, norms, roles
+from hetfl.core import data, factories, norms, presets, roles
 from hetfl.core.apps import Desk, Site, client_app
-from hetfl.core.config import RunOptions, write
+from hetfl.core.config import RunOptions, resolve, write
 from hetfl.core.data import Federation
 from hetfl.core.errors import UsageError
 from hetfl.core.exits import every
@@ -153,7 +153,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     federation, widths = experiment.federation, experiment.server.widths
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
+        **origin(experiment.options), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest(experiment.initial),
         "classes": list(federation.classes), "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
@@ -162,6 +162,16 @@ def facts(experiment: Experiment) -> dict[str, Any]:
         "counts": federation.counts.tolist(),
         "widths": {g.name: g.size for g in widths.groups}, "frozen": widths.frozen, "elastic share": widths.elastic(),
     }  # fmt: skip
+
+
+def origin(options: RunOptions) -> dict[str, Any]:
+    """The preset that a run began from, the hash of its settings, and which of them the run changed."""
+    if options.preset is None:
+        return {}
+    preset, now = presets.find(options.preset), options.model_dump(mode="json")
+    asked = resolve({**preset.values, "preset": preset.name}).model_dump(mode="json")
+    changed = [name for name in preset.values if now[name] != asked[name]]
+    return {"preset": {"name": preset.name, "sha256": preset.digest, "changed": changed}}
 
 
 def holdings(federation: Federation) -> list[Row]:

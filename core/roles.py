@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hetfl.core import hooks, registry, train
 from hetfl.core.config import RunOptions, sentence
-from hetfl.core.errors import UsageError, nearest
+from hetfl.core.errors import NotApplicable, UsageError, nearest
 from hetfl.core.merge import Merged, Update, Updates, mean
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
@@ -170,6 +170,8 @@ def address(name: str, key: str, value: Any, entries: Sequence[registry.Entry]) 
         name = f"{name}.{key}"
     bearers = [e for e in entries if e.name == name]
     if len(bearers) > 1:
+        bearers = [e for e in bearers if key in e.load().model_fields] or bearers
+    if len(bearers) > 1:
         places = " or ".join(f"{e.role}.{name}.{key}" for e in bearers)
         raise UsageError(f"option '{name}.{key}' could belong to two chosen plugins; say {places}")
     if not bearers:
@@ -193,7 +195,7 @@ def refuse_foreign(made: Mapping[str, Strategy], entries: Sequence[registry.Entr
     """Architectures that share no coordinates cannot be averaged entry by entry."""
     extract, aggregate = entries[:2]
     if made[f"extract.{extract.name}"].foreign and not made[f"aggregate.{aggregate.name}"].foreign:
-        raise UsageError(
+        raise NotApplicable(
             f"not applicable: the clients of '{extract.name}' have architectures of their own here, which share no coordinates, "
             f"and '{aggregate.name}' averages parameters; take an aggregation of scores or of clusters"
         )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Public
 from hetfl.core.dice import draws
-from hetfl.core.errors import UsageError
+from hetfl.core.errors import NotApplicable
 from hetfl.core.plans import Patches, Selection
 from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
@@ -47,7 +47,7 @@ class Server:
     def public(self) -> Public:
         """The server's own labelled examples. Raises UsageError where the run gives it none."""
         if self._public is None:
-            raise UsageError("this strategy needs public data on the server; give it some with --server-data 0.05")
+            raise NotApplicable("this strategy needs public data on the server; give it some with --server-data 0.05")
         return self._public
 
     @property

@@ -1,0 +1,62 @@
+"""Whole experiments by name: every setting of a paper's run that is known, frozen, with a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from hetfl.core import registry
+from hetfl.core.errors import UsageError, nearest
+
+PATH = registry.PATH.parent / "plugins" / "presets.toml"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The run options of an experiment; `unlike` says what differs from the paper all the same."""
+
+    name: str
+    about: str
+    unlike: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the settings: equal in two runs that began from the same ones."""
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """The experiments by name; those that only others are made from are not among them."""
+    table = tomllib.loads(PATH.read_text())
+    bases = {values["like"] for values in table.values() if "like" in values}
+    return {name: preset(name, inherited(table, name)) for name in table if name not in bases and "/" in name}
+
+
+def inherited(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of `name` over those of what it is like."""
+    own = dict(table[name])
+    return over(inherited(table, own.pop("like")), own) if "like" in own else own
+
+
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of settings as one, `above` first."""
+    tables = {k: over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return {**below, **above, **tables}
+
+
+def preset(name: str, values: dict[str, Any]) -> Preset:
+    return Preset(name, values.pop("about"), values.pop("unlike", ""), values)
+
+
+def find(name: str) -> Preset:
+    """The preset of that name. Raises UsageError where there is none."""
+    if name not in presets():
+        raise UsageError(f"unknown preset '{name}'{nearest(name, presets())} (hfl presets lists them)")
+    return presets()[name]
