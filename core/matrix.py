@@ -134,23 +134,24 @@ def refuse_bad(cells: Sequence[Cell]) -> None:
 
 def run(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[Outcome]:
     """Runs what is not yet in `out`, `jobs` processes at a time; yields every cell's outcome as it is known."""
-    waiting = []
+    waiting: dict[str, list[Cell]] = {}  # a swept option that a pair does not have leaves it one run for several cells
     for cell in cells:
         known = stored(out, cell)
         if known is None:
-            waiting.append(cell)
+            waiting.setdefault(cell.name, []).append(cell)
         else:
             yield known
     if not waiting:
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[None], Cell] = {pool.submit(one, cell, out, jobs): cell for cell in waiting}
+        futures: dict[Future[None], list[Cell]] = {pool.submit(one, same[0], out, jobs): same for same in waiting.values()}
         try:
             for future in as_completed(futures):
                 future.result()
-                outcome = stored(out, futures[future])
-                assert outcome is not None
-                yield Outcome(outcome.cell, outcome.status, outcome.row)
+                for cell in futures[future]:
+                    outcome = stored(out, cell)
+                    assert outcome is not None
+                    yield Outcome(cell, outcome.status, outcome.row)
         finally:
             pool.shutdown(cancel_futures=True)
 
