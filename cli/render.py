@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 SHOWN = 12
+SIZES = ("memory", "bytes down", "bytes up")
 
 
 def complain(text: str) -> None:
@@ -152,8 +153,8 @@ def levels(found: Sequence[dict[str, Any]]) -> Table:
     """What a client of each level spends in a round."""
     names = ("level", "parameters", "MACs", "training memory", "down", "up", "seconds")
     rows = [
-        (level["level"], f"{level['parameters']:,}", f"{level['MACs']:,}", size(level["memory"]), size(level["bytes down"]),
-         size(level["bytes up"]), f"{level.get('seconds', 0):.2f}")
+        (level["level"], f"{level['parameters']:,}", f"{level['MACs']:,}", *(size(level.get(n, 0)) for n in SIZES),
+         f"{level.get('seconds', 0):.2f}")
         for level in found
     ]  # fmt: skip
     return table(names, rows, right=True)

@@ -21,7 +21,6 @@ from hetfl.core.config import RunOptions
 from hetfl.core.errors import NotApplicable, RunError, UsageError, unknown
 from hetfl.core.record import Folder
 
-CONTROLS = ("serveralone", "standalone", "exclusive")
 IDLE = {"out", "overwrite", "workers"}  # options that change no result
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond 30 the normal one's 1.96 is near enough
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101,
@@ -64,10 +63,11 @@ class Outcome:
 
 def pairs(extract: Sequence[str], aggregate: Sequence[str]) -> list[tuple[str, str]]:
     """The cross product, `all` and `natural` spelt out, with the controls behind it."""
-    names = [e.name for e in registry.entries("extract") if e.name not in CONTROLS] if list(extract) == ["all"] else list(extract)
+    known = registry.entries("extract")
+    names = [e.name for e in known if not e.control] if list(extract) == ["all"] else list(extract)
     partners = [e.name for e in registry.entries("aggregate")] if list(aggregate) == ["all"] else list(aggregate)
     found = [(e, natural(e) if a == "natural" else registry.find("aggregate", a).name) for e in names for a in partners]
-    return list(dict.fromkeys([*found, *((c, natural(c)) for c in CONTROLS)]))
+    return list(dict.fromkeys([*found, *((e.name, natural(e.name)) for e in known if e.control)]))
 
 
 def natural(extract: str) -> str:
@@ -166,7 +166,7 @@ def one(cell: Cell, out: Path, jobs: int) -> None:
     try:
         experiment.run(cell.options.model_copy(update={"workers": workers}), folder, Unwatched())
     except NotApplicable as error:
-        folder.json("refused.json", {"status": "not applicable", "why": str(error)})
+        folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:
         told = str(error) if isinstance(error, RunError | UsageError) else f"{type(error).__name__}: {error}"
         folder.write("traceback.txt", traceback.format_exc())

@@ -41,8 +41,17 @@ def named(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def packed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
     """`state` as it travels: of a tensor with a mask the values that exist, in order, and a bit for each entry."""
     values = {name: t[masks[name]] if name in masks else t for name, t in state.items()}
-    bits = {name + BITS: torch.from_numpy(np.packbits(masks[name].numpy())) for name in state if name in masks}
-    return values | bits
+    return values | {name + BITS: pack(masks[name]) for name in state if name in masks}
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, eight to a byte."""
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape))).bool().reshape(shape)
 
 
 def unpacked(travelled: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[State, State]:
@@ -50,8 +59,7 @@ def unpacked(travelled: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
     state = {name: t for name, t in travelled.items() if not name.endswith(BITS)}
     masks: State = {}
     for name, shape in shapes.items():
-        bits = np.unpackbits(travelled[name + BITS].numpy(), count=math.prod(shape))
-        masks[name] = torch.from_numpy(bits).bool().reshape(shape)
+        masks[name] = unpack(travelled[name + BITS], shape)
         whole = torch.zeros(shape, dtype=travelled[name].dtype)
         whole[masks[name]] = travelled[name]
         state[name] = whole
@@ -67,17 +75,22 @@ def header(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return buffer.tell()
 
 
-def narrowing(reply: Reply, sizes: Mapping[str, int], masks: Mapping[str, Tensor], state: State) -> str | None:
-    """Why what a reply says it kept cannot be: units that were not sent, or entries that a mask had ruled out; or None."""
-    for group, units in reply.kept.items():
+def misfit(kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> str | None:
+    """Why what a reply says it kept of the groups cannot be: units that were not sent; or None."""
+    for group, units in kept.items():
         if group not in sizes or not isinstance(units, Tensor) or units.dtype != torch.int64 or units.ndim != 1:
             return f"what it kept of '{group}' is no list of units of a group"
         if not 0 < len(units) == len(units.unique()) or int(units.min()) < 0 or int(units.max()) >= sizes[group]:
             return f"it kept units of group '{group}' that it was not sent"
-    for name, mask in reply.masks.items():
-        if name not in state or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    return None
+
+
+def unmasked(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], state: State) -> str | None:
+    """Why the masks of a reply cannot be: of other tensors or shapes than `state`'s, or wider than those `before`; or None."""
+    for name, mask in masks.items():
+        if name not in state or not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != state[name].shape:
             return f"its mask of '{name}' is no mask of a tensor that it was sent"
-        if not reply.kept and name in masks and bool((mask & ~masks[name]).any() if mask.shape == masks[name].shape else True):
+        if name in before and bool((mask & ~before[name]).any()):
             return f"its mask of '{name}' is wider than the one that was sent"
     return None
 
@@ -94,9 +107,6 @@ def fault(reply: Reply, sent: State, allowed: Mapping[str, Extra]) -> str | None
             return f"tensor {name} is {got}, not {wanted}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"tensor {name} holds NaN or infinity"
-    for name, mask in reply.masks.items():
-        if name in reply.state and mask.shape != reply.state[name].shape:
-            return f"its mask of '{name}' does not have the tensor's shape"
     return undeclared(reply.extras, allowed)
 
 

@@ -33,6 +33,7 @@ class Entry:
     granularity: str = ""
     public: bool = False
     memory: bool = False
+    control: bool = False
 
     def load(self) -> type[Strategy]:
         """The plugin's class. Raises UsageError if it cannot be imported or is no Strategy."""

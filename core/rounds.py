@@ -234,9 +234,8 @@ class Rounds(Strategy):
             row["fault"], row["traceback"] = last_line(message), message.error.reason
         else:
             reply: Reply = self._payload(message)
-            fault = payload.narrowing(reply, sent.plan.sizes, sent.plan.masks, sent.state)
+            sent, fault = self._narrowed(sent, reply)
             if fault is None:
-                sent = self._narrowed(sent, reply)
                 expected = self._travels({name: t for name, t in sent.state.items() if name in sent.up})
                 fault = payload.fault(reply, expected, self.roles.up)
             row |= {"examples": reply.examples, **reply.metrics, "bytes up": upload(sent.plan, reply)}
@@ -248,12 +247,20 @@ class Rounds(Strategy):
         self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")
         return None
 
-    def _narrowed(self, sent: Sent, reply: Reply) -> Sent:
-        """What was sent, as if it had been as narrow as what the client went on to train."""
-        if not (reply.kept or reply.masks):
-            return sent
-        plan = sent.plan.narrow(reply.kept, reply.masks)
-        return replace(sent, plan=plan, state=plan.take(self.roles.source(self.server, sent.client)))
+    def _narrowed(self, sent: Sent, reply: Reply) -> tuple[Sent, str | None]:
+        """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
+        source = self.roles.source(self.server, sent.client)
+        if reply.kept:
+            if fault := payload.misfit(reply.kept, sent.plan.sizes):
+                return sent, fault
+            plan = sent.plan.narrow(reply.kept, {})
+            sent = replace(sent, plan=plan, state=plan.take(source))
+        if reply.masks:
+            if fault := payload.unmasked(reply.masks, sent.plan.masks, sent.state):
+                return sent, fault
+            plan = sent.plan.narrow({}, reply.masks)
+            sent = replace(sent, plan=plan, state=plan.take(source))
+        return sent, None
 
     def _normalise(self, round: int, grid: Grid) -> None:
         """Gives the new global model its normalisation statistics, where the policy is not to average them."""

@@ -17,4 +17,7 @@ class Exclusive(Strategy):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan | None]:
-        return [server.select(prefix(self.width)) if c.profile.width >= self.width else None for c in clients]
+        able = [client.profile.width >= self.width for client in clients]
+        if not any(able):
+            server.notes.append(f"exclusive: in some rounds no client could afford width {self.width:g}")
+        return [server.select(prefix(self.width)) if fits else None for fits in able]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hetfl.core.merge import Update
 from hetfl.core.norms import plain
+from hetfl.core.payload import pack, unpack
 from hetfl.core.personal import examined, goal, pruned, remaining
 from hetfl.core.plans import Plan
 from hetfl.core.roles import put
@@ -30,7 +31,7 @@ class LotteryFL(Strategy):
     Weights only: neither biases nor norm layers are pruned. Clients start dense, whatever they can afford.
     """
 
-    down: ClassVar[dict[str, Extra]] = {"budget": Extra(1)}
+    down: ClassVar[dict[str, Extra]] = {"budget": Extra(1), "first": Extra(1 << 32)}
 
     rate: float = Field(0.2, gt=0, lt=1, description="share of each layer's living weights that a pruning removes (r_p)")
     threshold: float = Field(0.2, ge=0, le=1, description="accuracy on held-back training data above which a client prunes")
@@ -38,26 +39,31 @@ class LotteryFL(Strategy):
         None, gt=0, le=1, description="share that remains in the end (none: the client's parameter budget)"
     )
     clamp: bool = Field(False, description="end exactly on the target, which the published schedule undershoots")
-    _masks: dict[int, State] = PrivateAttr(default_factory=dict)
+    _masks: dict[int, State] = PrivateAttr(default_factory=dict)  # a bit for each entry
     _first: State = PrivateAttr(default_factory=dict)
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        """Each client's ticket of the global model; the whole of it until the client has pruned."""
         self._first = self._first or server.state
-        return [replace(server.select(torch.arange), masks=self._masks.get(c.id, {})) for c in clients]
+        return [replace(server.select(torch.arange), masks=self._ticket(server, client)) for client in clients]
+
+    def _ticket(self, server: Server, client: Client) -> State:
+        packed = self._masks.get(client.id, {})
+        return {name: unpack(bits, tuple(server.state[name].shape)) for name, bits in packed.items()}
 
     @hookimpl
     def brief(self, client: Client, round: int) -> State:
         """The budget; a client that is met late also gets the first model, to which it will rewind."""
         late = not client.met and round > 1
-        rewind = {INITIAL + name: tensor for name, tensor in self._first.items()} if late else {}
-        return {"budget": torch.tensor(client.profile.parameters), **rewind}
+        return {"budget": torch.tensor(client.profile.parameters), **({"first": flat(self._first)} if late else {})}
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if not any(name.startswith(INITIAL) for name in task.memory):
-            sent = {INITIAL + name: tensor.clone() for name, tensor in tensors(task.model).items()}
-            task.memory |= {name: task.extras.get(name, tensor) for name, tensor in sent.items()}
+            now = tensors(task.model)
+            first = unflat(task.extras["first"], now) if "first" in task.extras else now
+            task.memory |= {INITIAL + name: tensor.clone() for name, tensor in first.items()}
         accuracy, target = examined(task), goal(self.target, task.extras["budget"])
         if accuracy > self.threshold and remaining(task) > target:
             self._prune(task, target)
@@ -77,7 +83,7 @@ class LotteryFL(Strategy):
 
     @hookimpl
     def recover(self, replies: Sequence[Returned]) -> Iterable[Update]:
-        self._masks |= {r.client.id: dict(r.plan.masks) for r in replies}
+        self._masks |= {r.client.id: {name: pack(mask) for name, mask in r.plan.masks.items()} for r in replies}
         return [put(r) for r in replies]
 
     def state_dict(self) -> State:
@@ -91,6 +97,18 @@ class LotteryFL(Strategy):
             if not key.startswith(INITIAL):
                 client, _, name = key.partition("/")
                 self._masks.setdefault(int(client), {})[name] = mask
+
+
+def flat(state: State) -> Tensor:
+    """All floating-point values of a state in one vector."""
+    return torch.cat([tensor.flatten() for tensor in state.values() if tensor.is_floating_point()])
+
+
+def unflat(values: Tensor, like: State) -> State:
+    """The inverse of `flat`; other tensors as in `like`."""
+    floats = [name for name, tensor in like.items() if tensor.is_floating_point()]
+    parts = values.split([like[name].numel() for name in floats])
+    return {**like, **{name: part.reshape(like[name].shape) for name, part in zip(floats, parts, strict=True)}}
 
 
 def survivors(weight: Tensor, mask: Tensor | None, rate: float) -> Tensor:

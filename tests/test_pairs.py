@@ -67,6 +67,7 @@ def same(a, b):
 
 TINY = {
     "limit": 120,
+    "pretrain_steps": 60,
     "clients": 3,
     "batch_size": 64,
     "rounds": 3,
@@ -247,3 +248,13 @@ def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("hetfl.core.roles.Roles.brief", lambda *_: {"secret": torch.zeros(2)})
     with pytest.raises(RunError, match="extra 'secret' is undeclared"):
         run(tmp_path / "a", extract="full", aggregate="fedavg")
+
+
+@pytest.mark.parametrize("extract", EXTRACTIONS)
+def test_clients_may_come_late_and_change_their_capacity(extract, tmp_path):
+    values = {**TINY, **tuned(extract, None, 2), "fraction": 0.5, "rounds": 4, "levels": "1,0.5"}
+    values["set"] = {**values["set"], "levels": {"redraw": True}}
+    one, _ = run(tmp_path / "1", workers=1, **values)
+    two, _ = run(tmp_path / "2", workers=2, **values)
+    assert same(one, two)
+    assert all(bool(torch.isfinite(t).all()) for t in one.values())
