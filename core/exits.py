@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 class Reached(Exception):  # noqa: N818 (no error: the forward pass has come to its exit)
@@ -91,47 +93,58 @@ def every(model: nn.Module) -> Generator[None, None, None]:
             model.every = False  # type: ignore[assignment]
 
 
-def points(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozenset[str]]]:
-    """The ends of `model`'s stages in order of execution: (module, shape of its output, modules run by then).
+@dataclass(frozen=True)
+class End:
+    """Where a stage ends: the module, the shape of its output (batch left out), what has run by then, and where channels are."""
+
+    name: str
+    shape: Shape
+    run: frozenset[str]
+    last: bool  # channels are the last dim, as in (tokens, channels), and not the first, as in (channels, height, width)
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1] if self.last else self.shape[0]
+
+
+def points(model: nn.Module, x: Tensor) -> list[End]:
+    """The ends of `model`'s stages in order of execution.
 
     Looked at are the steps of the network: modules that stand, through nothing but containers, directly under `model`, run once
     and answer with features. A stage is a run of steps with as many channels; where that leaves one stage, every step with
     parameters of its own is one (a transformer's layers).
     """
-    steps = traced_steps(model, x)
-    ends = [a for a, b in zip(steps, [*steps[1:], None], strict=True) if b is None or width(a[1], x) != width(b[1], x)]
-    return grown(model, ends if len(grown(model, ends)) > 2 else steps)
+    found = steps(model, x)
+    ends = [a for a, b in zip(found, [*found[1:], None], strict=True) if b is None or a.channels != b.channels]
+    return grown(model, ends if len(grown(model, ends)) > 2 else found)
 
 
-def width(shape: Shape, x: Tensor) -> int:
-    return shape[-1] if tokens(x, shape) else shape[0]
-
-
-def grown(model: nn.Module, ends: list[tuple[str, Shape, frozenset[str]]]) -> list[tuple[str, Shape, frozenset[str]]]:
+def grown(model: nn.Module, ends: list[End]) -> list[End]:
     """`ends` without those by which no further parameters have come into play."""
-    weights = {name: sum(p.numel() for p in m.parameters(recurse=False)) for name, m in model.named_modules()}
+    weighty = {name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
     known: frozenset[str] = frozenset()
     found = []
     for end in ends:
-        if any(weights[name] for name in end[2] - known):
+        if (end.run - known) & weighty:
             found.append(end)
-            known = end[2]
+            known = end.run
     return found
 
 
-def traced_steps(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozenset[str]]]:
+def steps(model: nn.Module, x: Tensor) -> list[End]:
+    """The steps of the network, run once on `x`."""
     names = {module: name for name, module in model.named_modules()}
     containers = {name for name, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)} | {""}
-    started: list[str] = []
-    ended: list[tuple[str, Shape, frozenset[str]]] = []
+    started: list[nn.Module] = []
+    ended: list[End] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        started.append(names[module])
+        started.append(module)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         name = names[module]
-        if name not in containers and ancestors(name) <= containers and isinstance(out, Tensor) and out.ndim > 1:
-            ended.append((name, tuple(out.shape[1:]), frozenset(started)))
+        if name not in containers and ancestors(name) <= containers and isinstance(out, Tensor) and featured(out, x):
+            ended.append(End(name, tuple(out.shape[1:]), frozenset(names[m] for m in started), channels_last(started)))
 
     hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
     try:
@@ -140,8 +153,22 @@ def traced_steps(model: nn.Module, x: Tensor) -> list[tuple[str, Shape, frozense
     finally:
         for hook in hooks:
             hook.remove()
-    silent = {name for name in names.values() if name not in started}
-    return [(name, shape, with_silent(run, silent)) for name, shape, run in ended if started.count(name) == 1]
+    silent = {name for module, name in names.items() if module not in started}
+    return [replace(end, run=with_silent(end.run, silent)) for end in ended if counted(end.name, started, names) == 1]
+
+
+def featured(out: Tensor, x: Tensor) -> bool:
+    return out.ndim > 1 and out.is_floating_point() and len(out) == len(x)
+
+
+def counted(name: str, started: Sequence[nn.Module], names: Mapping[nn.Module, str]) -> int:
+    return sum(names[module] == name for module in started)
+
+
+def channels_last(started: Sequence[nn.Module]) -> bool:
+    """Whether the last layer with parameters was one of those that work on the last dim."""
+    heavy = [m for m in started if next(m.parameters(recurse=False), None) is not None]
+    return bool(heavy) and not isinstance(heavy[-1], CHANNELS_FIRST)
 
 
 def ancestors(name: str) -> set[str]:
@@ -155,13 +182,17 @@ def with_silent(run: frozenset[str], silent: set[str]) -> frozenset[str]:
 
 
 def with_exits(model: nn.Module, x: Tensor, classes: int, exits: int, convs: int) -> Exits:
-    """`model` with heads after at most `exits - 1` of its stages, spread evenly; weights of the heads are a fixed draw."""
-    ends = points(model, x)[:-1]
+    """`model` with heads after at most `exits - 1` of its stages, spread evenly; weights of the heads are a fixed draw.
+
+    Where there are stages enough the last one has none, for the model's own classifier reads it.
+    """
+    ends = points(model, x)
+    ends = ends[:-2] if len(ends) > exits else ends[:-1]
     chosen = [ends[i] for i in even(len(ends), exits - 1)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        heads = [head(shape, classes, convs, tokens(x, shape)) for _, shape, _ in chosen]
-    return Exits(model, [name for name, _, _ in chosen], heads, [run for _, _, run in chosen])
+        heads = [head(end, classes, convs) for end in chosen]
+    return Exits(model, [end.name for end in chosen], heads, [end.run for end in chosen])
 
 
 def even(number: int, wanted: int) -> list[int]:
@@ -171,18 +202,12 @@ def even(number: int, wanted: int) -> list[int]:
     return [round((i + 1) * (number + 1) / (wanted + 1)) - 1 for i in range(wanted)]
 
 
-def tokens(x: Tensor, shape: Shape) -> bool:
-    """Whether features are (tokens, channels) rather than (channels, time)."""
-    return len(shape) == 2 and (not x.is_floating_point() or x.ndim == 4)
-
-
-def head(shape: Shape, classes: int, convs: int, tokens: bool) -> nn.Module:
+def head(end: End, classes: int, convs: int) -> nn.Module:
     """A classifier of features: for images `convs` 3x3 convolutions first, then the mean over positions and a linear layer."""
-    if tokens:
-        return nn.Sequential(Mean(), nn.Linear(shape[-1], classes))
-    channels = shape[0]
-    blocks = [conv_block(channels) for _ in range(convs)] if len(shape) == 3 else []
-    return nn.Sequential(*blocks, *([Mean(list(range(2, len(shape) + 1)))] if len(shape) > 1 else []), nn.Linear(channels, classes))
+    dims = range(1, len(end.shape)) if end.last else range(2, len(end.shape) + 1)
+    blocks = [conv_block(end.channels) for _ in range(convs)] if len(end.shape) == 3 and not end.last else []
+    pooled = [Mean(list(dims))] if len(end.shape) > 1 else []
+    return nn.Sequential(*blocks, *pooled, nn.Linear(end.channels, classes))
 
 
 def conv_block(channels: int) -> nn.Module:

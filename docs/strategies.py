@@ -7,12 +7,14 @@ from pathlib import Path
 from hetfl.core.registry import ROLES, Entry, builtins
 
 PAGE = Path(__file__).with_name("strategies.md")
+BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean")
+PAGES = {"cluster": "dac", **dict.fromkeys(BASELINES, "baselines")}  # names without a page of their own
 COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory")
 
 
 def line(entry: Entry) -> str:
-    page = PAGE.parent / "strategies" / f"{entry.name}.md"
-    name = f"[`{entry.name}`](strategies/{entry.name}.md)" if page.exists() else f"`{entry.name}`"
+    page = f"strategies/{PAGES.get(entry.name, entry.name)}.md"
+    name = f"[`{entry.name}`]({page})" if (PAGE.parent / page).exists() else f"`{entry.name}`"
     answers = ["yes" if flag else "no" for flag in (entry.public, entry.memory)]
     return "| " + " | ".join([name, entry.summary, entry.paper, entry.aggregate or "-", entry.granularity, *answers]) + " |"
 

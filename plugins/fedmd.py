@@ -127,8 +127,8 @@ class Consensus(Strategy):
         if not self.distill_steps:
             return server.state
         (x, _), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
-        state = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in server.state.items()}
         names = {name for name, _ in server.workshop.model.named_parameters()}
+        state = {name: t.clone().requires_grad_(name in names) for name, t in server.state.items()}
 
         def loss(rows: Tensor) -> Tensor:
             at = rows % len(self._aligned)

@@ -49,6 +49,17 @@ def test_the_registry_agrees_with_the_classes(entry):
     assert all(field.description for field in strategy.model_fields.values())
 
 
+@pytest.mark.parametrize("entry", registry.builtins(), ids=lambda e: f"{e.role}.{e.name}")
+def test_every_plugin_has_its_page_and_stands_in_the_readme(entry):
+    assert f"`{entry.name}`" in (DOCS.parent / "README.md").read_text()
+    if entry.role in ("extract", "aggregate") and entry.name not in ("fedavg", "overlap"):
+        assert f"| [`{entry.name}`](strategies/" in (DOCS / "strategies.md").read_text()
+
+
+def test_presets_page_is_generated():
+    assert runpy.run_path(str(DOCS / "presets.py"))["text"]() == (DOCS / "presets.md").read_text()
+
+
 def test_deviations_stand_in_the_docs():
     from hetfl.plugins.fedconv import FedConv
     from hetfl.plugins.kld import KLD

@@ -16,6 +16,10 @@ from hetfl.core.errors import UsageError
 SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,1"]
 
 
+def rows_of(out):
+    return list(csv.DictReader((out / "matrix.csv").read_text().splitlines()))
+
+
 def hfl(*words):
     with pytest.raises(SystemExit) as ended:
         main(["matrix", *words])
@@ -27,7 +31,7 @@ def test_a_matrix_end_to_end_and_again_from_its_cache(tmp_path, capsys):
     words = ["--extract", "heterofl,fedmd", "--alpha", "0.3,1", *SMALL, "--out", str(out), "--jobs", "2"]
     models = ["--set", 'extract.fedmd.models={"0.5":"mlp"}', "--aggregate", "overlap"]
     assert hfl(*words, *models) == 0
-    rows = list(csv.DictReader((out / "matrix.csv").open()))
+    rows = rows_of(out)
     assert len(rows) == 5 * 2 * 2
     told = {(r["extract"], r["status"]) for r in rows}
     assert ("fedmd", "not applicable") in told
@@ -41,11 +45,11 @@ def test_a_matrix_end_to_end_and_again_from_its_cache(tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")}
     assert hfl(*words, *models) == 0
     assert {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")} == before
-    assert list(csv.DictReader((out / "matrix.csv").open())) == rows
+    assert rows_of(out) == rows
     victim = next(iter(before)).parent
     (victim / "summary.json").unlink()  # as if it had been killed
     assert hfl(*words, *models) == 0
-    again = list(csv.DictReader((out / "matrix.csv").open()))
+    again = rows_of(out)
     drop = {"seconds", "client seconds"}
     assert [{k: v for k, v in r.items() if k not in drop} for r in again] == [
         {k: v for k, v in r.items() if k not in drop} for r in rows
