@@ -28,7 +28,7 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
 
     Every group is proven: the model cut at random must compute what the full model computes with the removed entries zero
     (normalisation over channels left out of both); a group that fails is frozen. `heads` says what is cut of attention: the
-    width of every head (HeteroFL's reading) or whole heads. The model and torch's random state are left as they were.
+    width of every head or whole heads. The model and torch's random state are left as they were.
     Raises UsageError where the model does not run.
     """
     mode, before = model.training, {name: t.clone() for name, t in model.named_buffers()}

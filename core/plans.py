@@ -73,9 +73,9 @@ class Plan(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The submodel of the units in `kept` (group -> unit numbers in local order): HeteroFL's slice, FedRolex's window.
+    """The submodel of the units in `kept` (group -> unit numbers in local order): a slice, a window, any set of them.
 
-    `masks` (bool, shaped like the slices) are the entries that exist: FIARSE's submodel. `names`: the tensors that it has, all
+    `masks` (bool, shaped like the slices) are the entries that exist. `names`: the tensors that it has, all
     by default; `depth`: the exits that it has, where the model has several.
     """
 

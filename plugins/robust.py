@@ -8,6 +8,8 @@ from torch import Tensor
 from hetfl.core.merge import Merged, Updates
 from hetfl.core.strategy import Field, Strategy, hookimpl
 
+CHUNK = 1 << 16  # entries that are sorted at a time
+
 
 class TrimmedMean(Strategy):
     """Per entry, the mean of the covering clients without the `trim` share of largest and of smallest values."""
@@ -31,10 +33,16 @@ class Median(Strategy):
 
 def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
     """The mean over dim 0 of the middle covered values: floor(trim * n) of the n are left out at either end, at least one stays."""
+    columns = zip(values.flatten(1).split(CHUNK, 1), coverage.flatten(1).split(CHUNK, 1), old.flatten().split(CHUNK), strict=True)
+    return torch.cat([middle(x, c, o, trim) for x, c, o in columns]).reshape(old.shape)
+
+
+def middle(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """`trimmed` of (clients, entries)."""
     number = (coverage > 0).sum(0)
     cut = torch.minimum((trim * number).floor(), ((number - 1) / 2).floor().clamp(min=0))
     ordered = values.masked_fill(coverage <= 0, float("inf")).sort(0).values
-    place = torch.arange(len(values)).reshape(-1, *[1] * old.ndim)
+    place = torch.arange(len(values)).unsqueeze(1)
     kept = (place >= cut) & (place < number - cut)
     total = torch.where(kept, ordered, 0.0).sum(0)
     return torch.where(number > 0, total / kept.sum(0).clamp(min=1), old)

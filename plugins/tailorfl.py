@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
@@ -91,11 +92,11 @@ class TailorFL(Strategy):
         if not self.tune or len(found) < 2 or not server.widths.groups:
             return found
         last = server.widths.groups[-1].name
-        alike = {i: {j: similarity(self._importance[i][last], self._importance[j][last]) for j in found} for i in found}
+        alike = similarities(torch.stack([self._importance[client][last] for client in found]))
         for group in server.widths.groups[self._border(server) :]:
-            before = {client: lists[group.name] for client, lists in self._lists.items()}
-            for i in found:
-                found[i][group.name] = tuned(i, before, alike[i], group.size, self.tune)
+            before = [lists[group.name] for lists in self._lists.values()]
+            for i, client in enumerate(found):
+                found[client][group.name] = tuned(i, before, alike[i], group.size, self.tune)
         return found
 
     @hookimpl
@@ -176,24 +177,26 @@ def mean_square(u: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(u.values())).square().mean()
 
 
-def similarity(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation; 0 where either does not vary."""
-    return float(F.cosine_similarity(a - a.mean(), b - b.mean(), dim=0))
+def similarities(theta: Tensor) -> Tensor:
+    """Pearson correlations of the clients' importances (clients, C); 0 where one does not vary, 1 with oneself."""
+    return torch.corrcoef(theta).nan_to_num(0.0).fill_diagonal_(1.0)
 
 
-def tuned(i: int, lists: Mapping[int, Tensor], alike: Mapping[int, float], size: int, share: float) -> Tensor:
+def tuned(i: int, lists: Sequence[Tensor], alike: Tensor, size: int, share: float) -> Tensor:
     """Client i's filters after swaps that bring its overlap with each other client towards similarity * the smaller list."""
-    mine = set(lists[i].tolist())
-    others = {j: set(f.tolist()) for j, f in lists.items() if j != i}
-    for _ in range(max(1, int(share * min(len(mine), size - len(mine))))):
-        gap = {j: alike[j] * min(len(mine), len(theirs)) - len(mine & theirs) for j, theirs in others.items()}
-        wish = [sum(gap[j] for j, theirs in others.items() if f in theirs) for f in range(size)]
-        free = [f for f in range(size) if f not in mine]
-        out, into = min(sorted(mine), key=lambda f: wish[f]), max(free, key=lambda f: wish[f], default=-1)
-        if into < 0 or wish[into] <= wish[out]:
+    held = np.zeros((len(lists), size))
+    for row, filters in zip(held, lists, strict=True):
+        row[filters.numpy()] = 1
+    mine, others, likeness = held[i].copy(), np.delete(held, i, 0), np.delete(alike.double().numpy(), i)
+    number = int(mine.sum())
+    goal = likeness * np.minimum(number, others.sum(1))
+    for _ in range(max(1, int(share * min(number, size - number)))):
+        wish = (goal - others @ mine) @ others
+        out, into = np.where(mine > 0, wish, np.inf).argmin(), np.where(mine > 0, -np.inf, wish).argmax()
+        if number == size or wish[into] <= wish[out]:
             break
-        mine = mine - {out} | {into}
-    return torch.tensor(sorted(mine))
+        mine[out], mine[into] = 0, 1
+    return torch.from_numpy(mine).nonzero().squeeze(1)
 
 
 def endless(task: Task) -> Iterable[tuple[Tensor, Tensor]]:

@@ -312,8 +312,10 @@ def test_tailor_ratio():
 def test_tailor_similarity():
     """spec tailorfl O2"""
     a, b = T([1, 0.5, 0.2, 0.1]), T([0.9, 0.6, 0.1, 0.2])
-    assert tailorfl.similarity(a, b) == pytest.approx(0.959353, abs=1e-6)
-    assert tailorfl.similarity(a, 1 - a) == pytest.approx(-1)
+    alike = tailorfl.similarities(torch.stack([a, b, 1 - a, torch.ones(4)]))
+    assert alike[0, 1].item() == pytest.approx(0.959353, abs=1e-6)
+    assert alike[0, 2].item() == pytest.approx(-1)
+    assert alike[3].tolist() == [0, 0, 0, 1]
 
 
 def test_tailor_scaling_round_trip():
@@ -335,9 +337,10 @@ def test_tailor_weighted_overlap():
 
 def test_tailor_swap():
     """spec tailorfl O5"""
-    lists = {1: T([0, 1]), 2: T([2, 3])}
-    assert tailorfl.tuned(1, lists, {1: 1.0, 2: 1.0}, 4, 0.05).tolist() == [1, 2]
-    assert tailorfl.tuned(1, lists, {1: 1.0, 2: -1.0}, 4, 0.05).tolist() == [0, 1]
+    lists = [T([0, 1]), T([2, 3])]
+    assert tailorfl.tuned(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
+    assert tailorfl.tuned(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
+    assert tailorfl.tuned(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
 
 
 def test_tailor_regulariser():
