@@ -1,7 +1,7 @@
 """Peak memory of each aggregation over 100 ResNet18 clients: `python benchmarks/memory.py`.
 
-The replies (levels 1 to 1/16, twenty clients each) are there before; what is measured is what an aggregation takes on top, in models of
-44.7 MB, each in a process of its own. It writes docs/memory.md.
+The replies (levels 1 to 1/16, twenty clients each) are there before; measured is what an aggregation takes on top, each in a
+process of its own. It writes docs/memory.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
@@ -54,11 +53,11 @@ def measure(name: str, clients: int) -> None:
         held += sum(t.numel() * t.element_size() for t in trained.values())
         updates.append(Update(client, plan.put(trained), 10.0))
     plugin = registry.find("aggregate", name).load()()
-    before, started = peak(), time.perf_counter()
+    before = peak()
     given = {"server": server, "updates": Updates(updates, server.state), "round": 1}
     hook = plugin.aggregate  # type: ignore[attr-defined]
     hook(**{arg: value for arg, value in given.items() if arg in hook.__code__.co_varnames})
-    print(held, peak() - before, time.perf_counter() - started)
+    print(held, peak() - before)
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ def main() -> None:
         if done.returncode:
             rows.append(f"| `{name}` | more than 12,000 MB | |")
         else:
-            held, top, seconds = (float(v) for v in done.stdout.split())
+            held, top = (float(v) for v in done.stdout.split())
             rows.append(f"| `{name}` | {top / 1e6:,.0f} MB | {top / 44.7e6:.1f} |")
             head = f"Replies of {given.clients} ResNet18 clients, levels 1 to 1/16: {held / 1e6:,.0f} MB."
         print(rows[-1], done.stderr[-300:])

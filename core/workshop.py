@@ -11,6 +11,7 @@ from torch import nn
 
 from hetfl.core.widths import DEPTH, State, Widths, build, load, tensors
 
+SHELF = 16  # submodels that a thread keeps at hand
 Build = Callable[[str], nn.Module]
 
 
@@ -30,9 +31,10 @@ class Workshop:
         """The submodel that keeps `sizes` units of each group (None: the whole model), with values of any earlier use."""
         wanted = (model, () if model else tuple((self.full if sizes is None else sizes).items()))
         shelf = self._own.__dict__.setdefault("shelf", {})
-        if wanted not in shelf:
-            shelf[wanted] = self._build(dict(wanted[1]), model)
-        made: nn.Module = shelf[wanted]
+        made: nn.Module = shelf.pop(wanted, None) or self._build(dict(wanted[1]), model)
+        shelf[wanted] = made  # the last in use is the last to go
+        if len(shelf) > SHELF:
+            del shelf[next(iter(shelf))]
         return made
 
     def _build(self, sizes: dict[str, int], name: str | None) -> nn.Module:

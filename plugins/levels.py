@@ -42,7 +42,9 @@ class Levels(Strategy):
 
 
 def spelt(text: str) -> str:
-    """The papers' letters as ratios: a1-e9 is 1:1,1/16:9."""
+    """The papers' letters as ratios: a1-e9 is 1:1,1/16:9; 0.75^k is the mix of FedConv's code."""
+    if text.strip() == "0.75^k":
+        return "0.75^0:2,0.75^1:4,0.75^2:4"
     if not LETTERS.fullmatch(text.strip().lower()):
         return text
     return ",".join(f"1/{2 ** (ord(part[0]) - ord('a'))}:{part[1:]}" for part in text.strip().lower().split("-"))

@@ -33,8 +33,10 @@ class Median(Strategy):
 
 def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
     """The mean over dim 0 of the middle covered values: floor(trim * n) of the n are left out at either end, at least one stays."""
-    columns = zip(values.flatten(1).split(CHUNK, 1), coverage.flatten(1).split(CHUNK, 1), old.flatten().split(CHUNK), strict=True)
-    return torch.cat([middle(x, c, o, trim) for x, c, o in columns]).reshape(old.shape)
+    columns = zip(
+        *(t.reshape(n, -1).split(CHUNK, 1) for t, n in ((values, len(values)), (coverage, len(values)), (old, 1))), strict=True
+    )
+    return torch.cat([middle(x, c, o[0], trim) for x, c, o in columns]).reshape(old.shape)
 
 
 def middle(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:

@@ -56,6 +56,53 @@ def test_resolved_config_runs_again_to_the_same_bits(finished, tmp_path, capsys)
     assert "scaler = true" in (tmp_path / "b" / "config.toml").read_text()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--extract", "fedmd", "--aggregate", "fedmd", "--set", 'fedmd.models={"0.5":"mlp"}', "--levels", "1,0.5,0.5"),
+        ("--extract", "hermes", "--aggregate", "hermes", "--profile", "budget", "--set", "budget.memory=400kB:1,100kB:2"),
+        ("--extract", "fiarse", "--aggregate", "cluster", "--profile", "devices", "--set", "devices.fleet=tx2:1,nano:2"),
+    ],
+    ids=["own architectures", "budgets", "devices"],
+)
+def test_resolved_configs_of_other_strategies_run_again(tmp_path, capsys, words):
+    code, _, _ = hfl(capsys, "run", *TINY, *words, "--out", tmp_path / "a")
+    assert code == 0
+    code, _, _ = hfl(capsys, "run", tmp_path / "a" / "config.toml", "--out", tmp_path / "b")
+    assert code == 0
+    first, second = (json.loads((tmp_path / p / "summary.json").read_text()) for p in "ab")
+    assert first["weights sha256"] == second["weights sha256"]
+    assert first["accuracy"] == second["accuracy"]
+
+
+def test_profile_says_what_this_machine_affords(capsys):
+    code, out, _ = hfl(capsys, "profile", "mlp", "--dataset", "digits", "--levels", "1,0.5", "--steps", "10")
+    assert code == 0
+    assert "this machine affords width 1" in out
+    code, out, _ = hfl(capsys, "profile", "mlp", "--dataset", "digits", "--levels", "1,0.5", "--deadline", "0")
+    assert "affords no width of it; beyond that binds deadline" in out
+    code, _, err = hfl(capsys, "profile", "mpl", "--dataset", "digits")
+    assert code == 2
+    assert "did you mean 'mlp'?" in err
+
+
+def test_presets_are_listed_and_shown(capsys):
+    code, out, _ = hfl(capsys, "presets")
+    assert code == 0
+    assert "heterofl/cifar10-iid-a-e" in out
+    code, out, _ = hfl(capsys, "presets", "fiarse/cifar10-four")
+    assert 'extract = "fiarse"' in out
+    assert "unlike the paper" in out
+    assert hfl(capsys, "presets", "fiarse/cifar10-fuor")[0] == 2
+
+
+def test_a_device_that_affords_nothing_ends_the_run_with_a_sentence(tmp_path, capsys):
+    words = ("--profile", "budget", "--set", "budget.memory=1kB", "--out", tmp_path / "a")
+    code, _, err = hfl(capsys, "run", *QUICK, *words)
+    assert code == 1
+    assert "the profile of client 0 failed in round 1: ValueError: even width 0.0625 is too much: memory" in err
+
+
 def test_show_prints_the_summary_again(finished, capsys):
     code, out, _ = hfl(capsys, "show", finished)
     assert code == 0

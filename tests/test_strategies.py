@@ -87,6 +87,7 @@ def test_fixed_levels():
     assert numbers("a3-b3-c3", 10) == [3, 3, 4]
     assert numbers("a6-b10-c11-d18-e55", 100) == [6, 10, 11, 18, 55]
     assert [r for r, _ in capacity.mix(spelt("a1-b1-c1-d1-e1"), capacity.ratio)] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert numbers("0.75^k", 10) == [2, 4, 4]
     assert [r for r, _ in capacity.mix("0.75^0:2,0.75^1:4,0.75^2:4", capacity.ratio)] == [1, 0.75, 0.5625]
 
 
