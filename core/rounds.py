@@ -50,9 +50,9 @@ class Sent:
     plan: Plan
     state: State
     travels: State  # of `state`, what crosses the network
-    extras: State
     up: frozenset[str]  # the tensors that are to come back
     personal: bool  # whether its model is not just a part of the global one
+    extras: State = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -100,7 +100,8 @@ class Rounds(Strategy):
             plans = self.roles.extract(self.server, clients, server_round)
             refuse_unfit(plans, clients)
             refuse_uncut(self.server, clients, plans)
-            self._sent = {c.id: self._take(c, p, server_round) for c, p in zip(clients, plans, strict=True) if p is not None}
+            taken = [self._take(c, p) for c, p in zip(clients, plans, strict=True) if p is not None]
+            self._sent = {s.client.id: self._briefed(s, server_round) for s in taken}
             refuse_undeclared(self._sent.values(), self.roles)
         self._messages = [
             self._message(s.client.id, MessageType.TRAIN, self._down(s, extras=s.extras, up=self._up(s)))
@@ -121,7 +122,7 @@ class Rounds(Strategy):
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each client of the round gets its plan's part of the new global model, or its own model, for its own test data."""
-        self._sent = {i: self._take(s.client, s.plan, server_round) for i, s in self._sent.items()}
+        self._sent = {i: self._take(s.client, s.plan) for i, s in self._sent.items()}
         self._messages = [self._message(i, MessageType.EVALUATE, self._down(s)) for i, s in self._sent.items()]
         return self._messages
 
@@ -166,7 +167,7 @@ class Rounds(Strategy):
     def _close(self, seconds: float) -> None:
         now = self._now
         people = list(now.clients.values())
-        for client, sent in self._sent.items():
+        for client, sent in ((i, s) for i, s in self._sent.items() if i in now.clients):
             now.clients[client] |= spent(self.meter.of(sent.plan.sizes, sent.plan.model), sent)
         spread(now.row, "client@own", [c["own accuracy"] for c in people if "own accuracy" in c])
         now.row |= {
@@ -188,14 +189,17 @@ class Rounds(Strategy):
 
     # parts of a round
 
-    def _take(self, client: Client, plan: Plan, round: int) -> Sent:
+    def _take(self, client: Client, plan: Plan) -> Sent:
         source = self.roles.source(self.server, client)
         state = plan.take(source)
         shares = self.roles.shares(self.server, client, tuple(state))
         travels = {name: t for name, t in state.items() if shares.down is None or name in shares.down}
         own = len(travels) < len(state) or source is not self.server.state
         up = frozenset(state if shares.up is None else (name for name in state if name in shares.up))
-        return Sent(client, plan, state, self._travels(travels), self.roles.brief(self.server, client, plan, round), up, own)
+        return Sent(client, plan, state, self._travels(travels), up, own)
+
+    def _briefed(self, sent: Sent, round: int) -> Sent:
+        return replace(sent, extras=self.roles.brief(self.server, sent.client, sent.plan, round))
 
     def _down(self, sent: Sent, **more: Any) -> Down:
         plan, local = sent.plan, self.policy == "local"
@@ -240,8 +244,10 @@ class Rounds(Strategy):
                 fault = payload.fault(reply, expected, self.roles.up)
             row |= {"examples": reply.examples, **reply.metrics, "bytes up": upload(sent.plan, reply)}
             if fault is None:
-                self._sent[client], self._extras[client], self._met[client] = sent, reply.extras, row["round"]
-                return Returned(sent.client, sent.plan, sent.state, reply)
+                now = Client(client, sent.client.profile, reply.extras, row["round"])
+                self._sent[client] = replace(sent, client=now)
+                self._extras[client], self._met[client] = reply.extras, row["round"]
+                return Returned(now, sent.plan, sent.state, reply)
             row["fault"] = fault
         self._met[client] = 0
         self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")

@@ -69,7 +69,7 @@ class TailorFL(Strategy):
 
     def _plan(self, server: Server, client: Client, strength: Mapping[str, Tensor]) -> Plan:
         """The whole model for a client that is still to learn what is important to it (spec 1)."""
-        if client.id not in self._importance or not client.met:
+        if client.id not in self._importance:
             return server.select(torch.arange)
         p, lists = ratio(client.profile.width, self.step), self._lists.get(client.id)
         if lists is None or any(len(lists[g.name]) != kept(g.size, p) for g in server.widths.groups):
@@ -101,11 +101,11 @@ class TailorFL(Strategy):
 
     @hookimpl
     def shares(self, client: Client) -> Shares:
-        return Shares() if client.id in self._importance and client.met else Shares(up=())
+        return Shares() if client.id in self._importance else Shares(up=())
 
     @hookimpl
     def brief(self, client: Client) -> State | None:
-        return None if client.id in self._importance and client.met else {"learn": torch.tensor(self.steps)}
+        return None if client.id in self._importance else {"learn": torch.tensor(self.steps)}
 
     @hookimpl
     def fit(self, task: Task) -> Reply | None:

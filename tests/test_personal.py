@@ -96,6 +96,8 @@ def test_local_layers_of_lg_never_move_and_are_never_sent_again(simulate, monkey
     for client in range(3):
         assert all(torch.equal(mine[client, 2][0][n], mine[client, 1][1][n]) for n in local)
     assert torch.equal(mine[0, 2][0]["5.weight"], mine[2, 2][0]["5.weight"])
+    once = simulate(extract="lgfedavg", aggregate="overlap", levels="1", set={"lgfedavg": {"layers": 1}}, steps=1)
+    assert all(set(s.travels) == {"5.weight", "5.bias"} for s in once.rounds._sent.values())  # as evaluated after round 1
     down = [row["bytes down"] for row in made.rounds.client_rows if row["client"] == 0]
     assert down[0] > 3 * down[1]
     assert down[1] == down[2]
