@@ -182,16 +182,14 @@ def with_silent(run: frozenset[str], silent: set[str]) -> frozenset[str]:
 
 
 def with_exits(model: nn.Module, x: Tensor, classes: int, exits: int, convs: int) -> Exits:
-    """`model` with heads after at most `exits - 1` of its stages, spread evenly; weights of the heads are a fixed draw.
+    """`model` with heads after at most `exits - 1` of its stages, spread evenly.
 
     Where there are stages enough the last one has none, for the model's own classifier reads it.
     """
     ends = points(model, x)
     ends = ends[:-2] if len(ends) > exits else ends[:-1]
     chosen = [ends[i] for i in even(len(ends), exits - 1)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        heads = [head(end, classes, convs) for end in chosen]
+    heads = [head(end, classes, convs) for end in chosen]
     return Exits(model, [end.name for end in chosen], heads, [end.run for end in chosen])
 
 

@@ -28,6 +28,7 @@ from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
 from hetfl.core.rounds import Rounds, Row, Watch
 from hetfl.core.server import Server
+from hetfl.core.streams import seed_of
 from hetfl.core.widths import State, Widths, tensors
 from hetfl.core.workshop import Workshop
 
@@ -82,7 +83,9 @@ def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) ->
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name = options.model or federation.model
     x = federation.test.x[federation.test.index[:2]]
-    model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(options.seed, "adapt"))
+        model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
     with every(model):
         widths = trace(model, x, heads=options.heads)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from hetfl.core.errors import NotApplicable, RunError, UsageError, unknown
 from hetfl.core.record import Folder
 
 IDLE = {"out", "overwrite", "workers"}  # options that change no result
+FIXED = {"extract", "aggregate", "seed", *IDLE}  # and those that a matrix has options of its own for
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond 30 the normal one's 1.96 is near enough
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101,
      2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
@@ -94,6 +95,8 @@ def put(options: dict[str, Any], name: str, value: Any) -> None:
     """Sets a swept option: one of the run (also as data.public, train.lr …), or plugin.option."""
     group, _, rest = name.partition(".")
     plain = {"public": "server_data"}.get(rest, rest) if group in ("data", "train", "server", "run") else name.replace("-", "_")
+    if plain in FIXED:
+        raise UsageError(f"'{plain}' is not swept: it has its own option, or changes no result")
     if "." not in plain:
         if plain not in RunOptions.model_fields:
             raise config.unknown_option(plain)

@@ -34,7 +34,7 @@ class ScaleFL(Strategy):
     form: Literal["code", "paper"] = Field("code", description="the loss as in the official code, or as in the paper's eq. 5")
     detach: bool = Field(True, description="no gradient into the deepest exit as a teacher")
     warm: float = Field(0.25, ge=0, le=1, description="share of the rounds before exits are distilled")
-    _splits: dict[float, Split] = PrivateAttr(default_factory=dict)
+    _plans: dict[float, Plan] = PrivateAttr(default_factory=dict)
 
     @hookimpl
     def adapt(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
@@ -45,12 +45,12 @@ class ScaleFL(Strategy):
         return [self._plan(server, client.profile.width, client.profile.parameters) for client in clients]
 
     def _plan(self, server: Server, width: float, budget: float) -> Plan:
-        model = server.workshop.model
-        if width not in self._splits:
-            self._splits[width] = split(budget, int(model.depth), lambda h, s: share(server, h, s))  # type: ignore[arg-type]
-        depth, ratio = self._splits[width]
-        names = frozenset(model.names(depth))  # type: ignore[operator]
-        return replace(server.select(prefix(ratio)), depth=depth, names=names)
+        if width not in self._plans:
+            model = server.workshop.model
+            depth, ratio = split(budget, int(model.depth), lambda h, s: share(server, h, s))  # type: ignore[arg-type]
+            names = frozenset(model.names(depth))  # type: ignore[operator]
+            self._plans[width] = replace(server.select(prefix(ratio)), depth=depth, names=names)
+        return self._plans[width]
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:

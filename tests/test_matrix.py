@@ -65,6 +65,7 @@ def test_a_matrix_end_to_end_and_again_from_its_cache(tmp_path, capsys):
         (["--sweep", "fedcon.steps=1"], "unknown plugin 'fedcon'; did you mean 'fedconv'?"),
         (["--sweep", "fedconv.stepz=1"], "unknown option 'fedconv.stepz'; did you mean 'steps'?"),
         (["--sweep", "lr=fast"], "--lr: "),
+        (["--sweep", "seed=1,2"], "'seed' is not swept"),
         (["--seeds", "0"], "--seeds takes how many"),
         (["--dataset", "digit"], "did you mean 'digits'"),
     ],

@@ -95,6 +95,7 @@ def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract
     two, again = run(tmp_path / "2", workers=2, **values)
     assert same(one, two)
     assert summary["accuracy"] == again["accuracy"]
+    assert not any("left out" in note for note in summary["notes"])
     assert all(bool(torch.isfinite(t).all()) for t in one.values())
     assert not any(bool((moved & ~covered).any()) for round in moves for moved, covered in round.values())
     for round in moves:
@@ -254,7 +255,8 @@ def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
 def test_clients_may_come_late_and_change_their_capacity(extract, tmp_path):
     values = {**TINY, **tuned(extract, None, 2), "fraction": 0.5, "rounds": 4, "levels": "1,0.5"}
     values["set"] = {**values["set"], "levels": {"redraw": True}}
-    one, _ = run(tmp_path / "1", workers=1, **values)
+    one, summary = run(tmp_path / "1", workers=1, **values)
     two, _ = run(tmp_path / "2", workers=2, **values)
     assert same(one, two)
+    assert not any("left out" in note for note in summary["notes"])
     assert all(bool(torch.isfinite(t).all()) for t in one.values())

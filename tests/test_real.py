@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hetfl.cli.main import main
+from hetfl.core import registry
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 BRIEF = "--limit 120 --rounds 2 --epochs 1 --server-data 0.2 --pretrain-steps 4 --eval-batch-size 64".split()
@@ -21,6 +22,30 @@ SETS = {
     "sp_sw_har": ["--partition", "natural", "--limit", "600"],
     "wiar_height": ["--partition", "natural"],
 }
+
+
+OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and e.name not in ("heterofl", "fedconv")]
+OPTIONS = {"dac": ["dac.epochs=1", "dac.stall=0.3"], "lotteryfl": ["lotteryfl.threshold=0"], "hermes": ["hermes.threshold=0"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "ag_news", "sp_sw_har"])
+@pytest.mark.parametrize("extract", OTHERS)
+def test_other_strategies_on_real_data(tmp_path, name, extract):
+    folder = REAL / name
+    if not folder.is_dir():
+        pytest.skip(f"real data set {folder} is not on this machine")
+    options = [word for option in OPTIONS.get(extract, []) for word in ("--set", option)]
+    model = {"mnist": ["--model", "preresnet18", "--model-args", "widths=[8,16,16,16]"], "sp_sw_har": ["--model", "cnn1d"]}.get(
+        name, []
+    )
+    words = ["--dataset", str(folder), "--extract", extract, "--out", str(tmp_path / "a"), "--levels", "1,0.5,0.25,0.25"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words, *BRIEF, *FEW, *model, *options])
+    assert ended.value.code == 0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["rounds"] == 2
+    assert not any("left out" in note for note in summary["notes"])
 
 
 @pytest.mark.slow
