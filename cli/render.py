@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ def preset(found: Preset) -> None:
 def plugin(entry: Entry, strategy: type[Strategy]) -> None:
     """One plugin: what it is, its options and what its presets set."""
     console.print(f"{entry.role} {entry.name} ({entry.source}) {entry.paper}".rstrip(), style="bold", soft_wrap=True)
-    console.print(Text((strategy.__doc__ or entry.summary).strip()))
+    console.print(Text(cleandoc(strategy.__doc__ or entry.summary)))
     presets: dict[str, dict[str, Any]] = getattr(strategy, "PRESETS", {})
     table = Table(box=None, header_style="bold")
     for column in ("option", "default", *(name for name in presets if name != "default"), "meaning"):

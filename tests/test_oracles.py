@@ -25,6 +25,8 @@ from hetfl.core.types import Client, Profile
 from hetfl.core.units import gated
 from hetfl.core.widths import build, tensors, within
 from hetfl.plugins import cluster, dac, fedmd, fiarse, hermes, lgfedavg, lotteryfl, robust, scalefl, tailorfl
+from hetfl.plugins.fedavg import FedAvg
+from hetfl.plugins.overlap import Overlap
 
 quick = settings(deadline=None, max_examples=25)
 T = torch.tensor
@@ -509,6 +511,57 @@ def test_robust_means_stay_within_the_covering_clients(clients, seed):
     assert close(robust.TrimmedMean(trim=0).aggregate(updates).state["v"], mean(updates, [1.0] * clients)["v"], 1e-5)
     middle = robust.Median().aggregate(over([9.0], *(update(c, [float(v)]) for c, v in enumerate((1, 100, 2))))).state["v"]
     assert middle.item() == 2
+
+
+MEANS = {
+    "overlap": Overlap(), "samples": Overlap(weighting="samples"), "fedavg": FedAvg(), "fiarse": fiarse.FIARSEMean(),
+    "tailorfl": tailorfl.TailorFLMean(), "cluster": cluster.Cluster(), "hermes": hermes.HermesMean(), "median": robust.Median(),
+    "trimmed-mean": robust.TrimmedMean(trim=0.2),
+}  # fmt: skip
+
+
+def call(plugin, updates):
+    """The next state under an aggregation, whatever arguments its hook takes."""
+    server = server_with(c0=1.0, c1=0.5, c2=0.25, c3=0.5)
+    server.state = updates.old
+    given = {"server": server, "updates": updates, "round": 1}
+    return plugin.aggregate(**{k: v for k, v in given.items() if k in plugin.aggregate.__code__.co_varnames}).state["v"]
+
+
+@pytest.mark.parametrize("name", MEANS)
+@quick
+@given(st.integers(1, 4), st.integers(0, 99), st.permutations(range(4)))
+def test_means_lie_between_what_they_are_of_and_know_no_order(name, clients, seed, order):
+    """spec baselines, heterofl, lotteryfl, tailorfl: within [min, max], order of clients, old value where nobody covers"""
+    g = torch.Generator().manual_seed(seed)
+    values, masks, old = (
+        torch.randn(clients, 5, generator=g),
+        torch.rand(clients, 5, generator=g) > 0.4,
+        torch.randn(5, generator=g),
+    )
+    ours = [update(c, v.tolist(), float(c + 1), m.tolist()) for c, (v, m) in enumerate(zip(values, masks, strict=True))]
+    new = call(MEANS[name], over(old.tolist(), *ours))
+    assert torch.equal(new, call(MEANS[name], over(old.tolist(), *[ours[i] for i in order if i < clients])))
+    for k in range(5):
+        held = torch.cat([values[masks[:, k], k], old[k : k + 1]]) if name == "fedavg" else values[masks[:, k], k]
+        assert new[k] == old[k] if not masks[:, k].any() else held.min() - 1e-5 <= new[k] <= held.max() + 1e-5
+    same = [update(c, values[0].tolist(), float(c + 1)) for c in range(clients)]
+    assert close(call(MEANS[name], over(old.tolist(), *same)), values[0], 1e-5)
+
+
+def test_digest_steps_bring_clients_closer_to_the_consensus():
+    """spec fedmd properties: MSE on linear models with a small learning rate"""
+    torch.manual_seed(0)
+    clients, x = [nn.Linear(4, 3) for _ in range(3)], torch.randn(20, 4)
+    agreed = fedmd.consensus([c(x).detach() for c in clients])
+    for client in clients:
+        before = fedmd.LOSSES["mse"](client(x), agreed).item()
+        optimizer = torch.optim.SGD(client.parameters(), 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            fedmd.LOSSES["mse"](client(x), agreed).backward()
+            optimizer.step()
+        assert fedmd.LOSSES["mse"](client(x), agreed).item() < before
 
 
 # shapes
