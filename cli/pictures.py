@@ -70,6 +70,7 @@ def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
     rows = extractions if crossed else list(dict.fromkeys(f"{e} x {a}" for e, a, _ in values))
     columns = partners if crossed else points
     cells = {(p, e, a) if crossed else (metric, f"{e} x {a}", p): sum(v) / len(v) for (e, a, p), v in values.items()}
+    bright = (min(cells.values()) + 2 * max(cells.values())) / 3
     figure = Figure(figsize=(2 + 0.8 * len(columns) * len(panels) + 2, 1.5 + 0.35 * len(rows)), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         grid = [[cells.get((panel, row, column), float("nan")) for column in columns] for row in rows]
@@ -78,7 +79,8 @@ def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
         axes.set_yticks(range(len(rows)), rows)
         axes.set_title(panel)
         for (_, row, column), value in ((key, v) for key, v in cells.items() if key[0] == panel):
-            axes.text(columns.index(column), rows.index(row), f"{value:.0f}", ha="center", va="center", color="w", fontsize=7)
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "k" if value > bright else "w"}
+            axes.text(columns.index(column), rows.index(row), f"{value:.0f}", **look)
     figure.colorbar(image, ax=figure.axes, label=f"{metric}, %")
     Folder(out).write("heatmap.png", png(figure))
 
