@@ -144,7 +144,7 @@ def test_options_from_a_run_file_yield_to_the_command_line(tmp_path, capsys):
         (["--model", "cnnn"], "did you mean 'cnn'?"),
         (["--model", "no_such_module:f"], "cannot be imported"),
         (["--levels", "1:2,1.5:3"], "outside (0, 1]"),
-        (["--levels", "1:2,zero:3"], "not ratio:share"),
+        (["--levels", "1:2,zero:3"], "'zero' is no ratio, such as"),
         (["--alpha", "-1"], "--alpha"),
         (["--rounds", "x"], "--rounds"),
         (["--partition", "dirichlett"], "--partition"),
