@@ -21,7 +21,7 @@ def test_wheel_holds_exactly_the_package(tmp_path):
     (wheel,) = tmp_path.glob("hetfl-*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     sources = {f"hetfl/{p.relative_to(ROOT)}" for folder in ("core", "plugins", "cli") for p in (ROOT / folder).glob("*.py")}
-    data = {f"hetfl/{p.relative_to(ROOT)}" for p in (ROOT / "core" / "digits").iterdir()}
+    data = {f"hetfl/{p.relative_to(ROOT)}" for p in [*(ROOT / "core" / "digits").iterdir(), *(ROOT / "plugins").glob("*.toml")]}
     assert names == sources | data | {"hetfl/registry.toml"}
 
 
