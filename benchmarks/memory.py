@@ -14,8 +14,10 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 NAMES = ("overlap", "fedavg", "fiarse", "tailorfl", "cluster", "hermes", "median", "trimmed-mean", "kld")
-WHY = """`cluster` keeps a model for each budget and `hermes` every client's own values, at its own size: these are their branches. `median` and
-`trimmed-mean` have the largest tensor of all clients at a time, `kld` every tensor of all of them."""
+WHY = (
+    "`cluster` keeps a model for each budget and `hermes` every client's own values, at its own size: these are their branches.\n"
+    "`median` and `trimmed-mean` have the largest tensor of all clients at a time, `kld` every tensor of all of them."
+)
 LIMIT = 14 << 30  # bytes of address space of a measurement
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
