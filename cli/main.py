@@ -261,7 +261,6 @@ def matrix(
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be written: {error.strerror}") from error
     cross.refuse_bad(found)
-    cross.forget_failures(out, found)
     outcomes: list[cross.Outcome] = []
     try:
         with render.Board(len(found), metric) as board:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
 
 from hetfl.core.types import Profile
 
 Item = TypeVar("Item")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-LETTERS = re.compile(r"[a-z]\d+(-[a-z]\d+)*")
 
 
 def largest(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
@@ -30,10 +31,16 @@ def largest(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
 
 def widths(text: str) -> list[float]:
     """The ratios of a grid such as 1,0.75,0.5. Raises ValueError for what is no width in (0, 1]."""
-    found = [ratio(part) for part in text.split(",")]
-    if not found:
-        raise ValueError("the grid needs at least one width")
-    return found
+    return [ratio(part) for part in text.split(",")]
+
+
+def checked(text: str) -> str:
+    """A grid that `widths` can read, as it was given."""
+    widths(text)
+    return text
+
+
+Grid = Annotated[str, AfterValidator(checked)]
 
 
 def ratio(text: str) -> float:

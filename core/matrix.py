@@ -8,10 +8,10 @@ import json
 import math
 import statistics
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,22 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a pair, what it varies (`point`), a seed, and the whole of its options."""
+    """One run: what the matrix varies in it beside pair and seed (`point`), and the whole of its options."""
 
-    extract: str
-    aggregate: str
     point: tuple[tuple[str, Any], ...]
-    seed: int
     options: RunOptions
+
+    @property
+    def extract(self) -> str:
+        return self.options.extract
+
+    @property
+    def aggregate(self) -> str:
+        return self.options.aggregate or natural(self.extract)
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed
 
     @property
     def key(self) -> str:
@@ -87,7 +96,7 @@ def cells(
             for name, value in point:
                 put(options, name, value)
             options["set"] = relevant(options.get("set", {}), extract, aggregate, str(base.get("profile", "levels")))
-            found.append(Cell(extract, aggregate, point, seed, config.resolve({k: v for k, v in options.items() if v is not None})))
+            found.append(Cell(point, config.resolve({k: v for k, v in options.items() if v is not None})))
     return found
 
 
@@ -136,11 +145,11 @@ def refuse_bad(cells: Sequence[Cell]) -> None:
 
 
 def run(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[Outcome]:
-    """Runs what is not yet in `out`, `jobs` processes at a time; yields every cell's outcome as it is known."""
+    """Runs what is not yet in `out` or failed, `jobs` processes at a time; yields every cell's outcome as it is known."""
     waiting: dict[str, list[Cell]] = {}  # a swept option that a pair does not have leaves it one run for several cells
     for cell in cells:
         known = stored(out, cell)
-        if known is None:
+        if known is None or known.status == "failed":
             waiting.setdefault(cell.name, []).append(cell)
         else:
             yield known
@@ -154,7 +163,7 @@ def run(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[Outcome]:
                 for cell in futures[future]:
                     outcome = stored(out, cell)
                     assert outcome is not None
-                    yield Outcome(cell, outcome.status, outcome.row)
+                    yield replace(outcome, cached=False)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -163,6 +172,7 @@ def one(cell: Cell, out: Path, jobs: int) -> None:
     """One cell, in a process of its own; its folder holds a summary, or why there is none."""
     from hetfl.core import experiment
     from hetfl.core.pool import cores
+    from hetfl.core.rounds import Unwatched
 
     folder = Folder(out / "cells" / cell.name).open(overwrite=True)
     workers = max(1, cores() // jobs)
@@ -176,30 +186,14 @@ def one(cell: Cell, out: Path, jobs: int) -> None:
         folder.json("refused.json", {"status": "failed", "why": told})
 
 
-class Unwatched:
-    """Nobody looks on."""
-
-    def phase(self, round: int, name: str) -> None: ...
-    def done(self, row: Row) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
 def stored(out: Path, cell: Cell) -> Outcome | None:
-    """What `out` holds of a cell; a failed one is not held against it, it runs again in the next call."""
+    """What `out` holds of a cell."""
     folder = Folder(out / "cells" / cell.name)
     for name in ("summary.json", "refused.json"):
         if (folder.path / name).exists():
             found = folder.read(name)
             return Outcome(cell, found.get("status", "ok"), row(cell, found), cached=True)
     return None
-
-
-def forget_failures(out: Path, cells: Iterable[Cell]) -> None:
-    """Lets failed cells run again."""
-    for cell in cells:
-        outcome = stored(out, cell)
-        if outcome is not None and outcome.status == "failed":
-            (out / "cells" / cell.name / "refused.json").unlink()
 
 
 def row(cell: Cell, found: Mapping[str, Any]) -> Row:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -27,14 +25,6 @@ def remaining(task: Task) -> float:
 def pruned(now: float, rate: float, target: float, clamp: bool) -> float:
     """What remains after one more pruning by `rate`; with `clamp` never below `target`."""
     return max(now * (1 - rate), target) if clamp else now * (1 - rate)
-
-
-def schedule(rate: float, target: float, clamp: bool = False) -> Iterator[float]:
-    """The nominal remaining shares, pruning while more than `target` remains."""
-    now = 1.0
-    while now > target:
-        now = pruned(now, rate, target, clamp)
-        yield now
 
 
 def goal(target: float | None, budget: Tensor) -> float:

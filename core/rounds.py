@@ -42,6 +42,14 @@ class Watch(Protocol):
     def note(self, text: str) -> None: ...
 
 
+class Unwatched:
+    """Nobody looks on."""
+
+    def phase(self, round: int, name: str) -> None: ...
+    def done(self, row: Row) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
 @dataclass(eq=False)
 class Sent:
     """What one client was sent this round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import field_validator
 
-from hetfl.core.capacity import deal, largest, mix, quantity, widths
+from hetfl.core.capacity import Grid, deal, largest, mix, quantity, widths
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
 
@@ -18,7 +18,7 @@ class Budget(Strategy):
     deadline: float | None = Field(None, gt=0, description="seconds for a round's training and both transfers (with flops)")
     flops: str = Field("10G", description="floating-point operations a second that a device sustains")
     bandwidth: str = Field("1MB", description="bytes a second that a device transfers")
-    grid: str = Field("1,0.75,0.5,0.25,0.125,0.0625", description="widths to choose from")
+    grid: Grid = Field("1,0.75,0.5,0.25,0.125,0.0625", description="widths to choose from")
 
     @field_validator("memory", "macs", "parameters", "flops", "bandwidth", mode="before")
     @classmethod
@@ -27,12 +27,6 @@ class Budget(Strategy):
         if isinstance(text, str):
             mix(text, quantity)
         return text
-
-    @field_validator("grid")
-    @classmethod
-    def _widths(cls, grid: str) -> str:
-        widths(grid)
-        return grid
 
     @hookimpl
     def profile(self, node: Node) -> Profile:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from hetfl.core.capacity import deal, largest, mix, quantity, widths
+from hetfl.core.capacity import Grid, deal, largest, mix, quantity, widths
 from hetfl.core.errors import nearest
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
@@ -24,15 +24,9 @@ class Devices(Strategy):
     """
 
     fleet: str = Field("fedconv-testbed", description="a fleet, or classes with counts or shares, e.g. nano:4,rpi4:6")
-    grid: str = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     reference: float = Field(0.9, gt=0, description="TFLOP/s that train the full model in time")
     share: float = Field(0.5, gt=0, le=1, description="share of a device's memory that training may use")
-
-    @field_validator("grid")
-    @classmethod
-    def _widths(cls, grid: str) -> str:
-        widths(grid)
-        return grid
 
     @field_validator("fleet")
     @classmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from pydantic import field_validator
 
-from hetfl.core.capacity import LETTERS, deal, mix, ratio
+from hetfl.core.capacity import deal, mix, ratio
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
+
+LETTERS = re.compile(r"[a-z]\d+(-[a-z]\d+)*")
 
 
 class Levels(Strategy):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import PrivateAttr, field_validator
+from pydantic import PrivateAttr
 
-from hetfl.core.capacity import largest, widths
+from hetfl.core.capacity import Grid, largest, widths
 from hetfl.core.meter import free
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
@@ -18,14 +18,8 @@ class Measure(Strategy):
 
     deadline: float = Field(60.0, gt=0, description="seconds for a round's training")
     share: float = Field(0.5, gt=0, le=1, description="share of the free memory that training may use")
-    grid: str = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     _found: dict[int, Profile] = PrivateAttr(default_factory=dict)
-
-    @field_validator("grid")
-    @classmethod
-    def _widths(cls, grid: str) -> str:
-        widths(grid)
-        return grid
 
     @hookimpl
     def profile(self, node: Node) -> Profile:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import PrivateAttr, model_validator
 
-from hetfl.core.capacity import largest, widths
+from hetfl.core.capacity import Grid, largest, widths
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
 
@@ -22,12 +22,11 @@ class Trace(Strategy):
     """
 
     file: Path = Field(Path("trace.csv"), description="CSV: round, client, width, battery, load")
-    grid: str = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     _rows: dict[int, dict[int, Row]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _readable(self) -> Trace:
-        widths(self.grid)
         self._rows = read(self.file)
         return self
 

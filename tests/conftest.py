@@ -8,27 +8,12 @@ import torch
 from hetfl.core import experiment
 from hetfl.core.config import resolve
 from hetfl.core.cost import Cost
+from hetfl.core.rounds import Unwatched
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
-
-
-class Silent:
-    """Looks on and keeps the notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def phase(self, round, name):
-        pass
-
-    def done(self, row):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 TINY = {
@@ -42,7 +27,7 @@ def simulate(monkeypatch):
     """A run on few digits, round by round: `simulate(extract=…)` gives the experiment; `steps` the rounds to do at once."""
 
     def start(steps=None, **values):
-        made = experiment.prepare(resolve({**TINY, **values}), Silent())
+        made = experiment.prepare(resolve({**TINY, **values}), Unwatched())
         made.rounds.meter = Unmetered()
         for round in range(1, (made.options.rounds if steps is None else steps) + 1):
             made.rounds.step(round, made.grid)

@@ -96,16 +96,19 @@ def test_options_reach_only_the_pairs_that_have_them():
     assert same[0].key == found[0].key
 
 
+def cell(extract, point, seed):
+    return matrix.Cell(point, resolve({"extract": extract, "aggregate": "overlap", "seed": seed}))
+
+
 def outcome(extract, point, seed, value):
-    cell = matrix.Cell(extract, "overlap", point, seed, resolve({}))
-    return matrix.Outcome(cell, "ok", {"global@test": value})
+    return matrix.Outcome(cell(extract, point, seed), "ok", {"global@test": value})
 
 
 def test_leaderboard():
     one, two = (("alpha", 0.1),), (("alpha", 1.0),)
     rows = [outcome("a", one, s, v) for s, v in enumerate((0.5, 0.7))] + [outcome("a", two, 0, 0.4)]
     rows += [outcome("b", one, s, 0.9) for s in (0, 1)] + [outcome("b", two, 0, 0.3)]
-    refused = matrix.Outcome(matrix.Cell("c", "overlap", one, 0, resolve({})), "not applicable", {"why": "no"})
+    refused = matrix.Outcome(cell("c", one, 0), "not applicable", {"why": "no"})
     board = matrix.leaderboard([*rows, refused], "global@test")
     assert [s.extract for s in board] == ["a", "b", "c"]
     assert [s.rank for s in board] == [1.5, 1.5, math.inf]

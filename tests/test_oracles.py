@@ -18,7 +18,7 @@ from hetfl.core.exits import every, with_exits
 from hetfl.core.groups import trace
 from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN, MobileNetV2
-from hetfl.core.personal import schedule
+from hetfl.core.personal import pruned
 from hetfl.core.plans import Patch, Selection, grow, prefix
 from hetfl.core.train import descend
 from hetfl.core.types import Client, Profile
@@ -49,6 +49,14 @@ def server_with(widths=None, **clients):
     """A server as an aggregation sees it: client i at the width given as c<i>."""
     known = {int(name[1:]): Client(int(name[1:]), Profile(width)) for name, width in clients.items()}
     return SimpleNamespace(clients=known, branches={}, state=None, widths=widths)
+
+
+def schedule(rate, target, clamp=False):
+    """The nominal remaining shares of a client that prunes while more than `target` remains."""
+    now = 1.0
+    while now > target:
+        now = pruned(now, rate, target, clamp)
+        yield now
 
 
 # FIARSE

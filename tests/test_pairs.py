@@ -14,30 +14,17 @@ from hetfl.core.config import resolve
 from hetfl.core.errors import UsageError
 from hetfl.core.record import Folder
 from hetfl.core.roles import Roles
+from hetfl.core.rounds import Unwatched
 
 EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
 AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
 SMALL = {"limit": 300, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "partition": "iid"}
 
 
-class Silent:
-    def __init__(self):
-        self.notes = []
-
-    def phase(self, round, name):
-        pass
-
-    def done(self, row):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def run(out, watch=None, **values):
+def run(out, **values):
     """The final weights and the summary of a run."""
     folder = Folder(out).open()
-    summary = experiment.run(resolve({**SMALL, **values}), folder, watch or Silent())
+    summary = experiment.run(resolve({**SMALL, **values}), folder, Unwatched())
     return load((out / "weights.safetensors").read_bytes()), summary
 
 
@@ -138,8 +125,7 @@ def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
         return whole(task)
 
     monkeypatch.setattr(train, "fit", fit)
-    watch = Silent()
-    _, summary = run(tmp_path / "a", watch, extract="heterofl", aggregate="overlap")
+    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap")
     assert any("client 2 left out: ValueError: sensor unplugged" in note for note in summary["notes"])
     assert "sensor unplugged" in (tmp_path / "a" / "clients.csv").read_text()
 

@@ -19,6 +19,7 @@ from hetfl.core.errors import UsageError
 from hetfl.core.groups import chosen, compared, trace
 from hetfl.core.models import CNN, LSTM, CNN1d, Encoder, FedConvHAR, GoogLeNet, MobileNetV2
 from hetfl.core.record import Folder
+from hetfl.core.rounds import Unwatched
 from hetfl.core.widths import build, tensors
 
 
@@ -248,17 +249,6 @@ def test_a_module_that_needs_other_inputs_is_refused():
         trace(Greedy(), torch.randn(2, 1, 8, 8))
 
 
-class Silent:
-    def phase(self, round, name):
-        pass
-
-    def done(self, row):
-        pass
-
-    def note(self, text):
-        pass
-
-
 @pytest.fixture
 def held_out(monkeypatch):
     module = types.ModuleType("held_out")
@@ -276,7 +266,7 @@ def test_any_module_trains_with_any_extraction(held_out, tmp_path, extract, name
     for workers in (1, 2):
         folder = Folder(tmp_path / str(workers)).open()
         chosen = {"extract": extract, "aggregate": "overlap", "model": f"held_out:{name}", "levels": "1:1,0.5:1,0.25:1"}
-        experiment.run(resolve({**values, **chosen, "set": options, "workers": workers}), folder, Silent())
+        experiment.run(resolve({**values, **chosen, "set": options, "workers": workers}), folder, Unwatched())
         found.append(read((folder.path / "weights.safetensors").read_bytes()))
     assert all(bool(torch.isfinite(t).all()) for t in found[0].values())
     assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
