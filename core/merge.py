@@ -51,15 +51,27 @@ class Updates(Sequence[Update]):
         """Each client's number of examples."""
         return [u.weight for u in self]
 
+    def votes(self, weighting: str) -> list[float]:
+        """What each client counts: its examples under "samples", one vote under "uniform"."""
+        return self.weights if weighting == "samples" else [1.0] * len(self)
+
     def sums(self, name: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """(sum w c x, sum w c) over the clients for one tensor; the second may be broadcastable to the first's shape."""
-        old = self.old[name]
-        held = [(u.patches[name], weight) for u, weight in zip(self, weights, strict=True) if name in u.patches]
-        total, count = torch.zeros_like(old), torch.zeros(extent(old, [patch for patch, _ in held]))
-        for patch, weight in held:
+        total = torch.zeros_like(self.old[name])
+        for patch, weight in self._held(name, weights):
             add(total, patch.values if patch.coverage is None else patch.values * patch.coverage, patch, weight)
+        return total, self.cover(name, weights)
+
+    def cover(self, name: str, weights: Sequence[float]) -> Tensor:
+        """sum w c over the clients for one tensor; may be broadcastable to its shape."""
+        held = self._held(name, weights)
+        count = torch.zeros(extent(self.old[name], [patch for patch, _ in held]))
+        for patch, weight in held:
             add(count, torch.ones(()) if patch.coverage is None else patch.coverage, patch, weight)
-        return total, count
+        return count
+
+    def _held(self, name: str, weights: Sequence[float]) -> list[tuple[Patch, float]]:
+        return [(u.patches[name], weight) for u, weight in zip(self, weights, strict=True) if name in u.patches]
 
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """One tensor of all clients at full size: values and coverage, both (clients, *shape)."""

@@ -12,7 +12,7 @@ from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Public
 from hetfl.core.dice import draws
 from hetfl.core.errors import NotApplicable
-from hetfl.core.plans import Patches, Selection
+from hetfl.core.plans import Patches, Selection, grow
 from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
 from hetfl.core.train import Score, Tuned, evaluate, tune
@@ -53,6 +53,10 @@ class Server:
     @property
     def has_public(self) -> bool:
         return self._public is not None
+
+    def branch(self, name: str) -> State | None:
+        """The whole state of a branch, the global model where the branch says nothing; None where there is no such branch."""
+        return grow(self.branches[name], self.state)[0] if name in self.branches else None
 
     def stream(self, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
         """A random stream that belongs to (seed, purpose, round, client)."""

@@ -105,6 +105,12 @@ def evaluate(model: nn.Module, data: Examples, batch: int, labels: Tensor | None
     return Score(right / max(len(data), 1), loss / max(len(data), 1), len(data))
 
 
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(logits / T)), the mean over the batch."""
+    own, goal = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return F.kl_div(own, goal, reduction="batchmean", log_target=True)
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What tuning on server data came to: hold-out loss at step 0 and at the step that was kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hetfl.core.merge import Merged, Update, Updates, mean
-from hetfl.core.plans import Patch, grow
+from hetfl.core.plans import Patch
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Client
@@ -27,8 +27,7 @@ class Cluster(Strategy):
 
     @hookimpl
     def source(self, server: Server, client: Client) -> State | None:
-        branch = server.branches.get(name(client))
-        return None if branch is None else grow(branch, server.state)[0]
+        return server.branch(name(client))
 
     @hookimpl
     def aggregate(self, server: Server, updates: Updates) -> Merged:
@@ -36,12 +35,9 @@ class Cluster(Strategy):
         for cluster in dict.fromkeys(name(server.clients[u.client]) for u in updates):
             members = updates.among(lambda u, at=cluster: name(server.clients[u.client]) == at)  # type: ignore[misc]
             before = self.source(server, server.clients[members[0].client]) or server.state
-            state = mean(members.among(lambda u: True, {**own(members[0]), **before}), self._weights(members))
+            state = mean(members.among(lambda u: True, {**own(members[0]), **before}), members.votes(self.weighting))
             branches[cluster] = {n: Patch(tensor) for n, tensor in state.items()}
-        return Merged(mean(updates, self._weights(updates)), branches)
-
-    def _weights(self, updates: Updates) -> list[float]:
-        return updates.weights if self.weighting == "samples" else [1.0] * len(updates)
+        return Merged(mean(updates, updates.votes(self.weighting)), branches)
 
 
 def name(client: Client) -> str:

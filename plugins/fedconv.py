@@ -20,6 +20,7 @@ from hetfl.core.merge import Update
 from hetfl.core.plans import Patch, Plan, Selection, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.train import divergence
 from hetfl.core.types import Client, Returned
 from hetfl.core.widths import Kept, State
 from hetfl.plugins.filters import Compressor, Filters, coverage, dilate
@@ -198,7 +199,7 @@ class FedConv(Strategy):
         if self.objective == "ce":
             return F.cross_entropy(logits, goal)
         t = self.temperature
-        return F.kl_div((logits / t).log_softmax(1), (goal / t).log_softmax(1), reduction="batchmean", log_target=True) * t * t
+        return divergence(logits, goal, t) * t * t
 
     def _grown(self, server: Server, returned: Returned, round: int) -> Update:
         reply, client = returned.reply, returned.client.id

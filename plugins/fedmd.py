@@ -15,7 +15,7 @@ from hetfl.core.merge import Merged, Updates
 from hetfl.core.plans import Foreign, Plan, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
-from hetfl.core.train import descend, rows_of
+from hetfl.core.train import descend, divergence, rows_of
 from hetfl.core.types import Client, Extra, Reply, Shares, Task
 from hetfl.core.widths import State
 
@@ -23,7 +23,7 @@ MOST = 1 << 24
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mae": F.l1_loss,
     "mse": F.mse_loss,
-    "kl": lambda z, goal: F.kl_div(z.log_softmax(1), goal.log_softmax(1), reduction="batchmean", log_target=True),
+    "kl": divergence,
 }
 
 

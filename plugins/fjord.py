@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hetfl.core.plans import Plan, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.train import divergence
 from hetfl.core.types import Client, Reply, Task
 from hetfl.core.widths import count, take, tensors, within
 
@@ -68,5 +69,4 @@ def nested(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
 def distilled(logits: Logits, y: Tensor) -> Tensor:
     """CE of the widest and of the narrower model, and the divergence of the latter from the former."""
     wide, narrow = logits
-    divergence = F.kl_div(narrow.log_softmax(1), wide.detach().log_softmax(1), reduction="batchmean", log_target=True)
-    return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + divergence
+    return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + divergence(narrow, wide.detach())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hetfl.core.merge import Merged, Update, Updates, mean
 from hetfl.core.norms import plain
 from hetfl.core.personal import examined, goal, pruned, remaining
-from hetfl.core.plans import Patch, Patches, Plan, Selection, grow
+from hetfl.core.plans import Patch, Patches, Plan, Selection
 from hetfl.core.roles import put
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
@@ -86,15 +86,13 @@ class HermesMean(Strategy):
     @hookimpl
     def source(self, server: Server, client: Client) -> State | None:
         """The client's own model, once it has one."""
-        branch = server.branches.get(f"client {client.id}")
-        return None if branch is None else grow(branch, server.state)[0]
+        return server.branch(f"client {client.id}")
 
     @hookimpl
     def aggregate(self, server: Server, updates: Updates) -> Merged:
-        weights = updates.weights if self.weighting == "samples" else [1.0] * len(updates)
-        state = mean(updates, weights)
+        state, voices = mean(updates, updates.votes(self.weighting)), updates.votes("uniform")
         least = len(updates) if self.overlap == "all" else 2
-        shared = {name: updates.sums(name, [1.0] * len(updates))[1] >= least for name in updates.averaged()}
+        shared = {name: updates.cover(name, voices) >= least for name in updates.averaged()}
         own = {f"client {u.client}": personal(u.patches, state, shared) for u in updates}
         return Merged(state, {**server.branches, **own})
 

@@ -15,4 +15,4 @@ class Overlap(Strategy):
 
     @hookimpl
     def aggregate(self, updates: Updates) -> Merged:
-        return Merged(mean(updates, updates.weights if self.weighting == "samples" else [1.0] * len(updates)))
+        return Merged(mean(updates, updates.votes(self.weighting)))

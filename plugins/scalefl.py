@@ -16,6 +16,7 @@ from hetfl.core.exits import every, with_exits
 from hetfl.core.plans import Plan, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.train import divergence
 from hetfl.core.types import Client, Reply, Task
 
 Split = tuple[int, float]  # exits, width ratio
@@ -68,12 +69,12 @@ def loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str,
     paper: 1/(l(l+1)) sum_i i (weight t^2 KL + CE); code: twice that, KL averaged over classes too and not for the last exit.
     """
     last, deepest = exits[-1], len(exits)
-    teacher = (last.detach() if detach else last) / t
+    teacher = last.detach() if detach else last
     total = torch.zeros(())
     for i, z in enumerate(exits, 1):
-        kl = F.kl_div((z / t).log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
         scale = 1 / z.shape[1] if form == "code" else 1.0
-        total = total + i * (F.cross_entropy(z, y) + (weight * t * t * scale * kl if i < deepest else 0.0))
+        told = weight * t * t * scale * divergence(z, teacher, t) if i < deepest else 0.0
+        total = total + i * (F.cross_entropy(z, y) + told)
     return total * (2 if form == "code" else 1) / (deepest * (deepest + 1))
 
 

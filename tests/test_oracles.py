@@ -20,6 +20,7 @@ from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN, MobileNetV2
 from hetfl.core.personal import pruned
 from hetfl.core.plans import Patch, Selection, grow, prefix
+from hetfl.core.server import Server
 from hetfl.core.train import descend
 from hetfl.core.types import Client, Profile
 from hetfl.core.units import gated
@@ -45,10 +46,14 @@ def over(old, *updates):
     return Updates(list(updates), {"v": T(old)})
 
 
+class Double(SimpleNamespace):
+    branch = Server.branch
+
+
 def server_with(widths=None, **clients):
     """A server as an aggregation sees it: client i at the width given as c<i>."""
     known = {int(name[1:]): Client(int(name[1:]), Profile(width)) for name, width in clients.items()}
-    return SimpleNamespace(clients=known, branches={}, state=None, widths=widths)
+    return Double(clients=known, branches={}, state=None, widths=widths)
 
 
 def schedule(rate, target, clamp=False):
