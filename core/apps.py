@@ -131,16 +131,16 @@ class Site:
         """The submodel with what was sent, and for the rest what the client has."""
         model = self.workshop.module(down.sizes, down.model)
         state = {**unset(model), **down.state} if down.local else down.state
-        missing = [name for name in tensors(model) if name not in state]
+        missing = {name: tensor for name, tensor in tensors(model).items() if name not in state}
         return load(model, {**self._home(down, context, missing), **state})
 
-    def _home(self, down: Down, context: Context, names: Collection[str]) -> State:
-        """The client's own tensors: as it left them if they still fit, else those of an untrained model."""
-        if not names:
-            return {}
-        initial, kept = self.workshop.initial(down.sizes, down.model), recall(context, "home")
-        fits = {name: name in kept and kept[name].shape == initial[name].shape for name in names}
-        found = {name: kept[name] if fits[name] else initial[name] for name in names}
+    def _home(self, down: Down, context: Context, wanted: State) -> State:
+        """The client's own tensors: as it left them if they still fit those `wanted`, else those of an untrained model."""
+        kept = recall(context, "home") if wanted else {}
+        found = {name: kept[name] for name, t in wanted.items() if name in kept and kept[name].shape == t.shape}
+        if len(found) < len(wanted):
+            initial = self.workshop.initial(down.sizes, down.model)
+            found = {name: found.get(name, initial[name]) for name in wanted}
         return {name: t * down.masks[name] if name in down.masks else t for name, t in found.items()}
 
     def _kept(self, down: Down, context: Context, trained: State) -> State:

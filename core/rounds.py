@@ -263,6 +263,8 @@ class Rounds(Strategy):
 
     def _narrowed(self, sent: Sent, reply: Reply) -> tuple[Sent, str | None]:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
+        if not (reply.kept or reply.masks):
+            return sent, None
         source = self.roles.source(self.server, sent.client)
         if reply.kept:
             if fault := payload.misfit(reply.kept, sent.plan.sizes):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -75,20 +76,37 @@ def depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
 
 
-def gated(
-    widths: Widths, state: Mapping[str, Tensor], gates: Mapping[str, Tensor], places: Mapping[str, list[Gate]],
-    sizes: Mapping[str, int] | None = None,
-) -> State:  # fmt: skip
-    """The tensors of `places` with each unit's entries multiplied by its gate, as if its activations were on their way in.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Where a group's gates act in one tensor of a (sub)model: `ours` are the positions along `dim`, `unit` the gate of each."""
 
-    Differentiable in `gates` and `state`; both are of the whole model, or of its submodel of `sizes`.
-    """
+    group: str
+    name: str
+    dim: int
+    ours: Tensor
+    unit: Tensor
+
+
+def readers(widths: Widths, places: Mapping[str, list[Gate]], sizes: Mapping[str, int] | None = None) -> list[Reader]:
+    """The places of gates in the whole model, or in its submodel of `sizes`."""
     kept = {g.name: torch.arange(g.size if sizes is None else sizes[g.name]) for g in widths.groups}
-    found: State = {}
-    for group, (name, dim) in ((g, place) for g in gates for place in places[g]):
-        axis, tensor = widths.axes[name][dim], found.get(name, state[name])
+    found = []
+    for group, (name, dim) in ((g, place) for g in places for place in places[g]):
+        axis = widths.axes[name][dim]
         at = axis.index(kept)
         ours = axis.group[at] == axis.groups.index(group)
-        line = torch.where(ours, gates[group][torch.where(ours, axis.unit[at], 0)], 1.0)
-        found[name] = tensor * line.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+        found.append(Reader(group, name, dim, ours, torch.where(ours, axis.unit[at], 0)))
+    return found
+
+
+def gated(state: Mapping[str, Tensor], gates: Mapping[str, Tensor], readers: Sequence[Reader]) -> State:
+    """The tensors that `readers` name with each unit's entries multiplied by its gate, as if its activations were on their way in.
+
+    Differentiable in `gates` and `state`.
+    """
+    found: State = {}
+    for r in readers:
+        tensor = found.get(r.name, state[r.name])
+        line = torch.where(r.ours, gates[r.group][r.unit], 1.0)
+        found[r.name] = tensor * line.reshape([-1 if d == r.dim else 1 for d in range(tensor.ndim)])
     return found

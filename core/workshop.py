@@ -60,7 +60,7 @@ class Workshop:
 
     def initial(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> State:
         """The tensors of a submodel before any training: the leading entries of the run's model."""
-        return tensors(self.fresh(sizes, model))
+        return tensors(self.pristine(model) if model else self.fresh(sizes))
 
     def loaded(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """The submodel of `sizes` holding the values of `state`."""

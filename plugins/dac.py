@@ -18,7 +18,7 @@ from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.train import rows_of
 from hetfl.core.types import Client
-from hetfl.core.units import Gate, consumers, gated, strongest
+from hetfl.core.units import Gate, consumers, gated, readers, strongest
 from hetfl.core.widths import State, Widths, take, within
 
 Units = Mapping[str, Tensor]
@@ -81,6 +81,7 @@ class DAC(Strategy):
         """Weights and gates trained together (eq. 3); the weights with the gates folded into them, and the gates."""
         model, (x, y) = server.workshop.loaded(state, sizes).train(), server.public.tune.all()
         places = gate_places(server.widths, server.workshop.model)
+        where = readers(server.widths, places, sizes)
         gates = {name: torch.ones(sizes[name], requires_grad=True) for name in places}
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
@@ -90,12 +91,12 @@ class DAC(Strategy):
             for _, rows in zip(range(steps), rows_of(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:
                     optimizer.zero_grad()
-                    logits = functional_call(model, gated(server.widths, weights, gates, places, sizes), (x[rows],))
+                    logits = functional_call(model, gated(weights, gates, where), (x[rows],))
                     (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * bound(gates)).backward()
                     optimizer.step()
         trained = {name: t.detach().clone() for name, t in {**weights, **dict(model.named_buffers())}.items() if name in state}
         learned = {name: gate.detach() for name, gate in gates.items()}
-        return {**trained, **gated(server.widths, trained, learned, places, sizes)}, learned
+        return {**trained, **gated(trained, learned, where)}, learned
 
     def state_dict(self) -> State:
         kept = {f"kept/{width!r}/{name}": units for width, groups in self._kept.items() for name, units in groups.items()}

@@ -42,11 +42,9 @@ class FedMD(Strategy):
 
     def _plan(self, server: Server, client: Client) -> Plan:
         model = self.models.get(client.profile.level)
-        return server.select(prefix(client.profile.width)) if model is None else foreign(server, model)
-
-
-def foreign(server: Server, model: str) -> Plan:
-    return Foreign(model, server.workshop.initial(None, model))
+        if model is None:
+            return server.select(prefix(client.profile.width))
+        return Foreign(model, server.workshop.initial(None, model))
 
 
 class Consensus(Strategy):
@@ -72,7 +70,6 @@ class Consensus(Strategy):
         60, ge=0, description="server steps a round that teach the global model the consensus (0: the paper)"
     )
     distill_lr: float = Field(1e-3, gt=0, description="Adam learning rate of these steps")
-    _rows: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _aligned: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _consensus: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))
 
@@ -87,9 +84,11 @@ class Consensus(Strategy):
     @hookimpl
     def brief(self, server: Server, round: int) -> State:
         """The rows to score this round, and the consensus on the rows of the last."""
-        self._rows = stratified(server.public.tune, self.align, server.stream("align", round))
         digest = {"aligned": self._aligned, "consensus": self._consensus} if len(self._aligned) else {}
-        return {"rows": self._rows, **digest}
+        return {"rows": self._rows(server, round), **digest}
+
+    def _rows(self, server: Server, round: int) -> Tensor:
+        return stratified(server.public.tune, self.align, server.stream("align", round))
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -114,12 +113,12 @@ class Consensus(Strategy):
 
     @hookimpl
     def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
-        told = [
-            u.extras["scores"] for u in updates if u.extras.get("scores", torch.empty(0)).shape == (len(self._rows), server.classes)
-        ]
+        rows = self._rows(server, round)
+        told = [u.extras["scores"] for u in updates if "scores" in u.extras]
+        told = [scores for scores in told if scores.shape == (len(rows), server.classes)]
         if not told:
             return Merged(server.state)
-        self._aligned, self._consensus = self._rows, consensus(told)
+        self._aligned, self._consensus = rows, consensus(told)
         return Merged(self._taught(server, round))
 
     def _taught(self, server: Server, round: int) -> State:

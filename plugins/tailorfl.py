@@ -25,7 +25,7 @@ from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.train import passes
 from hetfl.core.types import Client, Extra, Reply, Returned, Shares, Task
-from hetfl.core.units import consumers, gated, scores, strongest
+from hetfl.core.units import consumers, gated, readers, scores, strongest
 from hetfl.core.widths import State
 
 Lists = dict[str, Tensor]  # for each group the kept filters, ascending
@@ -117,12 +117,12 @@ class TailorFL(Strategy):
 
     def _learn(self, task: Task, steps: int) -> dict[str, Tensor]:
         widths, model = task.workshop.widths, task.model.eval()
-        places, state = consumers(widths, model), dict(model.named_parameters())
+        where, state = readers(widths, consumers(widths, model)), dict(model.named_parameters())
         u = {g.name: torch.ones(g.size, requires_grad=True) for g in widths.groups}
         optimizer = torch.optim.SGD(u.values(), self.importance_lr)
         for _, (x, y) in zip(range(steps), endless(task), strict=False):
             optimizer.zero_grad()
-            logits = functional_call(model, gated(widths, state, u, places), (x,))
+            logits = functional_call(model, gated(state, u, where), (x,))
             (F.cross_entropy(logits, y) + self.regularise * mean_square(u)).backward()
             optimizer.step()
             with torch.no_grad():

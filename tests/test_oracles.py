@@ -23,7 +23,7 @@ from hetfl.core.plans import Patch, Selection, grow, prefix
 from hetfl.core.server import Server
 from hetfl.core.train import descend
 from hetfl.core.types import Client, Profile
-from hetfl.core.units import gated
+from hetfl.core.units import gated, readers
 from hetfl.core.widths import build, tensors, within
 from hetfl.plugins import cluster, dac, fedmd, fiarse, hermes, lgfedavg, lotteryfl, robust, scalefl, tailorfl
 from hetfl.plugins.fedavg import FedAvg
@@ -195,7 +195,7 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     assert len(places) == 20  # and before the classifier, and on two block outputs that only the next block reads
     state = tensors(model)
     gates = {g.name: torch.rand(g.size) + 0.2 for g in widths.groups if g.name in places}
-    folded = {**state, **gated(widths, state, gates, places)}
+    folded = {**state, **gated(state, gates, readers(widths, places))}
     x = torch.randn(2, 3, 8, 8)
     whole = torch.func.functional_call(model, folded, (x,))
     hooks = [gate_before(model, place[0], gates[group]) for group, (place,) in places.items()]
