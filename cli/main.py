@@ -33,6 +33,15 @@ app = typer.Typer(
 
 LISTS = ("wrap", "lr_milestones", "mean", "std")  # options that may be given several times or with commas
 
+# options that several commands have
+Model = Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")]
+Dataset = Annotated[str | None, typer.Option(help="build the model for this data set")]
+Shape = Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")]
+Classes = Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")]
+Vocab = Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")]
+ModelArgs = Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
 
 @app.callback()
 def top() -> None:
@@ -71,7 +80,7 @@ def options_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
 @options_of_a_run
 def run(
     file: Annotated[Path | None, typer.Argument(help="run file (TOML) with any of the options below")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
     **given: Any,
 ) -> None:
     """Run one experiment and leave its results in a run folder."""
@@ -168,17 +177,17 @@ def pictures(folder: Folder) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")],
+    model: Model,
     levels: Annotated[str, typer.Option(help="width ratios to measure, in (0, 1]")] = "1,0.5,0.25",
-    dataset: Annotated[str | None, typer.Option(help="build the model for this data set")] = None,
-    shape: Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")] = None,
-    vocab: Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")] = None,
-    model_args: Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")] = None,
+    dataset: Dataset = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    vocab: Vocab = None,
+    model_args: ModelArgs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="batch size of the training memory")] = 32,
     heads: Annotated[str, typer.Option(help="what is cut of attention: width, or whole heads")] = "width",
     norm_policy: Annotated[str, typer.Option(help="as in hfl run")] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
     checked = config.resolve({"heads": heads, "norm_policy": norm_policy})
@@ -186,7 +195,7 @@ def inspect(
     from hetfl.core import survey
 
     inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
-    args = over({}, [assignment(pair, "--model-args") for pair in model_args or []])
+    args = arguments(model_args)
     render.survey(
         survey.survey(model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy)
     )
@@ -194,26 +203,31 @@ def inspect(
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")],
+    model: Model,
     levels: Annotated[str, typer.Option(help="width ratios to choose from, in (0, 1]")] = "1,0.75,0.5,0.25,0.125,0.0625",
-    dataset: Annotated[str | None, typer.Option(help="build the model for this data set")] = None,
-    shape: Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")] = None,
-    vocab: Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")] = None,
-    model_args: Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")] = None,
+    dataset: Dataset = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    vocab: Vocab = None,
+    model_args: ModelArgs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="local batch size")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="training steps of a round")] = 100,
     deadline: Annotated[float, typer.Option(min=0, help="seconds for a round's training")] = 60.0,
     share: Annotated[float, typer.Option(min=0, max=1, help="share of the free memory that training may use")] = 0.5,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
     ratios = numbers(levels)
     from hetfl.core import survey
 
     inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
-    args = over({}, [assignment(pair, "--model-args") for pair in model_args or []])
+    args = arguments(model_args)
     render.offers(model, survey.afford(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share))
+
+
+def arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """The factory's arguments of --model-args."""
+    return over({}, [assignment(pair, "--model-args") for pair in pairs or []])
 
 
 def numbers(levels: str) -> list[float]:
@@ -244,7 +258,7 @@ def matrix(
     out: Annotated[Path, typer.Option(help="folder; a matrix that was stopped goes on there")] = Path("matrix"),
     seed: Annotated[int | None, typer.Option(hidden=True)] = None,
     overwrite: Annotated[bool, typer.Option(hidden=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
     **given: Any,
 ) -> None:
     """Run many pairs over many settings and seeds, the controls always among them; what is in --out already is not run again."""
@@ -299,7 +313,7 @@ def whole(seeds: str) -> list[int]:
 @app.command("presets")
 def list_presets(
     name: Annotated[str | None, typer.Argument(help="show this preset's settings")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the papers' experiments that `hfl run --preset` takes, or show one."""
     if name is None:
@@ -317,7 +331,7 @@ def list_plugins() -> None:
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="a plugin's name, role.name, or a run folder")],
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show a plugin's options and docs, or a run's summary again."""
     if Path(name).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,9 +14,27 @@ if TYPE_CHECKING:
     from hetfl.core.types import Extra
     from hetfl.core.widths import State
 
-__all__ = ["HOOKS", "Field", "Strategy", "hookimpl"]
+__all__ = ["HOOKS", "Field", "Strategy", "flat", "hookimpl", "unflat"]
 
 HOOKS = tuple(name for name, value in vars(hooks).items() if hasattr(value, "hetfl_spec"))
+
+
+Kept = Mapping[Any, "State"]  # for each client or width: named tensors
+
+
+def flat(**kinds: Kept) -> State:
+    """What a plugin keeps as one `state_dict`: kind/owner/name."""
+    return {f"{k}/{owner!r}/{name}": t for k, kept in kinds.items() for owner, state in kept.items() for name, t in state.items()}
+
+
+def unflat(state: State, kind: str, owner: Callable[[str], Any]) -> dict[Any, State]:
+    """One kind of what `flat` joined; `owner` reads a client's number or a width."""
+    found: dict[Any, State] = {}
+    for key, tensor in state.items():
+        of, whose, name = key.split("/", 2)
+        if of == kind:
+            found.setdefault(owner(whose), {})[name] = tensor
+    return found
 
 
 class Strategy(BaseModel):

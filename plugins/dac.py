@@ -15,7 +15,7 @@ from hetfl.core import cost
 from hetfl.core.dice import draws
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
-from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.train import rows_of
 from hetfl.core.types import Client
 from hetfl.core.units import Gate, consumers, gated, readers, strongest
@@ -38,7 +38,7 @@ class DAC(Strategy):
     momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the search")
     stall: float = Field(0.1, gt=0, lt=1, description="share of the gates removed, weakest first, where none has become low")
     start: Literal["searched", "global"] = Field("searched", description="clusters start from the searched weights, or the global")
-    _kept: dict[float, Units] = PrivateAttr(default_factory=dict)
+    _kept: dict[float, State] = PrivateAttr(default_factory=dict)
     _states: dict[float, State] = PrivateAttr(default_factory=dict)
 
     @hookimpl
@@ -70,7 +70,7 @@ class DAC(Strategy):
         if turn:
             steps = self._steps(server)
             state = server.trained(state, steps, f"dac {width:g}", sizes=lengths(kept), lr=self.lr / 10)
-        self._kept[width], self._states[width] = kept, state
+        self._kept[width], self._states[width] = dict(kept), state
 
     def _steps(self, server: Server) -> int:
         return self.epochs * -(-len(server.public.tune) // server.options.server_batch_size)
@@ -99,15 +99,10 @@ class DAC(Strategy):
         return {**trained, **gated(trained, learned, where)}, learned
 
     def state_dict(self) -> State:
-        kept = {f"kept/{width!r}/{name}": units for width, groups in self._kept.items() for name, units in groups.items()}
-        return kept | {f"state/{width!r}/{name}": t for width, state in self._states.items() for name, t in state.items()}
+        return flat(kept=self._kept, state=self._states)
 
     def load_state_dict(self, state: State) -> None:
-        held: dict[str, dict[float, State]] = {"kept": {}, "state": {}}
-        for key, tensor in state.items():
-            kind, width, name = key.split("/", 2)
-            held[kind].setdefault(float(width), {})[name] = tensor
-        self._kept, self._states = dict(held["kept"]), held["state"]
+        self._kept, self._states = unflat(state, "kept", float), unflat(state, "state", float)
 
 
 def gate_places(widths: Widths, model: nn.Module) -> dict[str, list[Gate]]:

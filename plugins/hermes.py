@@ -15,7 +15,7 @@ from hetfl.core.personal import examined, goal, pruned, remaining
 from hetfl.core.plans import Patch, Patches, Plan, Selection
 from hetfl.core.roles import put
 from hetfl.core.server import Server
-from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.types import Client, Extra, Reply, Returned, Task
 from hetfl.core.units import scores, strongest
 from hetfl.core.widths import State, cells, count
@@ -66,13 +66,10 @@ class Hermes(Strategy):
         return [put(r) for r in replies]
 
     def state_dict(self) -> State:
-        return {f"{client}/{group}": units for client, kept in self._kept.items() for group, units in kept.items()}
+        return flat(kept=self._kept)
 
     def load_state_dict(self, state: State) -> None:
-        self._kept = {}
-        for key, units in state.items():
-            client, _, group = key.partition("/")
-            self._kept.setdefault(int(client), {})[group] = units
+        self._kept = unflat(state, "kept", int)
 
 
 class HermesMean(Strategy):

@@ -18,7 +18,7 @@ from hetfl.core.personal import examined, goal, pruned, remaining
 from hetfl.core.plans import Plan
 from hetfl.core.roles import put
 from hetfl.core.server import Server
-from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.types import Client, Extra, Reply, Returned, Task
 from hetfl.core.widths import State, load, tensors
 
@@ -56,13 +56,13 @@ class LotteryFL(Strategy):
     def brief(self, client: Client, round: int) -> State:
         """The budget; a client that is met late also gets the first model, to which it will rewind."""
         late = not client.met and round > 1
-        return {"budget": torch.tensor(client.profile.parameters), **({"first": flat(self._first)} if late else {})}
+        return {"budget": torch.tensor(client.profile.parameters), **({"first": vector(self._first)} if late else {})}
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if not any(name.startswith(INITIAL) for name in task.memory):
             now = tensors(task.model)
-            first = unflat(task.extras["first"], now) if "first" in task.extras else now
+            first = unvector(task.extras["first"], now) if "first" in task.extras else now
             task.memory |= {INITIAL + name: tensor.clone() for name, tensor in first.items()}
         accuracy, target = examined(task), goal(self.target, task.extras["budget"])
         if accuracy > self.threshold and remaining(task) > target:
@@ -87,25 +87,19 @@ class LotteryFL(Strategy):
         return [put(r) for r in replies]
 
     def state_dict(self) -> State:
-        masks = {f"{client}/{name}": mask for client, masks in self._masks.items() for name, mask in masks.items()}
-        return masks | {INITIAL + name: tensor for name, tensor in self._first.items()}
+        return flat(masks=self._masks, first={0: self._first})
 
     def load_state_dict(self, state: State) -> None:
-        self._first = {name.removeprefix(INITIAL): t for name, t in state.items() if name.startswith(INITIAL)}
-        self._masks = {}
-        for key, mask in state.items():
-            if not key.startswith(INITIAL):
-                client, _, name = key.partition("/")
-                self._masks.setdefault(int(client), {})[name] = mask
+        self._masks, self._first = unflat(state, "masks", int), unflat(state, "first", int).get(0, {})
 
 
-def flat(state: State) -> Tensor:
+def vector(state: State) -> Tensor:
     """All floating-point values of a state in one vector."""
     return torch.cat([tensor.flatten() for tensor in state.values() if tensor.is_floating_point()])
 
 
-def unflat(values: Tensor, like: State) -> State:
-    """The inverse of `flat`; other tensors as in `like`."""
+def unvector(values: Tensor, like: State) -> State:
+    """The inverse of `vector`; other tensors as in `like`."""
     floats = [name for name, tensor in like.items() if tensor.is_floating_point()]
     parts = values.split([like[name].numel() for name in floats])
     return {**like, **{name: part.reshape(like[name].shape) for name, part in zip(floats, parts, strict=True)}}

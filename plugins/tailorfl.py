@@ -22,7 +22,7 @@ from hetfl.core.norms import plain
 from hetfl.core.plans import Patch, Plan, Selection
 from hetfl.core.roles import put
 from hetfl.core.server import Server
-from hetfl.core.strategy import Field, Strategy, hookimpl
+from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.train import passes
 from hetfl.core.types import Client, Extra, Reply, Returned, Shares, Task
 from hetfl.core.units import consumers, gated, readers, scores, strongest
@@ -141,15 +141,10 @@ class TailorFL(Strategy):
         return [put(r) for r in replies]
 
     def state_dict(self) -> State:
-        held = {"importance": self._importance, "lists": self._lists}
-        return {f"{k}/{c}/{g}": t for k, clients in held.items() for c, groups in clients.items() for g, t in groups.items()}
+        return flat(importance=self._importance, lists=self._lists)
 
     def load_state_dict(self, state: State) -> None:
-        self._importance, self._lists = {}, {}
-        for key, tensor in state.items():
-            kind, client, group = key.split("/", 2)
-            held = self._importance if kind == "importance" else self._lists
-            held.setdefault(int(client), {})[group] = tensor
+        self._importance, self._lists = (unflat(state, kind, int) for kind in ("importance", "lists"))
 
 
 class TailorFLMean(Strategy):
