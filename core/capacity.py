@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
@@ -89,3 +90,9 @@ def deal(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
         return [v for (v, _), start, end in zip(parts, [0, *ends], ends, strict=False) for _ in range(end - start)]
     dealt = [value for value, share in parts for _ in range(int(clients * share / whole))]
     return dealt + [parts[-1][0]] * (clients - len(dealt))
+
+
+@lru_cache
+def dealt(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
+    """Every client's value under the mix `text`, worked out once for all clients of a run."""
+    return tuple(deal(mix(text, value), clients))

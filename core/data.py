@@ -33,10 +33,13 @@ class Examples:
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches x (size, *shape), y (size,), each example once, shuffled by `generator`; the last may be short."""
-        index = self.index if generator is None else self.index[torch.randperm(len(self), generator=generator)]
-        for start in range(0, len(index), size):
-            rows = index[start : start + size]
+        for rows in self.rows(size, generator):
             yield self.x[rows], self.y[rows]
+
+    def rows(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The same batches as positions in `x` and `y`."""
+        index = self.index if generator is None else self.index.index_select(0, torch.randperm(len(self), generator=generator))
+        return index.split(size) if len(index) else ()
 
     def split(self, every: int = 5) -> tuple[Examples, Examples]:
         """Two parts that never change: all but each `every`-th example, and these; fewer than `every` stand in both."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetfl.core.train import BATCH_NORM
-from hetfl.core.widths import State, tensors
+from hetfl.core.widths import State, copied
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 REPLACEMENTS: dict[str, Callable[[int], nn.Module]] = {  # HeteroFL's ablation (spec heterofl 2.4)
@@ -62,7 +62,7 @@ def statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tu
                 count += 1
     for name, layer in layers.items():
         layer.momentum = momenta[name]
-    return {name: tensor.clone() for name, tensor in tensors(model).items()}, count
+    return copied(model), count
 
 
 def only_norms(model: nn.Module, layers: dict[str, nn.modules.batchnorm._BatchNorm]) -> nn.Module:

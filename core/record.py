@@ -19,6 +19,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tables: dict[str, tuple[list[str], int]] = {}  # columns and number of rows of what was written
 
     def open(self, overwrite: bool = False) -> Folder:
         """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`) or cannot be written."""
@@ -53,13 +54,21 @@ class Folder:
             raise RunError(f"'{target}' cannot be written: {reason(error)}; what was written before is intact") from error
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes rows as CSV; columns in order of appearance."""
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write(name, text.getvalue())
+        """Writes rows as CSV; columns in order of appearance. Where they only add to what this object wrote, they are appended."""
+        columns, count = self._tables.get(name, ([], 0))
+        wider = list(dict.fromkeys([*columns, *(key for row in rows[count:] for key in row)]))
+        if columns == wider:
+            self._append(name, lines(columns, rows[count:]))
+        else:
+            self.write(name, lines(wider, [dict(zip(wider, wider, strict=True)), *rows]))
+        self._tables[name] = wider, len(rows)
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.path / name, "a", newline="") as file:
+                file.write(text)
+        except OSError as error:
+            raise RunError(f"'{self.path / name}' cannot be written: {reason(error)}") from error
 
     def json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1) + "\n")
@@ -78,6 +87,13 @@ class Folder:
         """Removes a folder that holds nothing but its config: the run was refused before it began."""
         if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml"}:
             shutil.rmtree(self.path)
+
+
+def lines(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """`rows` as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([row.get(c, "") for c in columns] for row in rows)
+    return text.getvalue()
 
 
 def reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
 from hetfl.core.train import Score, Tuned, evaluate, tune
 from hetfl.core.types import Client
-from hetfl.core.widths import Kept, State, Widths, tensors
+from hetfl.core.widths import Kept, State, Widths, copied
 from hetfl.core.workshop import Workshop
 
 
@@ -115,4 +115,4 @@ class Server:
                 parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
                 batch=self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
             )  # fmt: skip
-        return {name: tensor.clone() for name, tensor in tensors(model).items()}
+        return copied(model)

@@ -13,7 +13,7 @@ from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
 from hetfl.core.dice import draws
 from hetfl.core.types import Reply, Task
-from hetfl.core.widths import tensors
+from hetfl.core.widths import copied
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -31,7 +31,7 @@ def fit(task: Task) -> Reply:
     """Plain local training: `epochs` passes over the client's own examples from what it was sent."""
     optimizer = make_optimizer(task.model, task.options, task.round)
     last = descend(task, optimizer, passes(task), lambda x, y: total(task, x, y))
-    return Reply({name: t.clone() for name, t in tensors(task.model).items()}, len(task.data.train), {"loss": last})
+    return Reply(copied(task.model), len(task.data.train), {"loss": last})
 
 
 def total(task: Task, x: Tensor, y: Tensor) -> Tensor:
@@ -73,19 +73,28 @@ def _descend(
 
 
 def passes(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of all local epochs; batch statistics of a single example do not exist, so such a last batch is left out."""
-    generator, data = task.stream("batches"), task.data.train
-    lonely = any(isinstance(m, BATCH_NORM) for m in task.model.modules()) and len(data) > 1
-    for _ in range(task.options.epochs):
-        for x, y in data.batches(task.options.batch_size, generator):
-            if not (lonely and len(y) == 1):
-                yield x, y
+    """The batches of all local epochs."""
+    data = task.data.train
+    for rows in orders(data, task.options, task.stream("batches"), task.model):
+        yield data.x[rows], data.y[rows]
+
+
+def orders(data: Examples, options: RunOptions, generator: torch.Generator, model: nn.Module) -> list[Tensor]:
+    """The rows of each batch of all local epochs; batch statistics of a single example do not exist, so such a last batch is
+    left out."""
+    lonely = any(isinstance(m, BATCH_NORM) for m in model.modules()) and len(data) > 1
+    found = [rows for _ in range(options.epochs) for rows in data.rows(options.batch_size, generator)]
+    return [rows for rows in found if not (lonely and len(rows) == 1)]
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:
+    """The local optimiser of all parameters of `model` that are trained."""
+    return optimizer_of([p for p in model.parameters() if p.requires_grad], options, round)
+
+
+def optimizer_of(parameters: list[Tensor], options: RunOptions, round: int) -> torch.optim.Optimizer:
     """The local optimiser; a milestone m lowers the rate from round m + 1 on (spec heterofl 5.6)."""
     lr = options.lr * options.lr_decay ** sum(m < round for m in options.lr_milestones)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if options.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=options.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, fused=True)

@@ -122,6 +122,11 @@ def tensors(model: nn.Module) -> State:
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
 
 
+def copied(model: nn.Module) -> State:
+    """The tensors of `model` as they are now, each in the plain layout whatever that of the model."""
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors(model).items()}
+
+
 def without(widths: Widths, reasons: dict[str, str]) -> Widths:
     """`widths` with the named groups frozen."""
     if not reasons:
@@ -167,6 +172,37 @@ def cells(index: Mapping[int, Tensor], like: Tensor) -> tuple[Any, ...]:
         return tuple(slice(0, len(index[d])) if d in index else slice(None) for d in range(like.ndim))
     lines = [index[d] if d in index else torch.arange(like.shape[d]) for d in range(like.ndim)]
     return torch.meshgrid(*lines, indexing="ij") if like.ndim else ()
+
+
+class Block:
+    """Where the block at `index` (dim -> positions) lies in a contiguous tensor of `shape`: found once, added to many times."""
+
+    def __init__(self, index: Mapping[int, Tensor], shape: Iterable[int]) -> None:
+        self.shape = tuple(shape)
+        self._cells: tuple[Any, ...] | None = None
+        self._rows: Tensor | None = None
+        if all(leading(where) for where in index.values()):
+            self._cells = tuple(slice(0, len(index[d])) if d in index else slice(None) for d in range(len(self.shape)))
+        elif max(index) < 2:
+            lines = [index.get(d, torch.arange(n)) for d, n in enumerate(self.shape[:2])]
+            self._rows = lines[0] if max(index) == 0 else (lines[0][:, None] * self.shape[1] + lines[1]).flatten()
+            self._depth = max(index) + 1
+        else:
+            self._cells = torch.meshgrid(*(index.get(d, torch.arange(n)) for d, n in enumerate(self.shape)), indexing="ij")
+
+    def add(self, total: Tensor, values: Tensor | None, weight: float) -> None:
+        """total[block] += weight * values, in place; `values` None: 1."""
+        if self._rows is not None:
+            lines = total.view(-1, math.prod(self.shape[self._depth :]))
+            mine = lines.index_select(0, self._rows)
+            mine = mine.add_(weight) if values is None else mine.add_(values.reshape(mine.shape), alpha=weight)
+            lines.index_copy_(0, self._rows, mine)
+        elif self._cells and not isinstance(self._cells[0], slice):
+            total[self._cells] += weight if values is None else values * weight
+        elif values is None:
+            total[self._cells or ()] += weight
+        else:
+            total[self._cells or ()].add_(values, alpha=weight)
 
 
 def within(widths: Widths, sizes: Mapping[str, int], kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -233,7 +269,7 @@ def refit_conv(layer: nn.modules.conv._ConvNd) -> None:
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Copies `state` into the tensors of `model`, in place."""
+    mine = tensors(model)
     with torch.no_grad():
-        for name, tensor in tensors(model).items():
-            tensor.copy_(state[name])
+        torch._foreach_copy_(list(mine.values()), [state[name] for name in mine])
     return model

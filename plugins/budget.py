@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import field_validator
 
-from hetfl.core.capacity import Grid, deal, largest, mix, quantity, widths
+from hetfl.core.capacity import Grid, dealt, largest, mix, quantity, widths
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
 
@@ -52,4 +52,4 @@ class Budget(Strategy):
         return 6 * cost.macs * node.examples / flops + 2 * cost.bytes / bandwidth
 
     def _of(self, node: Node, text: str | None) -> float | None:
-        return None if text is None else deal(mix(text, quantity), node.clients)[node.client]
+        return None if text is None else dealt(text, quantity, node.clients)[node.client]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from hetfl.core.capacity import Grid, deal, largest, mix, quantity, widths
+from hetfl.core.capacity import Grid, dealt, largest, mix, quantity, widths
 from hetfl.core.errors import nearest
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
@@ -36,7 +36,7 @@ class Devices(Strategy):
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        device = known(deal(mix(table()["fleet"].get(self.fleet, self.fleet), str), node.clients)[node.client])
+        device = known(dealt(table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
         memory = quantity(device["memory"]) * self.share
 
         def limit(ratio: float) -> str:

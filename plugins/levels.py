@@ -7,7 +7,7 @@ import re
 import torch
 from pydantic import field_validator
 
-from hetfl.core.capacity import deal, mix, ratio
+from hetfl.core.capacity import dealt, mix, ratio
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.types import Node, Profile
 
@@ -37,12 +37,12 @@ class Levels(Strategy):
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        levels = mix(spelt(self.mix), ratio)
         if self.redraw:
+            levels = mix(spelt(self.mix), ratio)
             shares = torch.tensor([float(share) for _, share in levels])
             drawn = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
             return Profile(levels[drawn][0])
-        return Profile(deal(levels, node.clients)[node.client])
+        return Profile(dealt(spelt(self.mix), ratio, node.clients)[node.client])
 
 
 def spelt(text: str) -> str:
