@@ -39,6 +39,7 @@ def measure(name: str, clients: int) -> None:
     from hetfl.core.merge import Update, Updates
     from hetfl.core.plans import prefix
     from hetfl.core.pool import Pool
+    from hetfl.core.roles import Roles
     from hetfl.core.server import Server
     from hetfl.core.types import Client, Profile
     from hetfl.core.widths import tensors
@@ -58,9 +59,7 @@ def measure(name: str, clients: int) -> None:
         updates.append(Update(client, plan.put(trained), 10.0))
     plugin = registry.find("aggregate", name).load()()
     before = peak()
-    given = {"server": server, "updates": Updates(updates, server.state), "round": 1}
-    hook = plugin.aggregate  # type: ignore[attr-defined]
-    hook(**{arg: value for arg, value in given.items() if arg in hook.__code__.co_varnames})
+    Roles({f"aggregate.{name}": plugin}).aggregate(server, Updates(updates, server.state), 1)
     print(held, peak() - before)
 
 

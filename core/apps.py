@@ -66,6 +66,12 @@ class Desk:
         with self._lock:
             return self._waiting.pop(int(str(record["number"])))
 
+    def peek(self, content: RecordDict) -> object:
+        """The payload of a message that nobody has opened yet."""
+        record = content["payload"]
+        assert isinstance(record, ConfigRecord)
+        return self._waiting[int(str(record["number"]))]
+
 
 @dataclass(frozen=True, eq=False)
 class Site:

@@ -92,6 +92,11 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(512, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
+    cohorts: Literal["off", "on", "auto"] = Field(
+        "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
+    )
+    device: str = Field("cpu", description="where clients train and models are evaluated: cpu, cuda, cuda:0 …")
+    precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of forward passes; weights stay float32")
     out: Path | None = Field(None, description="run folder (default: runs/<time>-<extract>-<aggregate>)")
     overwrite: bool = Field(False, description="replace an --out that is not empty")
     heads: Literal["width", "whole"] = Field("width", description="what is cut of attention: every head's width, or whole heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import time
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hetfl.core import data, factories, norms, presets, roles
+from hetfl.core import cohorts, data, factories, norms, presets, roles
 from hetfl.core.apps import Desk, Site, client_app
 from hetfl.core.config import RunOptions, resolve, write
+from hetfl.core.crew import Crew
 from hetfl.core.data import Federation
 from hetfl.core.errors import UsageError
 from hetfl.core.exits import every
@@ -47,6 +49,7 @@ class Experiment:
     grid: LocalGrid
     initial: State
     meter: Meter
+    cohort: int
     seconds: dict[str, float]
 
 
@@ -68,9 +71,25 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     desk = Desk()
     meter = Meter(options, workshop, federation.test, len(federation.classes))
     rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, meter)
-    grid = LocalGrid(client_app(Site(options, federation, plugins, workshop, desk, meter)), len(federation.clients), pool)
+    site = Site(options, federation, plugins, workshop, desk, meter)
+    cohort, why = cohort_size(site, model)
+    if why and options.cohorts == "on":
+        server.notes.append(f"clients train one by one, not in cohorts: {why}")
+    grid = LocalGrid(Crew(client_app(site), site, pool.workers, cohort), len(federation.clients), pool)
     seconds = {"pretrain": time.perf_counter() - began}
-    return Experiment(options, federation, plugins, server, rounds, grid, initial, meter, seconds)
+    return Experiment(options, federation, plugins, server, rounds, grid, initial, meter, cohort, seconds)
+
+
+def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
+    """How many clients train as one, and why no more than one where that is so."""
+    if not site.roles.plain_fit:
+        return 1, "a plugin takes part in local training"
+    size = cohorts.size(model, site.options, site.federation.shape, site.workshop.widths.draws)
+    if size < 2:
+        return 1, "the model draws random numbers or is recurrent"
+    test = site.federation.test
+    why = cohorts.stackable(copy.deepcopy(model), test.x[test.index[:2]])
+    return (1, why) if why else (size, None)
 
 
 def built(options: RunOptions, federation: Federation, name: str) -> nn.Module:
@@ -145,6 +164,7 @@ def resolved(experiment: Experiment) -> RunOptions:
             "aggregate": names["aggregate"],
             "model": model,
             "norm_policy": experiment.rounds.policy,
+            "cohorts": "on" if experiment.cohort > 1 else "off",
             "levels": None,
             **experiment.federation.preprocessing,
         }

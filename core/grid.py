@@ -5,28 +5,27 @@ This module alone uses names of Flower that are private (`PRIVATE`); Flower's ve
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from hetfl.core.crew import Crew
 from hetfl.core.pool import Pool
 
 PRIVATE = ("flwr.supercore.run.Run", "flwr.supercore.task_identity.TaskIdentity", "Metadata._message_id")
-CLIENT_RAISED = 2
 SERVER_NODE = 1
 
 
 class LocalGrid(Grid):
     """`nodes` clients, each with a Context that lasts as long as the grid. Payloads travel by reference."""
 
-    def __init__(self, app: ClientApp, nodes: int, pool: Pool) -> None:
-        self._app, self._pool = app, pool
+    def __init__(self, crew: Crew, nodes: int, pool: Pool) -> None:
+        self._crew, self._pool = crew, pool
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
         self._run = Run.create_empty(1)
         self._contexts = {node(i): context(i, nodes) for i in range(nodes)}
@@ -50,27 +49,22 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         batch = list(messages)
-        for message in batch:
-            self._sent += 1
-            message.metadata.__dict__["_message_id"] = f"m{self._sent}"
-        for reply in self._pool.map(self._deliver, batch):
+        for reply in self.send_and_receive(batch):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [m.metadata.message_id for m in batch]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return self.pull_messages(self.push_messages(messages))
-
-    def _deliver(self, message: Message) -> Message:
-        try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            reason = "".join(traceback.format_exception(error))
-            return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies as they come, about in the order of the messages."""
+        calls = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = f"m{self._sent}"
+            calls.append((message, self._contexts[message.metadata.dst_node_id]))
+        answered = self._pool.stream(self._crew.work, self._crew.jobs(calls), lambda job: job.cost)
+        return itertools.chain.from_iterable(answered)
 
 
 def node(client: int) -> int:
@@ -88,8 +82,16 @@ def context(client: int, clients: int) -> Context:
     return Context(run_id=1, node_id=node(client), node_config=config, state=RecordDict(), run_config={})
 
 
-def by_request(messages: Sequence[Message], replies: Iterable[Message]) -> list[tuple[int, Message]]:
-    """(client, reply) in client order, whatever the order of arrival; a client that did not answer is absent."""
-    sent = {m.metadata.message_id: client(m.metadata.dst_node_id) for m in messages}
-    known = [(sent[r.metadata.reply_to_message_id], r) for r in replies if r.metadata.reply_to_message_id in sent]
-    return sorted(known, key=lambda pair: pair[0])
+def by_request(messages: Sequence[Message], replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:
+    """(client, reply) in client order, whatever the order of arrival, each as soon as it is its turn; a client that did not answer
+    is absent."""
+    clients = {m.metadata.message_id: client(m.metadata.dst_node_id) for m in messages}
+    turns, waiting = iter(sorted(clients.values())), dict[int, Message]()
+    turn = next(turns, None)
+    for reply in replies:
+        if (who := clients.pop(reply.metadata.reply_to_message_id, None)) is not None:
+            waiting[who] = reply
+        while turn in waiting:
+            yield turn, waiting.pop(turn)
+            turn = next(turns, None)
+    yield from sorted(waiting.items(), key=lambda item: item[0])

@@ -10,7 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hetfl.core.merge import Merged, Update, Updates
+    from hetfl.core.merge import Fold, Merged, Update, Updates
     from hetfl.core.plans import Plan
     from hetfl.core.server import Server
     from hetfl.core.types import Client, Node, Profile, Reply, Returned, Shares, Task
@@ -68,3 +68,8 @@ def recover(server: Server, replies: Sequence[Returned], round: int) -> Iterable
 @hookspec(firstresult=True)
 def aggregate(server: Server, updates: Updates, round: int) -> Merged | None:
     """Server: the next global model. Default: the mean over the clients that cover an entry."""
+
+
+@hookspec(firstresult=True)
+def fold(server: Server, round: int) -> Fold | None:
+    """Server, in place of `aggregate`: a running aggregation, which takes the updates one by one and holds none of them."""

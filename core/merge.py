@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from hetfl.core.plans import Patch, Patches
-from hetfl.core.widths import State, cells
+from hetfl.core.plans import Index, Patch, Patches
+from hetfl.core.widths import Block, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,22 +54,14 @@ class Updates(Sequence[Update]):
 
     def votes(self, weighting: str) -> list[float]:
         """What each client counts: its examples under "samples", one vote under "uniform"."""
-        return self.weights if weighting == "samples" else [1.0] * len(self)
-
-    def sums(self, name: str, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """(sum w c x, sum w c) over the clients for one tensor; the second may be broadcastable to the first's shape."""
-        total = torch.zeros_like(self.old[name])
-        for patch, weight in self._held(name, weights):
-            add(total, patch.values if patch.coverage is None else patch.values * patch.coverage, patch, weight)
-        return total, self.cover(name, weights)
+        return [VOTES[weighting](u) for u in self]
 
     def cover(self, name: str, weights: Sequence[float]) -> Tensor:
         """sum w c over the clients for one tensor; may be broadcastable to its shape."""
-        held = self._held(name, weights)
-        count = torch.zeros(extent(self.old[name], [patch for patch, _ in held]))
-        for patch, weight in held:
-            add(count, torch.ones(()) if patch.coverage is None else patch.coverage, patch, weight)
-        return count
+        total = Sum(self.old[name])
+        for patch, weight in self._held(name, weights):
+            total.cover(patch, weight)
+        return total.count
 
     def _held(self, name: str, weights: Sequence[float]) -> list[tuple[Patch, float]]:
         return [(u.patches[name], weight) for u, weight in zip(self, weights, strict=True) if name in u.patches]
@@ -95,40 +88,140 @@ class Updates(Sequence[Update]):
         return Updates([u for u in self if chosen(u)], self.old if old is None else old)
 
 
-def extent(old: Tensor, patches: Sequence[Patch]) -> list[int]:
-    """The shape that tells all counts apart: 1 along dims that no patch cuts."""
-    cut = {d for p in patches for d in p.index}
-    dense = any(p.coverage is not None for p in patches)
-    return [n if dense or d in cut else 1 for d, n in enumerate(old.shape)]
+class Sum:
+    """sum w c x and sum w c of one tensor, over the patches of clients that come one after the other."""
+
+    def __init__(self, old: Tensor) -> None:
+        self.old, self.total = old, cast(Tensor | None, None)
+        self._whole, self._parts = 0.0, torch.zeros([1] * old.ndim)  # the counts of whole tensors, and of blocks of it
+        self._blocks: dict[int, tuple[Index, Block, Block]] = {}
+
+    @property
+    def count(self) -> Tensor:
+        """sum w c; may be broadcastable to the tensor's shape: a dim is 1 where no patch was cut."""
+        return self._parts + self._whole
+
+    def add(self, patch: Patch, weight: float) -> None:
+        self.cover(patch, weight)
+        values = patch.values if patch.coverage is None else patch.values * patch.coverage
+        if self.total is None and not patch.index:
+            self.total = torch.mul(values, weight, out=torch.empty(self.old.shape, dtype=self.old.dtype))
+            return
+        self.total = torch.zeros(self.old.shape, dtype=self.old.dtype) if self.total is None else self.total
+        if patch.index:
+            self._block(patch.index)[0].add(self.total, values, weight)
+        else:
+            self.total.add_(values, alpha=weight)
+
+    def cover(self, patch: Patch, weight: float) -> None:
+        """Adds to `count` alone."""
+        if not patch.index and patch.coverage is None:
+            self._whole += weight
+            return
+        dense, sides = patch.coverage is not None, zip(self.old.shape, self._parts.shape, strict=True)
+        wanted = [n if dense or d in patch.index else now for d, (n, now) in enumerate(sides)]
+        if list(self._parts.shape) != wanted:
+            self._parts, self._blocks = self._parts.expand(wanted).clone(), {}
+        coverage = None if patch.coverage is None else patch.coverage.to(self._parts.dtype)
+        self._block(patch.index)[1].add(self._parts, coverage, weight)
+
+    def _block(self, index: Index) -> tuple[Block, Block]:
+        """Where the block lies in the total and in the count; equal blocks of a round are one object."""
+        key = id(index) if index else 0
+        if key not in self._blocks:
+            self._blocks[key] = index, Block(index, self.old.shape), Block(index, self._parts.shape)
+        return self._blocks[key][1:]
+
+    def mean(self) -> Tensor:
+        """Per entry sum w c x / sum w c; the old value where nothing is covered (spec heterofl 2.5)."""
+        count = self.count
+        if self.total is None:
+            return self.old
+        if bool((count > 0).all()):
+            return self.total.div_(count)
+        return torch.where(count > 0, self.total / count.clamp(min=torch.finfo(count.dtype).tiny), self.old)
+
+    def blend(self, whole: float) -> Tensor:
+        """(sum w c x + (whole - sum w c) old) / whole."""
+        count = self.count
+        if self.total is None:
+            return self.old
+        if bool((count == whole).all()):
+            return self.total.div_(whole)
+        return torch.where(count > 0, (self.total + (whole - count) * self.old) / whole, self.old)
 
 
-def add(total: Tensor, values: Tensor, patch: Patch, weight: float) -> None:
-    """total[block of patch] += weight * values, in place; dims of size 1 in `total` stand for all positions."""
-    index = {d: where for d, where in patch.index.items() if total.shape[d] > 1 or len(where) < 2}
-    where = cells(index, total)
-    if all(isinstance(w, slice) for w in where):
-        total[where].add_(values.to(total), alpha=weight)
-    else:
-        total[where] += values.to(total) * weight
+class Fold(Protocol):
+    """An aggregation that takes the updates of a round one by one, in client-id order, and need not hold them."""
+
+    def add(self, update: Update) -> None: ...
+    def result(self) -> Merged: ...
+
+
+def samples(update: Update) -> float:
+    """A client counts its examples."""
+    return update.weight
+
+
+def uniform(update: Update) -> float:
+    """A client counts 1."""
+    return 1.0
+
+
+VOTES = {"samples": samples, "uniform": uniform}
+
+
+class Mean:
+    """The weighted mean over the clients that cover an entry, its old value where none does (spec heterofl 2.5), as a Fold.
+
+    `vote` says what a client counts. With `absent`, a client without an entry votes for the entry's old value:
+    sum w (c x + (1 - c) old) / sum w. Integer buffers (numbers of batches seen) become the largest that is reported.
+    """
+
+    def __init__(self, old: State, vote: Callable[[Update], float] = samples, *, absent: bool = False) -> None:
+        self.old, self.absent, self._vote, self._whole = old, absent, vote, 0.0
+        self._sums = {name: Sum(tensor) for name, tensor in old.items() if tensor.is_floating_point()}
+        self._counters = {name: tensor for name, tensor in old.items() if not tensor.is_floating_point()}
+
+    def add(self, update: Update) -> None:
+        self.weigh(update, self._vote(update))
+
+    def weigh(self, update: Update, weight: float) -> None:
+        """Takes one more update, which counts `weight`."""
+        self._whole += weight
+        for name, patch in update.patches.items():
+            if name in self._sums:
+                self._sums[name].add(patch, weight)
+            elif name in self._counters:
+                self._counters[name] = torch.maximum(self._counters[name], patch.values)
+
+    def result(self) -> Merged:
+        return Merged(self.state())
+
+    def state(self) -> State:
+        """The mean of what was added; to be asked once."""
+        found = {name: s.blend(self._whole) if self.absent else s.mean() for name, s in self._sums.items()}
+        return {name: found[name] if name in found else self._counters[name] for name in self.old}
+
+
+def gather(fold: Fold, updates: Updates) -> Merged:
+    """What a Fold makes of updates that are all there."""
+    for update in updates:
+        fold.add(update)
+    return fold.result()
 
 
 def mean(updates: Updates, weights: Sequence[float]) -> State:
     """Per entry, the weighted mean over the clients that cover it; the old value where none does (spec heterofl 2.5)."""
-    state = updates.counters()
-    for name in updates.averaged():
-        total, count = updates.sums(name, weights)
-        state[name] = torch.where(count > 0, total / count.clamp(min=torch.finfo(count.dtype).tiny), updates.old[name])
-    return ordered(state, updates.old)
+    return _weighed(Mean(updates.old), updates, weights)
 
 
 def blend(updates: Updates, weights: Sequence[float]) -> State:
     """sum w (c x + (1 - c) old) / sum w: a client without an entry votes for its old value."""
-    state, whole = updates.counters(), float(sum(weights))
-    for name in updates.averaged():
-        total, count = updates.sums(name, weights)
-        state[name] = torch.where(count > 0, (total + (whole - count) * updates.old[name]) / whole, updates.old[name])
-    return ordered(state, updates.old)
+    return _weighed(Mean(updates.old, absent=True), updates, weights)
 
 
-def ordered(state: State, like: State) -> State:
-    return {name: state[name] for name in like}
+def _weighed(whole: Mean, updates: Updates, weights: Sequence[float]) -> State:
+    for update, weight in zip(updates, weights, strict=True):
+        whole.weigh(update, weight)
+    return whole.state()

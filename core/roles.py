@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.core import hooks, registry, train
 from hetfl.core.config import RunOptions, sentence
 from hetfl.core.errors import NotApplicable, UsageError, nearest
-from hetfl.core.merge import Merged, Update, Updates, mean
+from hetfl.core.merge import Fold, Mean, Merged, Update, Updates, gather, uniform
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
 from hetfl.core.strategy import Strategy, hookimpl
@@ -45,8 +45,8 @@ class Defaults:
         return [put(r) for r in replies]
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
-        return Merged(mean(updates, [1.0] * len(updates)))
+    def fold(self, server: Server) -> Fold:
+        return Mean(server.state, uniform)
 
 
 def both(a: Collection[str] | None, b: Collection[str] | None) -> Collection[str] | None:
@@ -73,7 +73,8 @@ class Roles:
         order = ("extract", "aggregate", "profile", "wrap")
         for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):  # noqa: C414 (the sort is stable)
             self._register(key)
-        self._callers = {role: self._caller(role) for role in ("extract", "aggregate", "profile")}
+        self._callers: dict[tuple[str, str | None], Any] = {}
+        self._answered: dict[tuple[str, str | None], bool] = {}
 
     def _register(self, key: str) -> None:
         try:
@@ -82,45 +83,76 @@ class Roles:
         except pluggy.PluginValidationError as error:
             raise UsageError(f"plugin '{key}' does not fit the hooks: {' '.join(str(error).split())}") from error
 
-    def _caller(self, role: str) -> Any:
-        others = [p for key, p in self.plugins.items() if key.split(".")[0] != role]
-        return lambda hook: self._manager.subset_hook_caller(hook, remove_plugins=others)
+    def _ask(self, hook: str, role: str | None = None) -> Any:
+        """The caller of `hook` for the plugins of `role` (None: all) that have something to do in it."""
+        if (hook, role) not in self._callers:
+            out = [p for key, p in self.plugins.items() if hook in p.idle or role not in (None, key.split(".")[0])]
+            self._callers[hook, role] = self._manager.subset_hook_caller(hook, remove_plugins=out)
+        return self._callers[hook, role]
+
+    def _answers(self, hook: str, role: str | None = None) -> bool:
+        """Whether a plugin, and not just the core, answers `hook`."""
+        if (hook, role) not in self._answered:
+            impls = self._ask(hook, role).get_hookimpls()
+            self._answered[hook, role] = any(impl.plugin_name != "core" for impl in impls)
+        return self._answered[hook, role]
 
     def prepare(self, server: Server) -> None:
         self._manager.hook.prepare(server=server)
 
     def profile(self, node: Node) -> Profile:
-        return cast(Profile, self._callers["profile"]("profile")(node=node))
+        return cast(Profile, self._ask("profile", "profile")(node=node))
 
     def adapt(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
         adapted = self._manager.hook.adapt(model=model, x=x, classes=classes)
         return model if adapted is None else cast(nn.Module, adapted)
 
     def source(self, server: Server, client: Client) -> State:
-        return cast(State, self._callers["aggregate"]("source")(server=server, client=client))
+        if not self._answers("source", "aggregate"):
+            return server.state
+        return cast(State, self._ask("source", "aggregate")(server=server, client=client))
 
     def shares(self, server: Server, client: Client, names: Collection[str]) -> Shares:
         """What travels under all chosen plugins."""
+        if not self._answers("shares"):
+            return Shares()
         down, up = None, None
         for said in self._manager.hook.shares(server=server, client=client, names=names):
             down, up = both(down, said.down), both(up, said.up)
         return Shares(down, up)
 
     def brief(self, server: Server, client: Client, plan: Plan, round: int) -> State:
+        if not self._answers("brief"):
+            return {}
         said = self._manager.hook.brief(server=server, client=client, plan=plan, round=round)
         return {name: tensor for extras in reversed(said) for name, tensor in extras.items()}
 
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan | None]:
-        return list(self._callers["extract"]("extract")(server=server, clients=clients, round=round))
+        return list(self._ask("extract", "extract")(server=server, clients=clients, round=round))
 
     def fit(self, task: Task) -> Reply:
-        return cast(Reply, self._manager.hook.fit(task=task))
+        return cast(Reply, self._ask("fit")(task=task))
+
+    @property
+    def plain_fit(self) -> bool:
+        """Whether local training is the core's own, with nothing around it."""
+        return not self._answers("fit")
 
     def recover(self, server: Server, replies: Sequence[Returned], round: int) -> list[Update]:
-        return list(self._callers["extract"]("recover")(server=server, replies=replies, round=round))
+        return list(self._ask("recover", "extract")(server=server, replies=replies, round=round))
 
     def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
-        return cast(Merged, self._callers["aggregate"]("aggregate")(server=server, updates=updates, round=round))
+        if self._answers("aggregate", "aggregate"):
+            return cast(Merged, self._ask("aggregate", "aggregate")(server=server, updates=updates, round=round))
+        return gather(self._fold(server, round), updates)
+
+    def stream(self, server: Server, round: int) -> Fold | None:
+        """A Fold for replies one by one as they come; None where the aggregation, or the recovery, has to see all of them."""
+        together = self._answers("aggregate", "aggregate") or self._answers("recover", "extract")
+        return None if together else self._fold(server, round)
+
+    def _fold(self, server: Server, round: int) -> Fold:
+        return cast(Fold, self._ask("fold", "aggregate")(server=server, round=round))
 
     @property
     def up(self) -> dict[str, Extra]:

@@ -21,7 +21,7 @@ from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
 from hetfl.core.grid import by_request, node
-from hetfl.core.merge import Updates, mean
+from hetfl.core.merge import Fold, Merged, Updates, mean
 from hetfl.core.meter import Meter
 from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
@@ -75,6 +75,7 @@ class Progress:
     clients: dict[int, Row] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     spent: int = 0
+    taken: dict[tuple[int, int], tuple[Plan, State, State]] = field(default_factory=dict)
 
 
 class Rounds(Strategy):
@@ -118,15 +119,44 @@ class Rounds(Strategy):
         return self._messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Checks the replies, recovers and merges them into the next global model."""
-        returned = [r for i, reply in by_request(self._messages, replies) if (r := self._accept(i, reply)) is not None]
-        if returned:
-            with self.timed(server_round, "recover"):
-                updates = Updates(self.roles.recover(self.server, returned, server_round), self.server.state)
-            with self.timed(server_round, "aggregate"):
-                merged = self.roles.aggregate(self.server, updates, server_round)
+        """Checks the replies, recovers and merges them into the next global model; as they come, where the aggregation can."""
+        fold = self.roles.stream(self.server, server_round)
+        valid = self._valid(replies, server_round)
+        merged, count = self._streamed(fold, valid, server_round) if fold else self._together(list(valid), server_round)
+        if merged is not None:
             self.server.state, self.server.branches = merged.state, dict(merged.branches)
-        return None, MetricRecord({"valid": len(returned)})
+        return None, MetricRecord({"valid": count})
+
+    def _valid(self, replies: Iterable[Message], round: int) -> Iterator[Returned]:
+        """The replies that can be used, in client order; waiting for them is the clients' time."""
+        arriving = by_request(self._messages, replies)
+        while True:
+            with self.timed(round, "fit"):
+                client, reply = next(arriving, (None, None))
+            if client is None or reply is None:
+                return
+            if (returned := self._accept(client, reply)) is not None:
+                yield returned
+
+    def _streamed(self, fold: Fold, valid: Iterable[Returned], round: int) -> tuple[Merged | None, int]:
+        count = 0
+        for returned in valid:
+            with self.timed(round, "recover"):
+                updates = self.roles.recover(self.server, [returned], round)
+            with self.timed(round, "aggregate"):
+                for update in updates:
+                    fold.add(update)
+            count += 1
+        with self.timed(round, "aggregate"):
+            return fold.result() if count else None, count
+
+    def _together(self, returned: list[Returned], round: int) -> tuple[Merged | None, int]:
+        if not returned:
+            return None, 0
+        with self.timed(round, "recover"):
+            updates = Updates(self.roles.recover(self.server, returned, round), self.server.state)
+        with self.timed(round, "aggregate"):
+            return self.roles.aggregate(self.server, updates, round), len(returned)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each client of the round gets its plan's part of the new global model, or its own model, for its own test data."""
@@ -159,9 +189,7 @@ class Rounds(Strategy):
         started, self._now = time.perf_counter(), Progress({"round": round})
         mark = sum(self.server.spent)
         messages = list(self.configure_train(round, ArrayRecord(), ConfigRecord(), grid))
-        with self.timed(round, "fit"):
-            replies = list(grid.send_and_receive(messages))
-        self.aggregate_train(round, replies)
+        self.aggregate_train(round, grid.send_and_receive(messages))
         self._normalise(round, grid)
         self._aggregated = self.server.state
         with self.timed(round, "finetune"):
@@ -199,12 +227,19 @@ class Rounds(Strategy):
 
     def _take(self, client: Client, plan: Plan) -> Sent:
         source = self.roles.source(self.server, client)
-        state = plan.take(source)
+        state = self._taken(plan, source)
         shares = self.roles.shares(self.server, client, tuple(state))
         travels = {name: t for name, t in state.items() if shares.down is None or name in shares.down}
         own = len(travels) < len(state) or source is not self.server.state
         up = frozenset(state if shares.up is None else (name for name in state if name in shares.up))
         return Sent(client, plan, state, self._travels(travels), up, own)
+
+    def _taken(self, plan: Plan, source: State) -> State:
+        """What `plan` takes of `source`, once a round for all clients that share both."""
+        key = id(plan), id(source)
+        if key not in self._now.taken:
+            self._now.taken[key] = plan, source, plan.take(source)
+        return self._now.taken[key][2]
 
     def _briefed(self, sent: Sent, round: int) -> Sent:
         return replace(sent, extras=self.roles.brief(self.server, sent.client, sent.plan, round))
@@ -229,7 +264,7 @@ class Rounds(Strategy):
 
     def _profiles(self, round: int, clients: Sequence[int], grid: Grid) -> dict[int, Profile]:
         asked = [self._message(i, MessageType.QUERY, round) for i in clients]
-        answers = by_request(asked, grid.send_and_receive(asked))
+        answers = list(by_request(asked, grid.send_and_receive(asked)))
         for i, reply in answers:
             if reply.has_error():
                 raise RunError(f"the profile of client {i} failed in round {round}: {last_line(reply)}")
@@ -289,7 +324,7 @@ class Rounds(Strategy):
 
     def _passes(self, round: int, grid: Grid) -> State:
         state = self.server.state
-        sent = [replace(s, travels=s.plan.take(state)) for s in self._sent.values() if s.plan.model is None]
+        sent = [replace(s, travels=self._taken(s.plan, state)) for s in self._sent.values() if s.plan.model is None]
         self._messages = [self._message(s.client.id, "train.passes", self._down(s)) for s in sent]
         answers = by_request(self._messages, grid.send_and_receive(self._messages))
         replies = [(i, self._payload(reply)) for i, reply in answers if reply.has_content()]
@@ -342,7 +377,7 @@ class Rounds(Strategy):
         return dict(sorted(jobs.items(), key=lambda job: order(job[0])))
 
     def _score(self, plan: Plan, state: State) -> Score:
-        return self.server.score(plan.take(state), self.test, plan.sizes, plan.model)
+        return self.server.score(self._taken(plan, state), self.test, plan.sizes, plan.model)
 
     def _masked(self, round: int, grid: Grid) -> None:
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""

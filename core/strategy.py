@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,6 +62,11 @@ class Strategy(BaseModel):
     @property
     def norm_policy(self) -> str | None:
         return None
+
+    @property
+    def idle(self) -> Collection[str]:
+        """Names of this plugin's hooks that do nothing under its options; `fit` then goes to cohorts, `recover` to streaming."""
+        return ()
 
     @property
     def foreign(self) -> bool:

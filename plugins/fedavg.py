@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hetfl.core.merge import Merged, Updates, blend
+from hetfl.core.merge import Fold, Mean
+from hetfl.core.server import Server
 from hetfl.core.strategy import Strategy, hookimpl
 
 
@@ -10,5 +11,5 @@ class FedAvg(Strategy):
     """Mean over all clients by their examples n; a client that lacks an entry (coverage c = 0) votes for the old value."""
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
-        return Merged(blend(updates, updates.weights))
+    def fold(self, server: Server) -> Fold:
+        return Mean(server.state, absent=True)

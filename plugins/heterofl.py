@@ -33,6 +33,10 @@ class HeteroFL(Strategy):
     def norm_policy(self) -> str | None:
         return "static" if self.static_bn else None
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return (*(() if self.mask_loss else ("recover",)), *(() if self.mask_loss or self.scaler else ("fit",)))
+
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
         return [server.select(prefix(client.profile.width)) for client in clients]
@@ -48,8 +52,8 @@ class HeteroFL(Strategy):
         return reply
 
     @hookimpl
-    def recover(self, server: Server, replies: Sequence[Returned]) -> Iterable[Update] | None:
-        return [update(server, r) for r in replies] if self.mask_loss else None
+    def recover(self, server: Server, replies: Sequence[Returned]) -> Iterable[Update]:
+        return [update(server, r) for r in replies]
 
 
 def masked(labels: Tensor) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hetfl.core.merge import Merged, Updates, mean
+from hetfl.core.merge import VOTES, Fold, Mean
+from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 
 
@@ -14,5 +15,5 @@ class Overlap(Strategy):
     weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
-        return Merged(mean(updates, updates.votes(self.weighting)))
+    def fold(self, server: Server) -> Fold:
+        return Mean(server.state, VOTES[self.weighting])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from hetfl.core.merge import Merged, Update, Updates, mean
+from hetfl.core.merge import Fold, Mean, Update
 from hetfl.core.norms import plain
 from hetfl.core.plans import Patch, Plan, Selection
 from hetfl.core.roles import put
@@ -153,9 +153,8 @@ class TailorFLMean(Strategy):
     step: float = Field(0.0625, gt=0, lt=1, description="grid of the ratios p, as in the extraction")
 
     @hookimpl
-    def aggregate(self, server: Server, updates: Updates) -> Merged:
-        ratios = [ratio(server.clients[u.client].profile.width, self.step) for u in updates]
-        return Merged(mean(updates, [u.weight / p for u, p in zip(updates, ratios, strict=True)]))
+    def fold(self, server: Server) -> Fold:
+        return Mean(server.state, lambda u: u.weight / ratio(server.clients[u.client].profile.width, self.step))
 
 
 def ratio(width: float, step: float) -> float:

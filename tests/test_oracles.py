@@ -20,6 +20,7 @@ from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN, MobileNetV2
 from hetfl.core.personal import pruned
 from hetfl.core.plans import Patch, Selection, grow, prefix
+from hetfl.core.roles import Roles
 from hetfl.core.server import Server
 from hetfl.core.train import descend
 from hetfl.core.types import Client, Profile
@@ -54,6 +55,13 @@ def server_with(widths=None, **clients):
     """A server as an aggregation sees it: client i at the width given as c<i>."""
     known = {int(name[1:]): Client(int(name[1:]), Profile(width)) for name, width in clients.items()}
     return Double(clients=known, branches={}, state=None, widths=widths)
+
+
+def merged(plugin, updates, server=None):
+    """What an aggregation plugin makes of `updates`, whether it takes them together or one by one."""
+    server = server or server_with()
+    server.state = updates.old
+    return Roles({"aggregate.it": plugin}).aggregate(server, updates, 1)
 
 
 def schedule(rate, target, clamp=False):
@@ -99,10 +107,10 @@ def test_fiarse_aggregation():
     x = T([0.9, -0.5, 0.3, -0.2])
     one = update(1, (x - T([0.1, -0.1, 0.2, 0.4])).tolist(), mask=[1, 1, 1, 1])
     two = update(2, (x - T([0.3, 0, 0, 0])).tolist(), mask=[1, 0, 0, 0])
-    assert close(fiarse.FIARSEMean().aggregate(over(x.tolist(), one, two)).state["v"], [0.7, -0.4, 0.1, -0.6])
+    assert close(merged(fiarse.FIARSEMean(), over(x.tolist(), one, two)).state["v"], [0.7, -0.4, 0.1, -0.6])
     still = update(2, (x - T([0.3, 0, 0, 0])).tolist(), mask=[1, 1, 0, 0])
-    assert close(fiarse.FIARSEMean().aggregate(over(x.tolist(), one, still)).state["v"], [0.7, -0.45, 0.1, -0.6])
-    assert close(fiarse.FIARSEMean(rate=0.5).aggregate(over(x.tolist(), one, two)).state["v"], [0.8, -0.45, 0.2, -0.4])
+    assert close(merged(fiarse.FIARSEMean(), over(x.tolist(), one, still)).state["v"], [0.7, -0.45, 0.1, -0.6])
+    assert close(merged(fiarse.FIARSEMean(rate=0.5), over(x.tolist(), one, two)).state["v"], [0.8, -0.45, 0.2, -0.4])
 
 
 @quick
@@ -347,7 +355,7 @@ def test_tailor_weighted_overlap():
     """spec tailorfl O4"""
     server = server_with(c1=0.5, c2=1.0)
     a, b = update(1, [2.0, 2, 0], 10.0, mask=[1, 1, 0]), update(2, [5.0, 0, 0], 20.0, mask=[1, 0, 0])
-    assert tailorfl.TailorFLMean().aggregate(server, over([9.0, 9, 9], a, b)).state["v"].tolist() == [3.5, 2, 9]
+    assert merged(tailorfl.TailorFLMean(), over([9.0, 9, 9], a, b), server).state["v"].tolist() == [3.5, 2, 9]
 
 
 def test_tailor_swap():
@@ -534,11 +542,8 @@ MEANS = {
 
 
 def call(plugin, updates):
-    """The next state under an aggregation, whatever arguments its hook takes."""
-    server = server_with(c0=1.0, c1=0.5, c2=0.25, c3=0.5)
-    server.state = updates.old
-    given = {"server": server, "updates": updates, "round": 1}
-    return plugin.aggregate(**{k: v for k, v in given.items() if k in plugin.aggregate.__code__.co_varnames}).state["v"]
+    """The next state under an aggregation of clients 0 … 3."""
+    return merged(plugin, updates, server_with(c0=1.0, c1=0.5, c2=0.25, c3=0.5)).state["v"]
 
 
 @pytest.mark.parametrize("name", MEANS)

@@ -12,9 +12,10 @@ from torch import nn
 from hetfl.core import experiment, models, registry
 from hetfl.core.config import resolve
 from hetfl.core.errors import UsageError
+from hetfl.core.merge import Updates
 from hetfl.core.record import Folder
 from hetfl.core.roles import Roles
-from hetfl.core.rounds import Unwatched
+from hetfl.core.rounds import Rounds, Unwatched
 
 EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
 AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
@@ -66,16 +67,24 @@ TINY = {
 
 @pytest.mark.parametrize(("extract", "aggregate"), list(itertools.product(EXTRACTIONS, AGGREGATIONS)))
 def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract, aggregate, tmp_path, monkeypatch):
-    moves = []
-    whole = Roles.aggregate
+    moves, updates = [], []
+    recover, whole = Roles.recover, Rounds.aggregate_train
 
-    def watched(self, server, updates, round):
-        before, merged = server.state, whole(self, server, updates, round)
-        covered = {name: updates.column(name)[1].amax(0) > 0 for name in updates.averaged()}
-        moves.append({name: (merged.state[name] != before[name], covered[name]) for name in covered})
-        return merged
+    def recovered(self, *given):
+        updates.extend(found := recover(self, *given))
+        return found
 
-    monkeypatch.setattr(Roles, "aggregate", watched)
+    def watched(self, *given):
+        updates.clear()
+        before = self.server.state
+        whole(self, *given)
+        if updates:
+            all_of_them = Updates(updates, before)
+            covered = {name: all_of_them.column(name)[1].amax(0) > 0 for name in all_of_them.averaged()}
+            moves.append({name: (self.server.state[name] != before[name], covered[name]) for name in covered})
+
+    monkeypatch.setattr(Roles, "recover", recovered)
+    monkeypatch.setattr(Rounds, "aggregate_train", watched)
     values = {**TINY, **tuned(extract, aggregate, 2)}
     one, summary = run(tmp_path / "1", workers=1, **values)
     monkeypatch.undo()
@@ -125,7 +134,7 @@ def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
         return whole(task)
 
     monkeypatch.setattr(train, "fit", fit)
-    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap")
+    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off")
     assert any("client 2 left out: ValueError: sensor unplugged" in note for note in summary["notes"])
     assert "sensor unplugged" in (tmp_path / "a" / "clients.csv").read_text()
 
@@ -148,7 +157,7 @@ def test_a_bad_reply_is_left_out(tmp_path, monkeypatch, spoil):
         return reply
 
     monkeypatch.setattr(train, "fit", fit)
-    weights, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap")
+    weights, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off")
     assert sum("client 1 left out" in note for note in summary["notes"]) == 2
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
 
@@ -160,8 +169,8 @@ def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch)
         raise RuntimeError("down")
 
     monkeypatch.setattr(train, "fit", fit)
-    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", rounds=1)
-    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", rounds=3)
+    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off", rounds=1)
+    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", cohorts="off", rounds=3)
     assert same(one, two)
 
 

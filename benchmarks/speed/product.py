@@ -1,0 +1,54 @@
+"""hetfl itself: the work's options through `experiment.run`, timed from its own metrics."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.work import asked, norm, report
+
+
+class Watch:
+    """Notes when the first clients began, and keeps each round's row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.first = 0.0
+
+    def phase(self, round: int, name: str) -> None:
+        if name == "fit" and not self.first:
+            self.first = time.time()
+
+    def done(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        print(text)
+
+
+def main() -> None:
+    from hetfl.core import experiment
+    from hetfl.core.config import resolve
+    from hetfl.core.record import Folder
+
+    work, watch = asked(), Watch()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Folder(Path(place) / "run").open()
+        experiment.run(resolve(work.values), folder, watch)
+        from safetensors.torch import load_file
+
+        state = load_file(folder.path / "weights.safetensors")
+    rows = watch.rows[1:]
+    if work.options.eval_every > 1:  # only the last round evaluates
+        rows[-1]["seconds"] -= rows[-1].pop("seconds evaluate")
+    phases = sorted({k for row in rows for k in row if k.startswith("seconds ")})
+    report(
+        seconds=[row["seconds"] for row in rows], first=watch.first, norm=norm(t for t in state.values() if t.is_floating_point()),
+        phases={p.removeprefix("seconds "): sum(r.get(p, 0.0) for r in rows) / len(rows) for p in phases},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The work that is timed: one federation, one model, one order of clients and batches for hetfl, the floor and the peers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from hetfl.core.config import RunOptions
+    from hetfl.core.data import Federation
+
+SIZE = 28
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """`sampled` of `clients` train one epoch of `examples` examples a round, `rounds` times after one to warm up."""
+
+    name: str
+    model: str
+    args: dict[str, Any] = field(default_factory=dict)
+    clients: int = 100
+    sampled: int = 10
+    examples: int = 600
+    batch: int = 32
+    momentum: float = 0.0
+    clip: float = 0.0
+    rounds: int = 3
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The options of `hfl run`."""
+        return {
+            "extract": "full", "aggregate": "fedavg", "dataset": str(dataset(self.clients * self.examples)), "partition": "iid",
+            "clients": self.clients, "fraction": self.sampled / self.clients, "own_test": 0, "server_data": 0, "epochs": 1,
+            "batch_size": self.batch, "lr": 0.01, "momentum": self.momentum, "clip": self.clip, "model": self.model,
+            "model_args": self.args, "levels": "1:1", "rounds": self.rounds + 1, "eval_every": 1000, **self.more,
+        }  # fmt: skip
+
+    @cached_property
+    def options(self) -> RunOptions:
+        from hetfl.core.config import resolve
+
+        return resolve(self.values)
+
+    @cached_property
+    def federation(self) -> Federation:
+        from hetfl.core import data
+
+        return data.load(self.options)
+
+    def module(self) -> torch.nn.Module:
+        """The untrained model, as hetfl builds it."""
+        from hetfl.core.experiment import built
+
+        return built(self.options, self.federation, self.model)
+
+    def chosen(self, round: int) -> list[int]:
+        """The clients of a round, as hetfl samples them."""
+        from hetfl.core.rounds import sample
+        from hetfl.core.streams import stream
+
+        return sample(self.clients, self.options.fraction, stream(0, "sample", round))
+
+    def rows(self, round: int, client: int) -> torch.Tensor:
+        """A client's examples in the order in which it sees them."""
+        import torch
+
+        from hetfl.core.streams import stream
+
+        index = self.federation.clients[client].train.index
+        return index[torch.randperm(len(index), generator=stream(0, "batches", round, client))]
+
+    def batches(self, round: int, client: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        train = self.federation.clients[client].train
+        for rows in self.rows(round, client).split(self.batch):
+            yield train.x[rows], train.y[rows]
+
+
+SMALL = {"widths": [16, 32], "hidden": 128, "kernel": 3}
+HETERO = {
+    "extract": "heterofl", "aggregate": "overlap", "levels": "1:2,0.5:2,0.25:2,0.125:2,0.0625:2", "eval_every": 1,
+    "set": {"heterofl": {"static_bn": True}},
+}  # fmt: skip
+WORKS = {
+    work.name: work
+    for work in (
+        Work("W", "fedavg-cnn"),
+        Work("W-small", "fedavg-cnn", SMALL, rounds=5),
+        Work("W-1000", "fedavg-cnn", clients=1000, sampled=1000, examples=32, rounds=1),
+        *(Work(f"tiny-{n}", "mlp", {"hidden": []}, 1000, n, 32, rounds=5) for n in (10, 100, 1000)),
+        Work("hetero", "cnn", {}, 10, 10, 600, momentum=0.9, clip=1.0, rounds=2, more=HETERO),
+    )
+}
+
+
+def dataset(examples: int, tests: int = 1000) -> Path:
+    """A folder of MNIST-shaped noise, made once."""
+    folder = Path(os.environ.get("HETFL_BENCH", "/tmp/hetfl-bench")) / f"noise{examples}"
+    if not (folder / "test.npz").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(0)
+        for name, count in (("train", examples), ("test", tests)):
+            y = np.arange(count) % CLASSES
+            x = random.integers(0, 256, (count, SIZE, SIZE), dtype=np.uint8)
+            x[np.arange(count), y * 2] |= 128  # something to learn
+            np.savez(folder / f"{name}.npz", x=x, y=y)
+    return folder
+
+
+def norm(tensors: Any) -> float:
+    """What two ways of computing the same have in common: the Euclidean norm of all parameters."""
+    return float(sum(float(t.double().pow(2).sum()) for t in tensors) ** 0.5)
+
+
+def report(**facts: Any) -> None:
+    """The one line that compare.py reads."""
+    print("RESULT " + json.dumps({"at": time.time(), **facts}), flush=True)
+
+
+def asked() -> Work:
+    return WORKS[sys.argv[1]]
+
+
+def key(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

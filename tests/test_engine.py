@@ -1,0 +1,247 @@
+"""The default engine: who begins when, who trains as one, sums as replies come; none of it changes a result."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hetfl.core import cohorts, train
+from hetfl.core.cohorts import Member
+from hetfl.core.config import resolve
+from hetfl.core.data import Examples
+from hetfl.core.grid import by_request, node
+from hetfl.core.merge import Mean, Update, Updates, gather
+from hetfl.core.models import ZOO
+from hetfl.core.plans import Patch
+from hetfl.core.pool import AHEAD, Pool
+from hetfl.core.record import Folder
+from hetfl.core.roles import Roles
+from hetfl.core.streams import stream
+from hetfl.core.widths import Block, copied, load, tensors
+from hetfl.core.workshop import laid_out
+
+quick = settings(deadline=None, max_examples=25)
+
+
+# the pool
+
+
+@quick
+@given(st.lists(st.floats(0, 9), max_size=60), st.integers(1, 3))
+def test_a_stream_keeps_the_order_begins_with_the_dearest_and_never_runs_far_ahead(costs, workers):
+    pool, begun, lock, taken, far = Pool(workers), [], threading.Lock(), 0, []
+
+    def job(item):
+        with lock:
+            begun.append(item)
+            far.append(len(begun) - taken)
+        return item
+
+    items = list(enumerate(costs))
+    found = []
+    for item in pool.stream(job, items, lambda item: item[1]):
+        found.append(item)
+        with lock:
+            taken += 1
+    pool.close()
+    assert found == items
+    assert max(far, default=0) <= AHEAD * workers + 1
+    if items and workers == 1:
+        assert begun[0][1] == max(cost for _, cost in items[:AHEAD])
+
+
+def test_a_stream_raises_what_a_job_raised():
+    pool = Pool(2)
+    with pytest.raises(ZeroDivisionError):
+        list(pool.stream(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
+    pool.close()
+
+
+@quick
+@given(st.permutations(range(6)), st.sets(st.integers(0, 5)), st.integers(0, 5))
+def test_replies_are_taken_in_client_order_whatever_the_arrival(arrival, silent, twice):
+    sent = [SimpleNamespace(metadata=SimpleNamespace(message_id=f"m{i}", dst_node_id=node(i))) for i in range(6)]
+    replies = [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=f"m{i}")) for i in arrival if i not in silent]
+    replies += [r for r in replies if r.metadata.reply_to_message_id == f"m{twice}"]
+    assert [client for client, _ in by_request(sent, iter(replies))] == [i for i in range(6) if i not in silent]
+
+
+# sums
+
+
+@quick
+@given(st.data())
+def test_a_block_is_added_to_where_its_index_says(data):
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    index = {}
+    for dim in data.draw(st.sets(st.integers(0, len(shape) - 1))):
+        units = data.draw(st.permutations(range(shape[dim])))
+        index[dim] = torch.tensor(units[: data.draw(st.integers(1, shape[dim]))])
+    total = torch.randn(shape)
+    wanted = total.clone()
+    values = torch.randn([len(index[d]) if d in index else n for d, n in enumerate(shape)])
+    cells = torch.meshgrid(*(index.get(d, torch.arange(n)) for d, n in enumerate(shape)), indexing="ij")
+    wanted[cells] += 0.5 * values
+    block = Block(index, shape)
+    block.add(total, values, 0.5)
+    assert torch.allclose(total, wanted)
+    wanted[cells] += 2.0
+    block.add(total, None, 2.0)
+    assert torch.allclose(total, wanted)
+
+
+FOLDS = [("overlap", {}), ("overlap", {"weighting": "samples"}), ("fedavg", {}), ("fiarse", {"rate": 0.5})]
+
+
+@pytest.mark.parametrize(("name", "options"), FOLDS)
+def test_taking_updates_one_by_one_is_taking_them_together(name, options):
+    from hetfl.core import registry
+
+    roles = Roles({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
+    old = {"w": torch.randn(6, 4), "seen": torch.tensor(2)}
+    rows = [torch.tensor([0, 1, 2]), torch.tensor([5, 1]), torch.arange(6)]
+    updates = [
+        Update(i, {"w": Patch(torch.randn(len(at), 4), {0: at}), "seen": Patch(torch.tensor(3 + i))}, 10.0 + i)
+        for i, at in enumerate(rows)
+    ]
+    server = SimpleNamespace(state=old, clients={})
+    fold = roles.stream(server, 1)
+    one_by_one = gather(fold, updates).state
+    together = roles.aggregate(server, Updates(updates[::-1], old), 1).state
+    assert torch.equal(one_by_one["w"], together["w"])
+    assert one_by_one["seen"] == together["seen"] == 5
+    assert not torch.equal(one_by_one["w"], old["w"])
+
+
+def test_a_running_aggregation_holds_no_reply(simulate, monkeypatch):
+    """While a client's update is added, those before it are gone."""
+    alive, seen, whole = [], weakref.WeakSet(), Mean.add
+
+    def add(self, update):
+        seen.add(update)
+        alive.append(len(seen))
+        whole(self, update)
+
+    monkeypatch.setattr(Mean, "add", add)
+    simulate(extract="heterofl", aggregate="overlap", clients=12, levels="1", steps=1, pretrain_steps=0)
+    assert len(alive) == 12
+    assert max(alive) <= 2
+
+
+# cohorts
+
+
+def alone(model, member, options):
+    """One client's training by itself, as train.fit does it."""
+    load(model, member.state).train()
+    optimizer = train.make_optimizer(model, options, 1)
+    for rows in train.orders(member.train, options, stream(0, "batches", 1, member.client), model):
+        optimizer.zero_grad()
+        last = nn.functional.cross_entropy(model(member.train.x[rows]), member.train.y[rows])
+        last.backward()
+        if options.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+    return copied(model), last.item()
+
+
+NETS = {
+    "mlp": lambda: ZOO["mlp"](classes=3, channels=1, size=6, hidden=(5,)),
+    "fedconv-cnn": lambda: ZOO["fedconv-cnn"](classes=3, channels=1, size=6, widths=(3, 4)),
+    "cnn": lambda: ZOO["cnn"](classes=3, channels=1, widths=(3, 4)),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@settings(deadline=None, max_examples=12)
+@given(
+    counts=st.lists(st.integers(2, 23), min_size=2, max_size=4), epochs=st.integers(1, 3), batch=st.integers(2, 9),
+    momentum=st.sampled_from([0.0, 0.9]), clip=st.sampled_from([0.0, 0.3]), optimizer=st.sampled_from(["sgd", "adam"]),
+)  # fmt: skip
+def test_a_cohort_trains_as_its_clients_would_alone(net, counts, epochs, batch, momentum, clip, optimizer):
+    torch.manual_seed(0)
+    model = laid_out(NETS[net]())
+    if not cohorts.uneven(model):
+        counts = counts[:1] * len(counts)
+    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    if net == "cnn":  # biases before a batch norm have no gradient but rounding, which Adam would blow up
+        optimizer = "sgd"
+    values = {"epochs": epochs, "batch_size": batch, "momentum": momentum, "clip": clip, "optimizer": optimizer, "lr": 0.01}
+    options = resolve(values)
+    state = {name: t.clone() for name, t in tensors(model).items()}
+    members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
+    together = cohorts.train(model, members, options, 1)
+    for member, trained in zip(members, together, strict=True):
+        wanted, loss = alone(model, member, options)
+        assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)
+        for name, tensor in wanted.items():
+            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-3, atol=2e-4), name
+
+
+def test_a_cohort_scores_as_its_clients_would_alone():
+    torch.manual_seed(0)
+    model = NETS["cnn"]()
+    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    states = [{n: t + 0.1 * i if t.is_floating_point() else t for n, t in tensors(model).items()} for i in range(3)]
+    data = [Examples(x, y, torch.arange(n)) for n in (1, 9, 40)]
+    for state, own, score in zip(states, data, cohorts.evaluate(model, states, data, 8), strict=True):
+        wanted = train.evaluate(load(NETS["cnn"](), state), own, 8)
+        assert score.examples == wanted.examples
+        assert score.accuracy == pytest.approx(wanted.accuracy)
+        assert score.loss == pytest.approx(wanted.loss, rel=1e-4)
+
+
+RUN = {"extract": "heterofl", "aggregate": "overlap", "clients": 7, "partition": "dirichlet", "levels": "1:4,0.5:3", "rounds": 2}
+
+
+def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
+    off, on, other = (simulate(**RUN, cohorts=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
+    assert (off.cohort, on.cohort > 1) == (1, True)
+    for name, tensor in off.server.state.items():
+        assert torch.allclose(on.server.state[name], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(on.server.state[name], other.server.state[name])
+    for a, b in zip(off.rounds.client_rows, on.rounds.client_rows, strict=True):
+        assert set(a) == set(b)
+        assert a["examples"] == b["examples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("values", "why"), [
+    ({"extract": "fiarse", "aggregate": "overlap"}, "a plugin takes part in local training"),
+    ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers or is recurrent"),
+])  # fmt: skip
+def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
+    made = simulate(steps=0, cohorts="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
+    assert made.cohort == 1
+    assert any(why in note for note in made.server.notes)
+
+
+def test_auto_is_a_rule_on_device_parameters_and_batch():
+    small, large, conv = NETS["mlp"](), ZOO["mlp"](classes=10, channels=1, size=28), NETS["fedconv-cnn"]()
+    auto = resolve({})
+    assert cohorts.size(small, auto, (1, 6, 6), False) == cohorts.MOST
+    assert cohorts.size(small, auto, (1, 6, 6), True) == 1
+    assert cohorts.size(large, auto, (1, 28, 28), False) == 1
+    assert cohorts.size(conv, auto, (1, 6, 6), False) > 1
+    assert cohorts.size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
+    assert cohorts.size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
+    assert cohorts.size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
+
+
+# tables
+
+
+def test_rows_are_appended_until_a_column_is_new(tmp_path):
+    folder, rows = Folder(tmp_path), [{"round": 1}]
+    for more in ({"round": 2}, {"round": 3, "x": 0.5}, {"round": 4}):
+        folder.table("t.csv", rows)
+        rows.append(more)
+    folder.table("t.csv", rows)
+    assert (tmp_path / "t.csv").read_text() == "round,x\n1,\n2,\n3,0.5\n4,\n"
