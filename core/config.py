@@ -90,7 +90,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
-    eval_batch_size: int = Field(512, ge=1, description="batch size of evaluation")
+    eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
     cohorts: Literal["off", "on", "auto"] = Field(
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"

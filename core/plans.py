@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hetfl.core.widths import DEPTH, Kept, State, Widths, cells, count, take, within
+from hetfl.core.widths import DEPTH, Kept, State, Widths, cells, count, leading, take, within
 
 Index = Mapping[int, Tensor]
 
@@ -107,6 +107,13 @@ class Selection:
         inner = within(self.widths, self.sizes, kept) if kept else {}
         old = {name: take(mask, inner.get(name, {})) for name, mask in self.masks.items()}
         return replace(self, kept=units, masks={**old, **masks})
+
+
+def whole(selection: Selection) -> bool:
+    """Whether a selection is the global model itself, unit by unit."""
+    cut = any(len(selection.kept[g.name]) < g.size for g in selection.widths.groups)
+    plain = not selection.masks and selection.names is None and selection.depth is None and selection.model is None
+    return plain and not cut and all(leading(units) for units in selection.kept.values())
 
 
 @dataclass(frozen=True, eq=False)

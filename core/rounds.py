@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from hetfl.core.apps import Desk, Down
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
+from hetfl.core.exams import Candidate, Exams
 from hetfl.core.grid import by_request, node
 from hetfl.core.merge import Fold, Merged, Updates, mean
 from hetfl.core.meter import Meter
@@ -27,7 +28,6 @@ from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
 from hetfl.core.server import Server
-from hetfl.core.train import Score
 from hetfl.core.types import Client, Profile, Reply, Returned
 from hetfl.core.widths import State
 
@@ -56,6 +56,7 @@ class Sent:
 
     client: Client
     plan: Plan
+    source: State  # what the plan was taken from
     state: State
     travels: State  # of `state`, what crosses the network
     up: frozenset[str]  # the tensors that are to come back
@@ -95,6 +96,7 @@ class Rounds(Strategy):
         self._met: dict[int, int] = {}
         self._now = Progress()
         self._aggregated = server.state
+        self.exams = Exams(server, test, self._taken)
 
     # Flower's moments of a round
 
@@ -232,7 +234,7 @@ class Rounds(Strategy):
         travels = {name: t for name, t in state.items() if shares.down is None or name in shares.down}
         own = len(travels) < len(state) or source is not self.server.state
         up = frozenset(state if shares.up is None else (name for name in state if name in shares.up))
-        return Sent(client, plan, state, self._travels(travels), up, own)
+        return Sent(client, plan, source, state, self._travels(travels), up, own)
 
     def _taken(self, plan: Plan, source: State) -> State:
         """What `plan` takes of `source`, once a round for all clients that share both."""
@@ -339,10 +341,8 @@ class Rounds(Strategy):
 
     def _evaluate(self, round: int, grid: Grid, wanted: bool, last: bool) -> None:
         """Test accuracies by their (model, split) names, and one round of the server-only control beside them."""
-        jobs: dict[str, Callable[[], Score]] = self._jobs() if wanted else {}
-        train_control: Callable[[], Any] = partial(self._train_control, round)
-        results = self.server.pool.map(lambda job: job(), [train_control, *jobs.values()])
-        for name, score in zip(jobs, results[1:], strict=True):
+        scores = self.exams.scores(self._candidates() if wanted else {}, partial(self._train_control, round))
+        for name, score in scores.items():
             self._now.row |= {name: score.accuracy, f"{name} loss": score.loss}
         if wanted and self._has_control:
             score = self.server.score(self.control, self.test)
@@ -361,23 +361,20 @@ class Rounds(Strategy):
         if self._has_control:
             self.control = self.server.trained(self.control, self._now.spent, "control", round)
 
-    def _jobs(self) -> dict[str, Callable[[], Score]]:
-        state, jobs = self._aggregated, dict[str, Callable[[], Score]]()
-        jobs["global@test"] = partial(self.server.score, state, self.test)
+    def _candidates(self) -> dict[str, Candidate]:
+        """What is tested on the test split after a round."""
+        found = {"global@test": Candidate(self._aggregated)}
         if self.options.server_finetune_steps:
-            jobs["sent@test"] = partial(self.server.score, self.server.state, self.test)
+            found["sent@test"] = Candidate(self.server.state)
         for level, sent in {s.client.profile.level: s for s in reversed(self._sent.values())}.items():
             source = self.roles.source(self.server, sent.client)
             if sent.plan.model is None:
-                jobs[f"level-{level}@test"] = partial(self._score, sent.plan, state)
+                found[f"level-{level}@test"] = Candidate(self._aggregated, sent.plan)
             if source is not self.server.state:
-                jobs[f"personal-{level}@test"] = partial(self._score, sent.plan, source)
+                found[f"personal-{level}@test"] = Candidate(source, sent.plan)
             elif not sent.personal:
-                jobs[f"sent-{level}@test"] = partial(self.server.score, sent.state, self.test, sent.plan.sizes)
-        return dict(sorted(jobs.items(), key=lambda job: order(job[0])))
-
-    def _score(self, plan: Plan, state: State) -> Score:
-        return self.server.score(self._taken(plan, state), self.test, plan.sizes, plan.model)
+                found[f"sent-{level}@test"] = Candidate(sent.source, sent.plan)
+        return dict(sorted(found.items(), key=lambda item: order(item[0])))
 
     def _masked(self, round: int, grid: Grid) -> None:
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""

@@ -15,6 +15,7 @@ from hetfl.core.dice import draws
 from hetfl.core.types import Reply, Task
 from hetfl.core.widths import copied
 
+Seen = tuple[int, int, float]  # of one batch: examples, right answers, summed loss
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -102,16 +103,28 @@ def optimizer_of(parameters: list[Tensor], options: RunOptions, round: int) -> t
 
 def evaluate(model: nn.Module, data: Examples, batch: int, labels: Tensor | None = None) -> Score:
     """Accuracy and loss of `model` on `data`; with `labels`, a bool for each class, the other classes' logits count as 0."""
+    return total_score(examine(model, data, data.rows(batch), labels))
+
+
+def examine(model: nn.Module, data: Examples, batches: Iterable[Tensor], labels: Tensor | None = None) -> list[Seen]:
+    """What came of each of `batches`, positions in `data`."""
     model.eval()
-    right, loss = 0, 0.0
+    found = []
     with torch.inference_mode():
-        for x, y in data.batches(batch, None):
-            logits = model(x)
+        for rows in batches:
+            logits, y = model(data.x[rows]), data.y[rows]
             if labels is not None:
                 logits = logits.masked_fill(~labels, 0.0)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            right += int((logits.argmax(1) == y).sum())
-    return Score(right / max(len(data), 1), loss / max(len(data), 1), len(data))
+            loss = float(F.cross_entropy(logits, y, reduction="sum"))
+            found.append((len(rows), int((logits.argmax(1) == y).sum()), loss))
+    return found
+
+
+def total_score(batches: Sequence[Seen]) -> Score:
+    """The score over the batches that `examine` saw, summed in their order."""
+    count = sum(n for n, _, _ in batches)
+    right, loss = sum(r for _, r, _ in batches), sum(total for _, _, total in batches)
+    return Score(right / max(count, 1), loss / max(count, 1), count)
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
