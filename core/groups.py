@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hetfl.core.blocks import put, take
 from hetfl.core.errors import UsageError
 from hetfl.core.labels import called
 from hetfl.core.sizes import Place
 from hetfl.core.streams import stream
 from hetfl.core.trace import Heads, Tracer
-from hetfl.core.widths import Axis, Group, Kept, Widths, axis, build, load, put, take, tensors, without
+from hetfl.core.widths import Axis, Group, Kept, Widths, axis, build, load, tensors, without
 
 TOLERANCE = 1e-4
 

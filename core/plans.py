@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hetfl.core.widths import DEPTH, Kept, State, Widths, cells, count, leading, take, within
+from hetfl.core.blocks import Index, cells, leading, take
+from hetfl.core.widths import DEPTH, Kept, State, Widths, count, within
 
-Index = Mapping[int, Tensor]
+NOWHERE = Index()  # of a tensor that is not cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class Patch:
     """
 
     values: Tensor
-    index: Index = field(default_factory=dict)
+    index: Mapping[int, Tensor] = field(default_factory=Index)
     coverage: Tensor | None = None
 
     def full(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,15 +93,26 @@ class Selection:
         return {name: len(units) for name, units in self.kept.items()} | depth
 
     @cached_property
-    def index(self) -> dict[str, dict[int, Tensor]]:
+    def index(self) -> dict[str, Index]:
         return self.widths.index(self.kept)
 
+    @cached_property
+    def places(self) -> dict[str, Index]:
+        """`index` without the dims that are whole."""
+        return {name: self._cut(name, index) for name, index in self.index.items()}
+
+    def _cut(self, name: str, index: Index) -> Index:
+        sides = self.widths.shapes.get(name)
+        return index if sides is None else Index({d: w for d, w in index.items() if len(w) < sides[d] or not leading(w)})
+
     def take(self, state: State) -> State:
-        mine = {name: take(t, self.index.get(name, {})) for name, t in state.items() if self.names is None or name in self.names}
+        mine = {
+            name: take(t, self.places.get(name, NOWHERE)) for name, t in state.items() if self.names is None or name in self.names
+        }
         return {name: t * self.masks[name] if name in self.masks else t for name, t in mine.items()}
 
     def put(self, trained: State) -> dict[str, Patch]:
-        return {name: Patch(values, self.index.get(name, {}), self.masks.get(name)) for name, values in trained.items()}
+        return {name: Patch(values, self.places.get(name, NOWHERE), self.masks.get(name)) for name, values in trained.items()}
 
     def narrow(self, kept: Kept, masks: State) -> Selection:
         units = {name: units[kept[name]] if name in kept else units for name, units in self.kept.items()}

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hetfl.core.blocks import put, take
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Holding
 from hetfl.core.plans import Plan
 from hetfl.core.streams import stream
-from hetfl.core.widths import Kept, State, load, put, take, tensors, within
+from hetfl.core.widths import Kept, State, load, tensors, within
 from hetfl.core.workshop import Workshop
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hetfl.core.blocks import Index, take
 from hetfl.core.sizes import Place
 
 State = dict[str, Tensor]
@@ -100,9 +101,9 @@ class Widths:
         """The leading `ceil(ratio * size)` units of every group."""
         return self.select(lambda size: torch.arange(count(size, ratio)))
 
-    def index(self, kept: Kept) -> dict[str, dict[int, Tensor]]:
-        """For each cut tensor and dim: the positions that `kept` leaves, in local order."""
-        return {name: {dim: axis.index(kept) for dim, axis in axes.items()} for name, axes in self.axes.items()}
+    def index(self, kept: Kept) -> dict[str, Index]:
+        """For each cut tensor: the positions along its dims that `kept` leaves, in local order."""
+        return {name: Index({dim: axis.index(kept) for dim, axis in axes.items()}) for name, axes in self.axes.items()}
 
     def elastic(self) -> float:
         """Share of the entries that some cut can remove."""
@@ -152,68 +153,11 @@ def narrowed(old: Axis, names: tuple[str, ...]) -> Axis | None:
 # the smaller module
 
 
-def take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
-    """The entries of `tensor` at `index` along each of its dims; a leading run of positions is a view."""
-    for dim, where in index.items():
-        tensor = tensor.narrow(dim, 0, len(where)) if leading(where) else tensor.index_select(dim, where)
-    return tensor
-
-
-def put(small: Tensor, index: Mapping[int, Tensor], like: Tensor) -> Tensor:
-    """`like` with the entries at `index` replaced by `small`; the inverse of `take` there."""
-    full = like.clone()
-    full[cells(index, like)] = small.to(like)
-    return full
-
-
-def cells(index: Mapping[int, Tensor], like: Tensor) -> tuple[Any, ...]:
-    """Indices that address the block `index` of a tensor of the shape of `like`, for reading or assignment."""
-    if all(leading(where) for where in index.values()):
-        return tuple(slice(0, len(index[d])) if d in index else slice(None) for d in range(like.ndim))
-    lines = [index[d] if d in index else torch.arange(like.shape[d]) for d in range(like.ndim)]
-    return torch.meshgrid(*lines, indexing="ij") if like.ndim else ()
-
-
-class Block:
-    """Where the block at `index` (dim -> positions) lies in a contiguous tensor of `shape`: found once, added to many times."""
-
-    def __init__(self, index: Mapping[int, Tensor], shape: Iterable[int]) -> None:
-        self.shape = tuple(shape)
-        self._cells: tuple[Any, ...] | None = None
-        self._rows: Tensor | None = None
-        if all(leading(where) for where in index.values()):
-            self._cells = tuple(slice(0, len(index[d])) if d in index else slice(None) for d in range(len(self.shape)))
-        elif max(index) < 2:
-            lines = [index.get(d, torch.arange(n)) for d, n in enumerate(self.shape[:2])]
-            self._rows = lines[0] if max(index) == 0 else (lines[0][:, None] * self.shape[1] + lines[1]).flatten()
-            self._depth = max(index) + 1
-        else:
-            self._cells = torch.meshgrid(*(index.get(d, torch.arange(n)) for d, n in enumerate(self.shape)), indexing="ij")
-
-    def add(self, total: Tensor, values: Tensor | None, weight: float) -> None:
-        """total[block] += weight * values, in place; `values` None: 1."""
-        if self._rows is not None:
-            lines = total.view(-1, math.prod(self.shape[self._depth :]))
-            mine = lines.index_select(0, self._rows)
-            mine = mine.add_(weight) if values is None else mine.add_(values.reshape(mine.shape), alpha=weight)
-            lines.index_copy_(0, self._rows, mine)
-        elif self._cells and not isinstance(self._cells[0], slice):
-            total[self._cells] += weight if values is None else values * weight
-        elif values is None:
-            total[self._cells or ()] += weight
-        else:
-            total[self._cells or ()].add_(values, alpha=weight)
-
-
 def within(widths: Widths, sizes: Mapping[str, int], kept: Kept) -> dict[str, dict[int, Tensor]]:
     """Where the units `kept` (local numbers) of a submodel of `sizes` lie in that submodel's own tensors."""
     ours = {group.name: torch.arange(sizes[group.name]) for group in widths.groups}
     outer, inner = widths.index(ours), widths.index({**ours, **kept})
     return {name: {dim: torch.searchsorted(outer[name][dim], where) for dim, where in dims.items()} for name, dims in inner.items()}
-
-
-def leading(where: Tensor) -> bool:
-    return bool(len(where)) and int(where[0]) == 0 and bool((where == torch.arange(len(where))).all())
 
 
 def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:

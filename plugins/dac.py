@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from hetfl.core import cost
+from hetfl.core.blocks import take
 from hetfl.core.dice import draws
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
@@ -19,7 +20,7 @@ from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.train import rows_of
 from hetfl.core.types import Client
 from hetfl.core.units import Gate, consumers, gated, readers, strongest
-from hetfl.core.widths import State, Widths, take, within
+from hetfl.core.widths import State, Widths, within
 
 Units = Mapping[str, Tensor]
 

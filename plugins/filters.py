@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl.core.plans import Selection
-from hetfl.core.widths import Axis, State, leading
+from hetfl.core.blocks import leading
+from hetfl.core.plans import NOWHERE, Selection
+from hetfl.core.widths import Axis, State
 
 MOST_PARTS = 64
 NEGATIVE, POSITIVE = 0.001, 0.85
@@ -68,7 +69,7 @@ class Block:
 
 def blocks(selection: Selection, name: str, tensor: Tensor) -> list[Block]:
     """How filters tile one tensor for the submodel `selection` of leading channels; one cut along a third dim is only sliced."""
-    axes, index = selection.widths.axes.get(name, {}), selection.index.get(name, {})
+    axes, index = selection.widths.axes.get(name, {}), selection.index.get(name, NOWHERE)
     if max(axes, default=0) > 1:
         return []
     lines = [parts(axes.get(d), index.get(d), n) for d, n in enumerate(tensor.shape[:2])]
@@ -234,7 +235,7 @@ def spread(x: Tensor, k: Tensor, block: Block) -> Tensor:
 
 def images_of_small(block: Block, small: Tensor, filters: Filters) -> Tensor:
     """The client's part of a block: the places in the small tensor where the block's kept positions lie."""
-    index = filters.selection.index.get(block.name, {})
+    index = filters.selection.index.get(block.name, NOWHERE)
 
     def where(part: Part, dim: int, size: int) -> Tensor:
         kept = part.positions[: part.kept]

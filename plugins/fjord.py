@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from hetfl.core.blocks import take
 from hetfl.core.plans import Plan, prefix
 from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.train import divergence
 from hetfl.core.types import Client, Reply, Task
-from hetfl.core.widths import count, take, tensors, within
+from hetfl.core.widths import count, tensors, within
 
 Logits = tuple[Tensor, Tensor]
 

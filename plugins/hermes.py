@@ -9,6 +9,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from hetfl.core.blocks import cells
 from hetfl.core.merge import Merged, Update, Updates, mean
 from hetfl.core.norms import plain
 from hetfl.core.personal import examined, goal, pruned, remaining
@@ -18,7 +19,7 @@ from hetfl.core.server import Server
 from hetfl.core.strategy import Field, Strategy, flat, hookimpl, unflat
 from hetfl.core.types import Client, Extra, Reply, Returned, Task
 from hetfl.core.units import scores, strongest
-from hetfl.core.widths import State, cells, count
+from hetfl.core.widths import State, count
 
 
 class Hermes(Strategy):

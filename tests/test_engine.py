@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hetfl.core import cohorts, train
+from hetfl.core.blocks import Index
 from hetfl.core.cohorts import Member
 from hetfl.core.config import resolve
 from hetfl.core.data import Examples
@@ -24,7 +25,7 @@ from hetfl.core.pool import AHEAD, Pool
 from hetfl.core.record import Folder
 from hetfl.core.roles import Roles
 from hetfl.core.streams import stream
-from hetfl.core.widths import Block, copied, load, tensors
+from hetfl.core.widths import copied, load, tensors
 from hetfl.core.workshop import laid_out
 
 quick = settings(deadline=None, max_examples=25)
@@ -89,11 +90,11 @@ def test_a_block_is_added_to_where_its_index_says(data):
     values = torch.randn([len(index[d]) if d in index else n for d, n in enumerate(shape)])
     cells = torch.meshgrid(*(index.get(d, torch.arange(n)) for d, n in enumerate(shape)), indexing="ij")
     wanted[cells] += 0.5 * values
-    block = Block(index, shape)
+    block = Index(index)
     block.add(total, values, 0.5)
     assert torch.allclose(total, wanted)
     wanted[cells] += 2.0
-    block.add(total, None, 2.0)
+    block.add(total, 1.0, 2.0)
     assert torch.allclose(total, wanted)
 
 

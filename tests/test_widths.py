@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from hetfl.core.blocks import put, take
 from hetfl.core.errors import UsageError
 from hetfl.core.groups import trace
 from hetfl.core.models import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
-from hetfl.core.widths import build, count, load, put, take, tensors
+from hetfl.core.widths import build, count, load, tensors
 
 
 class Strange(nn.Module):

@@ -45,7 +45,7 @@ def main() -> None:
         rows[-1]["seconds"] -= rows[-1].pop("seconds evaluate")
     phases = sorted({k for row in rows for k in row if k.startswith("seconds ")})
     report(
-        seconds=[row["seconds"] for row in rows], first=watch.first, norm=norm(t for t in state.values() if t.is_floating_point()),
+        seconds=[row["seconds"] for row in rows], first=watch.first, norm=norm(t for n, t in state.items() if "running" not in n and t.is_floating_point()),
         phases={p.removeprefix("seconds "): sum(r.get(p, 0.0) for r in rows) / len(rows) for p in phases},
     )  # fmt: skip
 

@@ -63,11 +63,22 @@ class Work:
 
         return data.load(self.options)
 
-    def module(self) -> torch.nn.Module:
-        """The untrained model, as hetfl builds it."""
+    @property
+    def evaluates(self) -> bool:
+        """Whether a round ends with normalisation statistics and tests."""
+        return self.options.eval_every == 1
+
+    def ratio(self, client: int) -> float:
+        """A client's width ratio."""
+        mix = [part.split(":") for part in self.values["levels"].split(",")]
+        return [float(level) for level, count in mix for _ in range(int(count) * (self.clients if len(mix) == 1 else 1))][client]
+
+    def module(self, args: dict[str, Any] | None = None) -> torch.nn.Module:
+        """The untrained model, as hetfl builds it; with `args`, by these arguments."""
         from hetfl.core.experiment import built
 
-        return built(self.options, self.federation, self.model)
+        options = self.options if args is None else self.options.model_copy(update={"model_args": args})
+        return built(options, self.federation, self.model)
 
     def chosen(self, round: int) -> list[int]:
         """The clients of a round, as hetfl samples them."""

@@ -1,0 +1,80 @@
+"""Averaging 10 ResNet18 submodels (widths 1 to 1/16, two each) beside what memory bandwidth allows for the same bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.speed.work import report
+
+RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+def median(work: Callable[[], Any], repeats: int = 9) -> float:
+    """Milliseconds of `work`, after two to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    from hetfl.core import models, registry
+    from hetfl.core.config import resolve
+    from hetfl.core.groups import trace
+    from hetfl.core.merge import Update, Updates
+    from hetfl.core.plans import Plan, prefix
+    from hetfl.core.pool import Pool
+    from hetfl.core.roles import Roles
+    from hetfl.core.server import Server
+    from hetfl.core.types import Client, Profile
+    from hetfl.core.widths import count, load, tensors
+    from hetfl.core.workshop import Workshop
+
+    torch.set_num_threads(1)
+    model = models.ZOO["resnet18"](classes=10, channels=3)
+    widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)
+    server = Server(resolve({}), Workshop(model, widths), tensors(model), 10, None, Pool(1))
+    roles = Roles({"aggregate.overlap": registry.find("aggregate", "overlap").load()()})
+    generator = torch.Generator().manual_seed(0)
+
+    def some(ratio: float) -> Callable[[int], torch.Tensor]:
+        return lambda size: torch.randperm(size, generator=generator)[: count(size, ratio)].sort().values
+
+    found: dict[str, Any] = {}
+    for kind, choose in (("prefix", prefix), ("index", some)):
+        plans: list[Plan] = [server.select(choose(ratio)) for ratio in RATIOS for _ in range(2)]
+        trained = [{n: t.clone() for n, t in plan.take(server.state).items()} for plan in plans]
+        clients = [Client(i, Profile()) for i in range(len(plans))]
+
+        def average(plans: Any = plans, trained: Any = trained) -> None:
+            fold = roles.stream(server, 1)
+            assert fold is not None
+            for i, (plan, state) in enumerate(zip(plans, trained, strict=True)):
+                fold.add(Update(i, plan.put(state), 1.0))
+            fold.result()
+
+        modules = [server.workshop.module(plan.sizes) for plan in plans]
+
+        def extract(plans: Any = plans, modules: Any = modules) -> None:
+            for plan, module in zip(plans, modules, strict=True):
+                load(module, plan.take(server.state))
+
+        held = sum(t.numel() * 4 for state in trained for t in state.values())
+        whole = sum(t.numel() * 4 for t in server.state.values())
+        found[kind] = {"average": median(average), "extract": median(extract), "MB": held / 1e6}
+        assert clients and Updates
+    a, b = torch.randn(int(held / 4)), torch.randn(int(held / 4))
+    copy = median(lambda: b.copy_(a))  # reads and writes `held` bytes each
+    found["floor"] = {"average": copy * (3 * held + 2 * whole) / (2 * held), "extract": copy, "GB/s": 2 * held / copy / 1e6}
+    report(milliseconds=found)
+
+
+if __name__ == "__main__":
+    main()
