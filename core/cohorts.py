@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
+from hetfl.core.device import arithmetic
 from hetfl.core.streams import stream
 from hetfl.core.train import BATCH_NORM, Score, optimizer_of, orders
 from hetfl.core.widths import State, tensors
@@ -78,7 +79,8 @@ class Stack:
     """The models of several clients as one: every tensor (clients, *shape)."""
 
     def __init__(self, model: nn.Module, states: Sequence[State], frozen: bool) -> None:
-        self.model, self.values = model, stacked(states)
+        device = next(model.parameters()).device
+        self.model, self.values = model, {name: t.to(device) for name, t in stacked(states).items()}
         wanted = [] if frozen else [n for n, p in model.named_parameters() if p.requires_grad and n in self.values]
         self.parameters = [self.values[n].requires_grad_() for n in wanted]
 
@@ -92,7 +94,7 @@ class Stack:
 
     def states(self) -> list[State]:
         """The tensors of each client, as they are now."""
-        rows = zip(*(tensor.detach().unbind(0) for tensor in self.values.values()), strict=True)
+        rows = zip(*(tensor.detach().cpu().unbind(0) for tensor in self.values.values()), strict=True)
         return [dict(zip(self.values, row, strict=True)) for row in rows]
 
 
@@ -139,7 +141,9 @@ def train(model: nn.Module, members: Sequence[Member], options: RunOptions, roun
     for batch in aligned(given, mean=True):
         x, y = batch.of(members[0].train)
         optimizer.zero_grad()
-        losses = (F.cross_entropy(stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape) * batch.weights).sum(1)
+        with arithmetic(options):
+            each = F.cross_entropy(stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        losses = (each * batch.weights.to(each.device)).sum(1)
         losses.sum().backward()
         if options.clip:
             clip(stack.parameters, options.clip)
@@ -169,7 +173,8 @@ def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples]
         for step in aligned([d.rows(batch) for d in data], mean=False):
             x, y = step.of(data[0])
             logits = stack(x)
-            loss += (F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape) * step.weights).sum(1)
-            right += ((logits.argmax(-1) == y) * step.weights).sum(1)
+            each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+            loss += (each.cpu() * step.weights).sum(1)
+            right += ((logits.argmax(-1) == y).cpu() * step.weights).sum(1)
     found = zip(right.tolist(), loss.tolist(), counts, strict=True)
     return [Score(r / max(n, 1), total / max(n, 1), n) for r, total, n in found]

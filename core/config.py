@@ -96,7 +96,9 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
     )
     device: str = Field("cpu", description="where clients train and models are evaluated: cpu, cuda, cuda:0 …")
-    precision: Literal["float32", "bf16"] = Field("float32", description="arithmetic of forward passes; weights stay float32")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="arithmetic of local training's forward passes; weights stay float32"
+    )
     out: Path | None = Field(None, description="run folder (default: runs/<time>-<extract>-<aggregate>)")
     overwrite: bool = Field(False, description="replace an --out that is not empty")
     heads: Literal["width", "whole"] = Field("width", description="what is cut of attention: every head's width, or whole heads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,20 @@ class Federation:
     inputs: Inputs  # what a model is to be built for
     model: str  # the one to take where none is named
     preprocessing: dict[str, Any]  # the data options that were left open, as they were found
+
+    def on(self, device: str) -> Federation:
+        """The same with all examples resident on `device`; who holds which stays where it is."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved: dict[int, Tensor] = {}
+
+        def there(part: Examples) -> Examples:
+            x, y = (moved.setdefault(id(t), t.to(device)) for t in (part.x, part.y))
+            return Examples(x, y, part.index)
+
+        clients = tuple(replace(c, train=there(c.train), test=there(c.test)) for c in self.clients)
+        public = self.public and Public(there(self.public.tune), there(self.public.holdout))
+        return replace(self, clients=clients, public=public, test=there(self.test))
 
     @property
     def shape(self) -> tuple[int, ...]:

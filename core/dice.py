@@ -53,7 +53,7 @@ class Dice(TorchFunctionMode):
         if not training or p == 0:
             return x
         shape = x.shape if name == "dropout" else x.shape[:2] + (1,) * (x.ndim - 2)
-        kept = torch.bernoulli(torch.full(shape, 1 - p, dtype=x.dtype), generator=self.generator)
+        kept = torch.bernoulli(torch.full(shape, 1 - p, dtype=x.dtype), generator=self.generator).to(x.device)
         return x * kept / (1 - p) if p < 1 else x * 0
 
     def attend(

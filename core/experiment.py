@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hetfl.core import cohorts, data, factories, norms, presets, roles
+from hetfl.core import cohorts, data, device, factories, norms, presets, roles
 from hetfl.core.apps import Desk, Site, client_app
 from hetfl.core.config import RunOptions, resolve, write
 from hetfl.core.crew import Crew
@@ -57,10 +57,11 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     """Loads plugins, data and model, traces the widths and pre-trains. Raises UsageError for what cannot work together."""
     plugins = roles.load(options)
     watch.phase(0, "data")
-    federation = data.load(options)
+    device.check(options)
+    federation = data.load(options).on(options.device)
     watch.phase(0, "model")
     model, widths = traced(options, federation, plugins)
-    pool, workshop = Pool(options.workers), Workshop(model, widths, partial(built, options, federation))
+    pool, workshop = Pool(options.workers), Workshop(model, widths, partial(built, options, federation), options.device)
     initial = tensors(model)
     server = Server(options, workshop, initial, len(federation.classes), federation.public, pool)
     began = time.perf_counter()
@@ -88,7 +89,7 @@ def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
     if size < 2:
         return 1, "the model draws random numbers or is recurrent"
     test = site.federation.test
-    why = cohorts.stackable(copy.deepcopy(model), test.x[test.index[:2]])
+    why = cohorts.stackable(copy.deepcopy(model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
 
 
@@ -101,7 +102,7 @@ def built(options: RunOptions, federation: Federation, name: str) -> nn.Module:
 def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name = options.model or federation.model
-    x = federation.test.x[federation.test.index[:2]]
+    x = federation.test.x[federation.test.index[:2]].cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapt"))
         model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
@@ -217,7 +218,7 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
         "client seconds": sum(row["client seconds"] for row in rows),
         "bytes down": sum(row["bytes down"] for row in rows), "bytes up": sum(row["bytes up"] for row in rows),
         "weights sha256": digest(experiment.server.state),
-        "notes": [*dict.fromkeys(experiment.server.notes), *unmoved(experiment), *warnings(measured)],
+        "notes": [*dict.fromkeys(experiment.server.notes), *spared(experiment), *unmoved(experiment), *warnings(measured)],
     }  # fmt: skip
 
 
@@ -248,6 +249,13 @@ def averages(rows: Sequence[Row]) -> dict[str, float]:
     found = {name: [row[name] for row in rows if name in row] for name in SPENT}
     means = {name: sum(values) / len(values) for name, values in found.items() if values}
     return {name: value if name == "seconds" else round(value) for name, value in means.items()}
+
+
+def spared(experiment: Experiment) -> list[str]:
+    """What early stopping on the hold-out left out of tuning."""
+    steps, epochs = (sum(part) for part in zip(*experiment.server.saved, strict=True)) if experiment.server.saved else (0, 0)
+    taken = sum(experiment.server.spent)
+    return [f"early stopping on the hold-out saved {steps} of {steps + taken} server steps ({epochs:.1f} epochs)"] if steps else []
 
 
 def unmoved(experiment: Experiment) -> list[str]:

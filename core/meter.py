@@ -26,7 +26,7 @@ class Meter:
 
     def __init__(self, options: RunOptions, workshop: Workshop, sample: Examples, classes: int) -> None:
         self._options, self._workshop, self._classes = options, workshop, classes
-        self._x = sample.x[sample.index[:2]]
+        self._x = sample.x[sample.index[:2]].cpu()
         self._costs: dict[object, Cost] = {}
         self._lock = threading.Lock()
 
@@ -46,7 +46,7 @@ class Meter:
 
     def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
-        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio))
+        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio)).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
         return step_seconds(model, data.x[rows], data.y[rows], repeats)
 

@@ -76,6 +76,7 @@ class Progress:
     clients: dict[int, Row] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     spent: int = 0
+    saved: int = 0  # before the round
     taken: dict[tuple[int, int], tuple[Plan, State, State]] = field(default_factory=dict)
 
 
@@ -190,6 +191,7 @@ class Rounds(Strategy):
         """One round."""
         started, self._now = time.perf_counter(), Progress({"round": round})
         mark = sum(self.server.spent)
+        self._now.saved = sum(steps for steps, _ in self.server.saved)
         messages = list(self.configure_train(round, ArrayRecord(), ConfigRecord(), grid))
         self.aggregate_train(round, grid.send_and_receive(messages))
         self._normalise(round, grid)
@@ -212,6 +214,7 @@ class Rounds(Strategy):
             "bytes down": sum(c["bytes down"] for c in people), "bytes up": sum(c["bytes up"] for c in people),
             "clients": len(people), "left out": sum("fault" in c for c in people),
             "client seconds": sum(c.get("seconds", 0.0) for c in people), "seconds": seconds, "server steps": now.spent,
+            "server steps saved": sum(steps for steps, _ in self.server.saved) - now.saved,
             **{f"seconds {name}": value for name, value in now.seconds.items()},
         }  # fmt: skip
         self.rows.append(now.row)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,15 @@ from hetfl.core.streams import stream
 from hetfl.core.train import Score, Tuned, evaluate, tune
 from hetfl.core.types import Client
 from hetfl.core.widths import Kept, State, Widths, copied
-from hetfl.core.workshop import Workshop
+from hetfl.core.workshop import Workshop, layout
 
 
 class Server:
     """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
     `clients` has every client by its id as it was when last sampled.
 
-    `public` is the server's labelled data or None; `spent` counts the training steps taken on it.
+    `public` is the server's labelled data or None; `spent` counts the training steps taken on it,
+    `saved` the (steps, epochs) that early stopping left out.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Server:
         self.branches: dict[str, Patches] = {}
         self.clients: dict[int, Client] = {}
         self.spent: list[int] = []
+        self.saved: list[tuple[int, float]] = []
         self.notes: list[str] = []
         self._public = public
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
@@ -78,8 +82,16 @@ class Server:
     def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
         model = self.workshop.module(sizes).eval()
-        out: Tensor = torch.func.functional_call(model, dict(state), (x,))
+        form, weights = layout(model), {name: t.to(x.device) for name, t in state.items()}
+        if form != torch.contiguous_format:
+            weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
+        out: Tensor = torch.func.functional_call(model, weights, (x,))
         return out
+
+    def answers(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """`logits` without a gradient, in batches of evaluation."""
+        with torch.no_grad():
+            return torch.cat([self.logits(state, part, sizes) for part in x.split(self.options.eval_batch_size)])
 
     def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None, model: str | None = None) -> Score:
         """Accuracy and loss of `state` on `data`."""
@@ -87,12 +99,15 @@ class Server:
 
     def tune(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
-        *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (),
+        *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (), patience: int = 0,
     ) -> Tuned:  # fmt: skip
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
-        self.spent.append(steps)
-        return tune(self.public.tune, parameters, loss, judge, generator, steps=steps, lr=lr, batch=batch, keep=keep)
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
+        tuned = tune(self.public.tune, parameters, loss, judge, generator, **how)
+        self.spent.append(tuned.steps)
+        self.saved.append((steps - tuned.steps, (steps - tuned.steps) / math.ceil(len(self.public.tune) / batch)))
+        return tuned
 
     def trained(
         self, state: State, steps: int, purpose: str, round: int = 0, *,

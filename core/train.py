@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
+from hetfl.core.device import arithmetic
 from hetfl.core.dice import draws
 from hetfl.core.types import Reply, Task
 from hetfl.core.widths import copied
@@ -59,10 +60,11 @@ def _descend(
     task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
     model, last = task.model.train(), torch.zeros(())
-    masked = [(p, task.masks[name]) for name, p in model.named_parameters() if name in task.masks]
+    masked = [(p, task.masks[name].to(p.device)) for name, p in model.named_parameters() if name in task.masks]
     for x, y in batches:
         optimizer.zero_grad()
-        last = loss(x, y)
+        with arithmetic(task.options):
+            last = loss(x, y)
         last.backward()
         for parameter, mask in masked:
             if parameter.grad is not None:
@@ -114,7 +116,7 @@ def examine(model: nn.Module, data: Examples, batches: Iterable[Tensor], labels:
         for rows in batches:
             logits, y = model(data.x[rows]), data.y[rows]
             if labels is not None:
-                logits = logits.masked_fill(~labels, 0.0)
+                logits = logits.masked_fill(~labels.to(logits.device), 0.0)
             loss = float(F.cross_entropy(logits, y, reduction="sum"))
             found.append((len(rows), int((logits.argmax(1) == y).sum()), loss))
     return found
@@ -140,6 +142,7 @@ class Tuned:
     start: float
     best: float
     step: int
+    steps: int  # taken, of those that were allowed
 
 
 def tune(
@@ -153,27 +156,32 @@ def tune(
     lr: float,
     batch: int,
     every: int = 10,
+    patience: int = 0,
     keep: Sequence[Tensor] = (),
 ) -> Tuned:
     """Adam on `parameters` for `steps` batches of server data; the step with the lowest `judge()` is kept, step 0 included.
 
     `loss` gets the positions of a batch within `data`; `judge`, the loss on the hold-out, is asked every `every` steps.
-    `keep` are further tensors (buffers) that belong to a step. All are changed in place.
+    With `patience`, tuning ends after so many
+    judgements in a row that were no better. `keep` are further tensors (buffers) that belong to a step. All are changed in place.
     """
     optimizer = torch.optim.Adam(list(parameters), lr, fused=True)
     every_tensor = [*parameters, *keep]
     start = best = judged(judge)
-    chosen, saved = 0, [t.detach().clone() for t in every_tensor]
+    chosen, taken, saved = 0, 0, [t.detach().clone() for t in every_tensor]
     for step, rows in zip(range(1, steps + 1), rows_of(len(data), batch, generator), strict=False):
         optimizer.zero_grad()
         loss(rows).backward()
         optimizer.step()
+        taken = step
         if (step % every == 0 or step == steps) and (now := judged(judge)) < best:
             best, chosen, saved = now, step, [t.detach().clone() for t in every_tensor]
+        elif patience and step - chosen >= patience * every:
+            break
     with torch.no_grad():
         for tensor, value in zip(every_tensor, saved, strict=True):
             tensor.copy_(value)
-    return Tuned(start, best, chosen)
+    return Tuned(start, best, chosen, taken)
 
 
 def judged(judge: Callable[[], float]) -> float:

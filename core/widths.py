@@ -124,8 +124,8 @@ def tensors(model: nn.Module) -> State:
 
 
 def copied(model: nn.Module) -> State:
-    """The tensors of `model` as they are now, each in the plain layout whatever that of the model."""
-    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors(model).items()}
+    """The tensors of `model` as they are now, in main memory and the plain layout whatever the model's."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors(model).items()}
 
 
 def without(widths: Widths, reasons: dict[str, str]) -> Widths:

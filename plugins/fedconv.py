@@ -26,6 +26,7 @@ from hetfl.core.widths import Kept, State
 from hetfl.plugins.filters import Compressor, Filters, coverage, dilate
 
 LATE = 6
+Goals = tuple[Tensor, Tensor]  # logits, or labels, for the tune and the hold-out examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,7 @@ class FedConv(Strategy):
     late_epochs: int | None = Field(None, ge=0, description="epochs of compressor and dilator from round 6 on")
     lr: float = Field(1e-2, gt=0, description="Adam learning rate of the compressor")
     batch_size: int = Field(64, ge=1, description="server examples in a tuning step")
+    patience: int = Field(5, ge=0, description="end tuning after so many looks at the hold-out without gain (0: never)")
     halve_every: int = Field(0, ge=0, description="halve both learning rates every N rounds while above 1e-4 (0: never)")
     dilate: Literal["update", "weights"] = Field("update", description="grow what the client changed, or its weights")
     dilator_steps: int = Field(0, ge=0, description="dilator steps a round for each client (0: placement)")
@@ -136,7 +138,8 @@ class FedConv(Strategy):
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
         """Tunes the filters of every size class of the round, the classes side by side (spec 2.5)."""
         widths = sorted({c.profile.width for c in clients}, reverse=True)
-        plans = server.pool.map(lambda width: self._plan(server, width, round), widths)
+        goals = self._goals(server) if self._steps(server, round) and min(widths) < 1 else None
+        plans = server.pool.map(lambda width: self._plan(server, width, goals, round), widths)
         by_width = dict(zip(widths, plans, strict=True))
         return [by_width[c.profile.width] for c in clients]
 
@@ -145,15 +148,28 @@ class FedConv(Strategy):
         """Grows every reply to the global model's size with the client's own dilator (spec 2.2, findings 6.5)."""
         return server.pool.map(lambda r: self._grown(server, r, round), replies)
 
-    def _plan(self, server: Server, width: float, round: int) -> Plan:
+    def _goals(self, server: Server) -> Goals:
+        """What submodels are to answer on the tune and hold-out examples: as the global model does, or the labels."""
+        x, y = (torch.cat(parts) for parts in zip(server.public.tune.all(), server.public.holdout.all(), strict=True))
+        if self.objective == "distill":
+            parts = x.split(server.options.eval_batch_size)
+            y = torch.cat(server.pool.map(lambda part: server.answers(server.state, part), parts))
+        return y[: len(server.public.tune)], y[len(server.public.tune) :]
+
+    def _steps(self, server: Server, round: int) -> int:
+        """Compressor steps of a round."""
+        steps = self.steps if round > 1 or self.first_steps is None else self.first_steps
+        return self._count(server, self.epochs, steps, round)
+
+    def _plan(self, server: Server, width: float, goals: Goals | None, round: int) -> Plan:
         selection = server.select(prefix(width))
         if selection.sizes == server.workshop.full:
             return selection
         level = f"{width:g}"
         filters = self._compressors.get(level) or self._filters(server, selection, f"compressor {level}")
         self._compressors[level] = filters
-        steps = self.steps if round > 1 or self.first_steps is None else self.first_steps
-        self._compress(server, filters, self._count(server, self.epochs, steps, round), level, round)
+        if goals is not None:
+            self._compress(server, filters, goals, level, round)
         return Compressed(selection, filters.frozen(), self.mlr, self.residual)
 
     def _filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
@@ -171,27 +187,23 @@ class FedConv(Strategy):
         epochs = self.late_epochs if self.late_epochs is not None and round >= LATE else epochs
         return epochs * math.ceil(len(server.public.tune) / self.batch_size)
 
-    def _compress(self, server: Server, filters: Filters, steps: int, level: str, round: int) -> None:
+    def _compress(self, server: Server, filters: Filters, goals: Goals, level: str, round: int) -> None:
         """Tunes one size class: its submodel is to answer as the global model does, G frozen (spec 2.5)."""
-        if not steps:
-            return
         was, filters.touched = filters.touched, True
         small = Compressor(filters, server.state, self.mlr, self.residual)
         sizes = filters.selection.sizes
         tuned = self._tune(
-            server, filters.trainable(), lambda x: server.logits(small(), x, sizes), lambda x: server.logits(server.state, x),
-            f"compressor {level}", round, steps=steps, lr=rate(self.lr, round, self.halve_every), batch=self.batch_size,
+            server, filters.trainable(), lambda x: server.logits(small(), x, sizes), goals,
+            f"compressor {level}", round, steps=self._steps(server, round), lr=rate(self.lr, round, self.halve_every),
         )  # fmt: skip
         filters.touched = was or tuned > 0
 
-    def _tune(self, server: Server, weights: list[Tensor], student: Any, teacher: Any, purpose: str, round: int, **how: Any) -> int:
-        """The step that was kept, of tuning `student` by distillation from `teacher` or by the labels."""
-        (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
-        with torch.no_grad():
-            goal, held = (teacher(x), teacher(hx)) if self.objective == "distill" else (y, hy)
+    def _tune(self, server: Server, weights: list[Tensor], student: Any, goals: Goals, purpose: str, round: int, **how: Any) -> int:
+        """The step that was kept, of tuning `student` towards the logits or labels `goals` of the tune and hold-out examples."""
+        x, hx, (goal, held) = server.public.tune.all()[0], server.public.holdout.all()[0], goals
         return server.tune(
             weights, lambda rows: self._loss(student(x[rows]), goal[rows]),
-            lambda: float(self._loss(student(hx), held)), purpose, round, **how,
+            lambda: float(self._loss(student(hx), held)), purpose, round, batch=self.batch_size, patience=self.patience, **how,
         ).step  # fmt: skip
 
     def _loss(self, logits: Tensor, goal: Tensor) -> Tensor:
@@ -237,10 +249,12 @@ class FedConv(Strategy):
     ) -> None:
         """Tunes one client's dilator with the client's weights frozen; step 0 is among the choices (spec 2.5)."""
         was, filters.touched = filters.touched, True
+        (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
+        if self.objective == "distill":
+            y, hy = (server.answers(trained, part, returned.plan.sizes) for part in (x, hx))
         tuned = self._tune(
-            server, filters.trainable(), lambda x: server.logits(self._large(server.state, filters, change), x),
-            lambda x: server.logits(trained, x, returned.plan.sizes), "dilator", round,
-            steps=steps, lr=rate(self.dilator_lr, round, self.halve_every), batch=self.batch_size, client=returned.client.id,
+            server, filters.trainable(), lambda x: server.logits(self._large(server.state, filters, change), x), (y, hy),
+            "dilator", round, steps=steps, lr=rate(self.dilator_lr, round, self.halve_every), client=returned.client.id,
         )  # fmt: skip
         filters.touched = was or tuned > 0
 

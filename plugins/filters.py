@@ -7,9 +7,10 @@ A tensor is seen as images: (out, in) for every spatial tap, one row for a vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from hetfl.core.blocks import leading
 from hetfl.core.plans import NOWHERE, Selection
 from hetfl.core.widths import Axis, State
 
+Side = tuple[int, int]
 MOST_PARTS = 64
+MOST_ENTRIES = 1 << 20  # of a block's windows; more are correlated by spectra
 NEGATIVE, POSITIVE = 0.001, 0.85
 
 
@@ -154,12 +157,11 @@ def kernel(g: Tensor, v: Tensor) -> Tensor:
 
 
 class Compressor:
-    """Filters over one fixed global state: spectra and images are computed once, and again and again filtered."""
+    """Filters over one fixed global state: windows and spectra of its images are computed once, and again and again filtered."""
 
     def __init__(self, filters: Filters, state: State, times: int = 0, residual: str = "all") -> None:
         self.filters, self.state, self.times, self.residual = filters, state, times, residual
-        self.images = [images(state[b.name], b.rows.positions, b.columns.positions) for b in filters.blocks]
-        self.spectra = [torch.fft.rfft2(x) if b.spectral else None for b, x in zip(filters.blocks, self.images, strict=True)]
+        self.images = [Correlation(b, images(state[b.name], b.rows.positions, b.columns.positions)) for b in filters.blocks]
 
     def __call__(self) -> State:
         """The small tensors that the filters make of the state, differentiable in the filters' weights."""
@@ -171,20 +173,85 @@ class Compressor:
         return plain
 
     def _block(self, i: int) -> Tensor:
-        block, (p, q, g, v) = self.filters.blocks[i], self.filters.weights[i]
-        k = kernel(g, v)
-        y = correlate(self.images[i], self.spectra[i], k, block)
+        block, weights = self.filters.blocks[i], self.filters.weights[i]
         keep = 1.0 if self.residual == "all" or (self.residual == "taps" and block.taps > 1) else 0.0
-        return mlr((keep + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None], self.times)
+        return mlr(filtered(*weights, keep, self.images[i]), self.times)
 
 
-def correlate(x: Tensor, spectrum: Tensor | None, k: Tensor, block: Block) -> Tensor:
-    """Each tap's image correlated with its kernel: (taps, n, m) -> the valid (taps, n - kr + 1, m - kc + 1)."""
-    if spectrum is None:
-        return F.conv2d(x[None], k[:, None], groups=block.taps)[0]
-    product = spectrum * torch.fft.rfft2(k, s=block.large).conj()
-    whole: Tensor = torch.fft.irfft2(product, s=block.large)
-    return whole[:, : block.small[0], : block.small[1]]
+class Correlation:
+    """The images of a block, one a tap, made ready for kernels to be correlated with them: few entries as windows, else spectra."""
+
+    def __init__(self, block: Block, x: Tensor) -> None:
+        self.block = block
+        (sr, sc), (kr, kc) = block.small, block.kernel
+        few = block.taps * sr * sc * kr * kc <= MOST_ENTRIES
+        self.windows = x.unfold(1, kr, 1).unfold(2, kc, 1).reshape(block.taps, sr * sc, kr * kc) if few else None
+        self.spectrum = None if few else torch.fft.rfft2(x)
+
+    def __call__(self, k: Tensor) -> Tensor:
+        """Each tap's image (n, m) with its kernel (kr, kc): the valid (n - kr + 1, m - kc + 1)."""
+        rows, columns = self.block.large
+        side = rows - k.shape[1] + 1, columns - k.shape[2] + 1
+        if self.spectrum is not None:
+            return valid(self.spectrum, k, (rows, columns), side)
+        assert self.windows is not None
+        forward = k.shape[1:] == self.block.kernel
+        return torch.bmm(self.windows if forward else self.windows.mT, k.reshape(len(k), -1, 1)).view(-1, *side)
+
+
+class Filtering(torch.autograd.Function):
+    """(keep + p) g (x * U) + q g sum(U) with U = V / ||V|| for each tap (spec 2.2); x is fixed: the gradient of U is x * gradient.
+
+    In one piece: autograd's own way through its dozen small steps can take longer than the net that is tuned.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, g: Tensor, v: Tensor, keep: float, correlate: Correlation) -> Tensor:
+        size = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True).clamp_(min=1e-12)
+        unit = v / size
+        total, share = unit.sum((1, 2)), p + keep
+        ctx.correlate = correlate
+        ctx.save_for_backward(q, g, unit, size, total, share)
+        return correlate(unit * (share * g)[:, None, None]).add_((q * g * total)[:, None, None])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, g, unit, size, total, share = ctx.saved_tensors
+        across, sums = ctx.correlate(grads[0]), grads[0].sum((1, 2))
+        along, level = torch.linalg.vecdot(across.flatten(1), unit.flatten(1)), sums * total
+        of_g = share * along + q * level
+        of_v = across.mul((share * g)[:, None, None]).add_((q * g * sums)[:, None, None]).sub_(unit * (g * of_g)[:, None, None])
+        return g * along, g * level, of_g, of_v.div_(size), None, None
+
+
+filtered: Callable[..., Tensor] = Filtering.apply
+
+
+def valid(spectrum: Tensor, k: Tensor, large: Side, side: Side) -> Tensor:
+    """The first `side` entries of the circular correlation of images (taps, *large), given by their spectrum, with kernels k."""
+    whole: Tensor = torch.fft.irfft2(spectrum * torch.fft.rfft2(k, s=large).conj(), s=large)
+    return whole[:, : side[0], : side[1]]
+
+
+class Spreading(torch.autograd.Function):
+    """Full convolution of images with kernels by their spectra; both gradients are valid correlations of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: Tensor, large: Side) -> Tensor:
+        ctx.save_for_backward(x, k)
+        ctx.large = large
+        whole: Tensor = torch.fft.irfft2(torch.fft.rfft2(x, s=large) * torch.fft.rfft2(k, s=large), s=large)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, k), spectrum = ctx.saved_tensors, torch.fft.rfft2(grads[0], s=ctx.large)
+        of_x = valid(spectrum, k, ctx.large, x.shape[1:]) if ctx.needs_input_grad[0] else None
+        of_k = valid(spectrum, x, ctx.large, k.shape[1:]) if ctx.needs_input_grad[1] else None
+        return of_x, of_k, None
+
+
+spreading: Callable[..., Tensor] = Spreading.apply
 
 
 def gathered(whole: Sequence[Block], pieces: Sequence[Tensor]) -> dict[str, list[tuple[Block, Tensor]]]:
@@ -196,6 +263,9 @@ def gathered(whole: Sequence[Block], pieces: Sequence[Tensor]) -> dict[str, list
 
 def assembled(pieces: Sequence[tuple[Block, Tensor]], like: Tensor) -> Tensor:
     """The small tensor made of its blocks, in the order of their rows and columns."""
+    if len(pieces) == 1:
+        whole = pieces[0][1]
+        return whole.permute(1, 2, 0).reshape(like.shape) if like.ndim > 1 else whole.reshape(like.shape)
     lines: dict[int, list[Tensor]] = {}
     for block, piece in pieces:
         lines.setdefault(id(block.rows), []).append(piece)
@@ -229,8 +299,7 @@ def spread(x: Tensor, k: Tensor, block: Block) -> Tensor:
     """Transposed correlation, stride 1: (taps, m, n) -> (taps, m + kr - 1, n + kc - 1)."""
     if not block.spectral:
         return F.conv_transpose2d(x[None], k[:, None], groups=block.taps)[0]
-    whole: Tensor = torch.fft.irfft2(torch.fft.rfft2(x, s=block.large) * torch.fft.rfft2(k, s=block.large), s=block.large)
-    return whole
+    return spreading(x, k, block.large)
 
 
 def images_of_small(block: Block, small: Tensor, filters: Filters) -> Tensor:

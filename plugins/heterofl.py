@@ -58,7 +58,7 @@ class HeteroFL(Strategy):
 
 def masked(labels: Tensor) -> Any:
     """Cross entropy in which the logits of classes outside `labels` (bool, one a class) count as 0 (spec 2.6)."""
-    return lambda logits, y: F.cross_entropy(logits.masked_fill(~labels, 0.0), y)
+    return lambda logits, y: F.cross_entropy(logits.masked_fill(~labels.to(logits.device), 0.0), y)
 
 
 def ratio(task: Task) -> float:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from hetfl.core.groups import trace
 from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN
 from hetfl.core.plans import Patch, Selection, grow, prefix, window
 from hetfl.core.widths import tensors
+from hetfl.plugins import filters
 from hetfl.plugins.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr
 
 ratios = st.floats(0.05, 1.0)
@@ -218,3 +220,35 @@ def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
         assert (v.grad != 0).any() or block.kernel == (1, 1)
     assert len(weights) == 4 * len(filters.blocks)
     assert all(torch.equal(STATE[n], before[n]) for n in STATE)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, few):
+    """The fused step against the formula of spec fedconv 2.2 written out, by windows and by spectra."""
+    monkeypatch.setattr(filters, "MOST_ENTRIES", 1 << 20 if few else 0)
+    g = torch.Generator().manual_seed(0)
+    block = filters.Block("w", filters.Part(torch.arange(7), 4), filters.Part(torch.arange(6), 5), 3)
+    x = torch.randn(3, 7, 6, generator=g)
+    weights = [torch.randn(*s, generator=g).requires_grad_() for s in ((3,), (3,), (3,), (3, 4, 2))]
+
+    def plain(p, q, gain, v):
+        k = filters.kernel(gain, v)
+        y = F.conv2d(x[None], k[:, None], groups=3)[0]
+        return (1 + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None]
+
+    ours, theirs = filters.filtered(*weights, 1.0, filters.Correlation(block, x)), plain(*weights)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    direction = torch.randn(ours.shape, generator=g)
+    for a, b in zip(torch.autograd.grad(ours, weights, direction), torch.autograd.grad(theirs, weights, direction), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_spreading_gradients_are_autograds():
+    g = torch.Generator().manual_seed(0)
+    x, k = (torch.randn(2, *s, generator=g).requires_grad_() for s in ((4, 5), (3, 2)))
+    ours = filters.spreading(x, k, (6, 6))
+    theirs = F.conv_transpose2d(x[None], k[:, None], groups=2)[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    direction = torch.randn(ours.shape, generator=g)
+    for a, b in zip(torch.autograd.grad(ours, (x, k), direction), torch.autograd.grad(theirs, (x, k), direction), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)

@@ -28,12 +28,11 @@ def main() -> None:
     from hetfl.core import models, registry
     from hetfl.core.config import resolve
     from hetfl.core.groups import trace
-    from hetfl.core.merge import Update, Updates
+    from hetfl.core.merge import Update
     from hetfl.core.plans import Plan, prefix
     from hetfl.core.pool import Pool
     from hetfl.core.roles import Roles
     from hetfl.core.server import Server
-    from hetfl.core.types import Client, Profile
     from hetfl.core.widths import count, load, tensors
     from hetfl.core.workshop import Workshop
 
@@ -51,7 +50,6 @@ def main() -> None:
     for kind, choose in (("prefix", prefix), ("index", some)):
         plans: list[Plan] = [server.select(choose(ratio)) for ratio in RATIOS for _ in range(2)]
         trained = [{n: t.clone() for n, t in plan.take(server.state).items()} for plan in plans]
-        clients = [Client(i, Profile()) for i in range(len(plans))]
 
         def average(plans: Any = plans, trained: Any = trained) -> None:
             fold = roles.stream(server, 1)
@@ -69,7 +67,6 @@ def main() -> None:
         held = sum(t.numel() * 4 for state in trained for t in state.values())
         whole = sum(t.numel() * 4 for t in server.state.values())
         found[kind] = {"average": median(average), "extract": median(extract), "MB": held / 1e6}
-        assert clients and Updates
     a, b = torch.randn(int(held / 4)), torch.randn(int(held / 4))
     copy = median(lambda: b.copy_(a))  # reads and writes `held` bytes each
     found["floor"] = {"average": copy * (3 * held + 2 * whole) / (2 * held), "extract": copy, "GB/s": 2 * held / copy / 1e6}

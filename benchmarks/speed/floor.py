@@ -121,15 +121,15 @@ def cut(whole: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[int], None], number: int) -> float:
     began = time.perf_counter()
-    work()
+    work(number)
     return time.perf_counter() - began
 
 
 def main() -> None:
     loop = Loop(asked())
-    seconds = [timed(lambda round=round: loop.round(round)) for round in range(1, loop.work.rounds + 2)]  # type: ignore[misc]
+    seconds = [timed(loop.round, number) for number in range(1, loop.work.rounds + 2)]
     report(seconds=seconds[1:], first=loop.first, norm=norm(loop.state))
 
 

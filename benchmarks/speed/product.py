@@ -44,8 +44,9 @@ def main() -> None:
     if work.options.eval_every > 1:  # only the last round evaluates
         rows[-1]["seconds"] -= rows[-1].pop("seconds evaluate")
     phases = sorted({k for row in rows for k in row if k.startswith("seconds ")})
+    trained = (t for name, t in state.items() if "running" not in name and t.is_floating_point())
     report(
-        seconds=[row["seconds"] for row in rows], first=watch.first, norm=norm(t for n, t in state.items() if "running" not in n and t.is_floating_point()),
+        seconds=[row["seconds"] for row in rows], first=watch.first, norm=norm(trained),
         phases={p.removeprefix("seconds "): sum(r.get(p, 0.0) for r in rows) / len(rows) for p in phases},
     )  # fmt: skip
 
