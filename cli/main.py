@@ -299,6 +299,40 @@ def finish(outcomes: list[Outcome], metric: str, out: Path) -> None:
         raise RunError(f"{len(failed)} of {len(outcomes)} cells failed, the first: {failed[0].cell.name}: {failed[0].row['why']}")
 
 
+@app.command()
+@options_of_a_run
+def scale(
+    clients: Annotated[str, typer.Option(help="numbers of clients with commas")] = "10,100,1000",
+    out: Annotated[Path, typer.Option(help="folder for scale.csv, scale.png and the runs")] = Path("scale"),
+    overwrite: Annotated[bool, typer.Option(hidden=True)] = False,
+    debug: Debug = False,
+    **given: Any,
+) -> None:
+    """Measure what a round costs the server by the number of clients: seconds, memory, bytes; and draw the curve."""
+    from hetfl.core import scale as scaling
+
+    counts = sorted({int(part) for part in clients.split(",") if part.strip().isdigit()})
+    if not counts or len(counts) != len(clients.split(",")) or counts[0] < 1:
+        raise UsageError(f"--clients takes different numbers of clients such as 10,100,1000, not '{clients}'")
+    options = config.resolve({**scaling.START, **gathered(None, given)})
+    if options.rounds < 2:
+        raise UsageError("--rounds must be 2 or more here: the first round warms up and is not counted")
+    check(options)
+    folder, rows = Folder(out), list[dict[str, Any]]()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out '{out}' cannot be written: {error.strerror}") from error
+    for row in scaling.measured(options, counts, out):
+        rows.append(row)
+        render.scaled(row)
+        folder.table("scale.csv", rows)
+    from hetfl.cli import pictures
+
+    pictures.growth(rows, folder)
+    render.growth(rows, out)
+
+
 def whole(seeds: str) -> list[int]:
     """`3` is 0, 1, 2; a list with commas is itself."""
     try:

@@ -51,6 +51,30 @@ def partition(figure: Any, facts: dict[str, Any]) -> None:
     figure.colorbar(image, label="training examples")
 
 
+def growth(rows: Sequence[dict[str, Any]], folder: Folder) -> None:
+    """Writes scale.png: server seconds by phase, memory and bytes of a round over the number of clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    seconds, memory, sent = figure.subplots(1, 3)
+    counts = [row["clients"] for row in rows]
+    for name in ("server seconds", *(key for key in rows[0] if key.endswith(" seconds") and key not in ("server seconds",))):
+        if any(row[name] > 0 for row in rows):
+            seconds.plot(counts, [row[name] for row in rows], marker="o", label=name)
+    memory.plot(counts, [row["peak memory"] / 1e6 for row in rows], marker="o")
+    for name in ("bytes down", "bytes up"):
+        sent.plot(counts, [row[name] / 1e6 for row in rows], marker="o", label=name)
+    for axes, what in ((seconds, "seconds a round"), (memory, "peak memory of the process, MB"), (sent, "MB a round")):
+        axes.set(xlabel="clients", ylabel=what, xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    seconds.legend(fontsize="small")
+    sent.legend(fontsize="small")
+    folder.write("scale.png", png(figure))
+
+
 def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
     """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points."""
     import matplotlib

@@ -291,6 +291,30 @@ def leaderboard(outcomes: Sequence[Outcome], metric: str, out: Path) -> None:
     console.print(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)", soft_wrap=True)
 
 
+def scaled(row: dict[str, Any]) -> None:
+    """One line of `hfl scale` as soon as it is there."""
+    console.print(f"{row['clients']:,} clients: {row['server seconds']:.3g} s of server time a round", soft_wrap=True)
+
+
+def growth(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """What a round costs the server, by the number of clients."""
+    from hetfl.core import scale
+
+    phases = [name for name in scale.SERVER if max(r[f"{name} seconds"] for r in rows) >= 0.001]
+    columns = ("clients", "server s", "ms a client", *phases, "MB down", "MB up", "peak MB")
+    shown = [
+        [f"{r['clients']:,}", f"{r['server seconds']:.3g}", f"{r['server ms a client']:.3g}",
+         *(f"{r[f'{name} seconds']:.3f}" for name in phases),
+         *(f"{r[name] / 1e6:,.3g}" for name in ("bytes down", "bytes up")), f"{r['peak memory'] / 1e6:,.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    console.print(table(columns, shown, right=True))
+    if len(rows) > 1:
+        power = scale.growth(rows, "server seconds")
+        console.print(f"server seconds grow as clients^{power:.2f} from {rows[0]['clients']:,} to {rows[-1]['clients']:,}")
+    console.print(f"folder: {out} (scale.csv, scale.png, a run folder for each number of clients)", soft_wrap=True)
+
+
 def several(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

@@ -1,0 +1,71 @@
+"""Apple's pfl: two processes under torchrun, its own FederatedAveraging over the same clients and batches."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from pfl.aggregate.simulate import SimulatedBackend
+from pfl.algorithm.base import NNAlgorithmParams
+from pfl.algorithm.federated_averaging import FederatedAveraging
+from pfl.callback.base import TrainingProcessCallback
+from pfl.data.dataset import Dataset
+from pfl.data.federated_dataset import FederatedDataset
+from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+from pfl.internal.ops import pytorch_ops
+from pfl.metrics import Metrics
+from pfl.model.pytorch import PyTorchModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.speed.work import asked, norm, report
+
+POPULATION = 100_000
+
+
+class Watch(TrainingProcessCallback):
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+        self.first = time.time()
+
+    def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
+        self.times.append(time.perf_counter())
+        return False, Metrics()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    work = asked()
+    net: Any = work.module().to(memory_format=torch.channels_last)
+    net.loss = lambda x, y, **_: F.cross_entropy(net.train()(x), y)
+    net.metrics = lambda x, y, **_: {}
+    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0))
+    turns = iter([round * POPULATION + client for round in range(1, work.rounds + 2) for client in work.chosen(round)])
+
+    def user(code: int) -> Dataset:
+        round, client = divmod(int(code), POPULATION)
+        rows, train = work.rows(round, client), work.federation.clients[client].train
+        return Dataset([train.x[rows], train.y[rows]], user_id=str(code))
+
+    people = FederatedDataset(user, lambda: next(turns))
+    watch = Watch()
+    rounds = work.rounds + 1
+    every = NNAlgorithmParams(rounds, evaluation_frequency=10_000, train_cohort_size=work.sampled, val_cohort_size=0)
+    FederatedAveraging().run(
+        every,
+        SimulatedBackend(training_data=people, val_data=people),
+        model,
+        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=work.options.lr, local_batch_size=work.batch),
+        NNEvalHyperParams(local_batch_size=work.batch),
+        callbacks=[watch],
+    )
+    seconds: list[float] = np.diff(watch.times).tolist()
+    parameters: list[Tensor] = [p.detach() for p in net.parameters()]
+    if pytorch_ops.distributed.global_rank == 0:
+        report(seconds=seconds[1:], first=watch.first, norm=norm(parameters))
+
+
+if __name__ == "__main__":
+    main()
