@@ -133,8 +133,9 @@ class Rounds(Strategy):
     def _valid(self, replies: Iterable[Message], round: int) -> Iterator[Returned]:
         """The replies that can be used, in client order; waiting for them is the clients' time."""
         arriving = by_request(self._messages, replies)
+        self.watch.phase(round, "fit")
         while True:
-            with self.timed(round, "fit"):
+            with self._counted("fit"):
                 client, reply = next(arriving, (None, None))
             if client is None or reply is None:
                 return
@@ -144,9 +145,9 @@ class Rounds(Strategy):
     def _streamed(self, fold: Fold, valid: Iterable[Returned], round: int) -> tuple[Merged | None, int]:
         count = 0
         for returned in valid:
-            with self.timed(round, "recover"):
+            with self._counted("recover"):
                 updates = self.roles.recover(self.server, [returned], round)
-            with self.timed(round, "aggregate"):
+            with self._counted("aggregate"):
                 for update in updates:
                     fold.add(update)
             count += 1
@@ -207,8 +208,11 @@ class Rounds(Strategy):
     def _close(self, seconds: float) -> None:
         now = self._now
         people = list(now.clients.values())
+        costs: dict[int, Row] = {}  # by plan: clients of a level share theirs
         for client, sent in ((i, s) for i, s in self._sent.items() if i in now.clients):
-            now.clients[client] |= spent(self.meter.of(sent.plan.sizes, sent.plan.model), sent)
+            if id(sent.plan) not in costs:
+                costs[id(sent.plan)] = spent(self.meter.of(sent.plan.sizes, sent.plan.model), sent)
+            now.clients[client] |= costs[id(sent.plan)]
         spread(now.row, "client@own", [c["own accuracy"] for c in people if "own accuracy" in c])
         now.row |= {
             "bytes down": sum(c["bytes down"] for c in people), "bytes up": sum(c["bytes up"] for c in people),
@@ -224,6 +228,12 @@ class Rounds(Strategy):
     @contextmanager
     def timed(self, round: int, phase: str) -> Iterator[None]:
         self.watch.phase(round, phase)
+        with self._counted(phase):
+            yield
+
+    @contextmanager
+    def _counted(self, phase: str) -> Iterator[None]:
+        """Adds the seconds within to `phase`."""
         started = time.perf_counter()
         yield
         self._now.seconds[phase] = self._now.seconds.get(phase, 0.0) + time.perf_counter() - started

@@ -104,6 +104,12 @@ class FedConv(Strategy):
             "test accuracy in the code",
             "the test split never chooses anything",
         ),
+        (
+            "end of tuning",
+            "after 5 looks at the hold-out without gain (`fedconv.patience=0`: never), presets too",
+            "a fixed number of epochs",
+            "the best step by the hold-out is kept either way; the summary says what was saved",
+        ),
     )
 
     preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")

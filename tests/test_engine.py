@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hetfl.core import cohorts, train
+from hetfl.core import cohorts, exams, experiment, train
 from hetfl.core.blocks import Index
 from hetfl.core.cohorts import Member
 from hetfl.core.config import resolve
@@ -277,3 +277,46 @@ def test_a_gpu_comes_to_about_the_same(simulate, values):
     here, there = (simulate(**values, device=device) for device in ("cpu", "cuda"))
     for name, tensor in here.server.state.items():
         assert torch.allclose(there.server.state[name], tensor, atol=0.05)
+
+
+# tests and tuning
+
+
+def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
+    """A level that is the whole model, and what a client was sent and the round before tested, are not tested again."""
+    seen, whole = [], exams.examine
+
+    def examine(model, data, part):
+        seen.append(sum(p.numel() for p in model.parameters()))
+        return whole(model, data, part)
+
+    monkeypatch.setattr(exams, "examine", examine)
+    made = simulate(extract="heterofl", aggregate="overlap", levels="1,0.5,0.5", steps=1)
+    pieces = -(-len(made.rounds.test) // (made.options.eval_batch_size * exams.PIECE))
+    assert len(seen) == 4 * pieces  # in round 1: the new and the sent one of both levels
+    seen.clear()
+    made.rounds.step(2, made.grid)
+    assert len(seen) == 2 * pieces
+    first, second = made.rounds.rows
+    assert second["sent-0.5@test"] == first["level-0.5@test"]
+    assert second["level-1@test"] == second["global@test"]
+    score = made.server.score(made.server.state, made.rounds.test)
+    assert second["global@test"] == score.accuracy
+    assert second["global@test loss"] == pytest.approx(score.loss)
+
+
+def test_early_stopping_keeps_the_best_step_and_says_what_it_saved(simulate):
+    made = simulate(
+        extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 2}}, steps=1
+    )
+    steps, epochs = (sum(part) for part in zip(*made.server.saved, strict=True))
+    assert steps > 0
+    assert epochs > 0
+    assert made.rounds.rows[0]["server steps saved"] == steps
+    assert made.rounds.rows[0]["server steps"] == 400 - steps
+    assert any(f"saved {steps} of" in note for note in experiment.spared(made))
+    whole = simulate(
+        extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 0}}, steps=1
+    )
+    assert whole.rounds.rows[0]["server steps"] == 400
+    assert not experiment.spared(whole)

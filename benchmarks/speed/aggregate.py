@@ -14,14 +14,15 @@ from benchmarks.speed.work import report
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
-def median(work: Callable[[], Any], repeats: int = 9) -> float:
-    """Milliseconds of `work`, after two to warm up."""
-    times = []
+def medians(works: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
+    """Milliseconds of each work, all in turn, after two turns to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 2):
-        began = time.perf_counter()
-        work()
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[2:])
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     def some(ratio: float) -> Callable[[int], torch.Tensor]:
         return lambda size: torch.randperm(size, generator=generator)[: count(size, ratio)].sort().values
 
-    found: dict[str, Any] = {}
+    works: dict[str, Callable[[], Any]] = {}
     for kind, choose in (("prefix", prefix), ("index", some)):
         plans: list[Plan] = [server.select(choose(ratio)) for ratio in RATIOS for _ in range(2)]
         trained = [{n: t.clone() for n, t in plan.take(server.state).items()} for plan in plans]
@@ -66,11 +67,15 @@ def main() -> None:
 
         held = sum(t.numel() * 4 for state in trained for t in state.values())
         whole = sum(t.numel() * 4 for t in server.state.values())
-        found[kind] = {"average": median(average), "extract": median(extract), "MB": held / 1e6}
+        works |= {f"{kind} average": average, f"{kind} extract": extract}
     a, b = torch.randn(int(held / 4)), torch.randn(int(held / 4))
-    copy = median(lambda: b.copy_(a))  # reads and writes `held` bytes each
-    found["floor"] = {"average": copy * (3 * held + 2 * whole) / (2 * held), "extract": copy, "GB/s": 2 * held / copy / 1e6}
-    report(milliseconds=found)
+    times = medians(works | {"copy": lambda: b.copy_(a)})  # a copy reads and writes `held` bytes each
+    found: dict[str, Any] = {
+        kind: {"average": times[f"{kind} average"], "extract": times[f"{kind} extract"], "MB": held / 1e6}
+        for kind in ("prefix", "index")
+    }
+    floor = times["copy"] * (3 * held + 2 * whole) / (2 * held)
+    report(milliseconds=found | {"floor": {"average": floor, "extract": times["copy"], "GB/s": 2 * held / times["copy"] / 1e6}})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Work:
     batch: int = 32
     momentum: float = 0.0
     clip: float = 0.0
-    rounds: int = 3
+    rounds: int = 2
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,9 +111,9 @@ WORKS = {
     work.name: work
     for work in (
         Work("W", "fedavg-cnn"),
-        Work("W-small", "fedavg-cnn", SMALL, rounds=5),
+        Work("W-small", "fedavg-cnn", SMALL),
         Work("W-1000", "fedavg-cnn", clients=1000, sampled=1000, examples=32, rounds=1),
-        *(Work(f"tiny-{n}", "mlp", {"hidden": []}, 1000, n, 32, rounds=5) for n in (10, 100, 1000)),
+        *(Work(f"tiny-{n}", "mlp", {"hidden": []}, 1000, n, 32, rounds=3) for n in (10, 100, 1000)),
         Work("hetero", "cnn", {}, 10, 10, 600, momentum=0.9, clip=1.0, rounds=2, more=HETERO),
     )
 }

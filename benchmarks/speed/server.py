@@ -1,0 +1,80 @@
+"""FedConv's server phase: tuning the compressors of three size classes beside the same steps without filters."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.speed.work import report
+
+RATIOS = (0.75, 0.5, 0.25)
+IMAGES, BATCH = 500, 64
+
+
+def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) -> dict[str, Any]:
+    from hetfl.core import models
+    from hetfl.core.config import resolve
+    from hetfl.core.data import Examples, Public
+    from hetfl.core.groups import trace
+    from hetfl.core.plans import prefix
+    from hetfl.core.pool import Pool
+    from hetfl.core.server import Server
+    from hetfl.core.types import Client, Profile
+    from hetfl.core.widths import tensors
+    from hetfl.core.workshop import Workshop
+    from hetfl.plugins.fedconv import FedConv
+    from hetfl.plugins.filters import Compressor, Filters
+
+    torch.set_num_threads(1)
+    model = models.ZOO[net](classes=10, channels=shape[0], **args)
+    widths = trace(model, torch.randn(2, *shape), verify=False)
+    x, y, cut = torch.randn(IMAGES, *shape), torch.arange(IMAGES) % 10, IMAGES * 3 // 4
+    public = Public(Examples(x, y, torch.arange(cut)), Examples(x, y, torch.arange(cut, IMAGES)))
+    server = Server(resolve({}), Workshop(model, widths), tensors(model), 10, public, Pool(1))
+
+    def plain() -> None:
+        server.answers(server.state, x)  # the teacher
+        for ratio in RATIOS:
+            small = server.workshop.module(server.select(prefix(ratio)).sizes).eval()
+            for step in range(steps + 1):
+                if step % 10 == 0 or step == steps:
+                    with torch.no_grad():
+                        small(x[cut:])
+                if step < steps:
+                    rows = torch.randperm(cut)[:BATCH]
+                    small.zero_grad()
+                    F.cross_entropy(small(x[rows]), y[rows]).backward()
+
+    def tuned() -> None:
+        FedConv(first_steps=steps, patience=0).extract(server, [Client(i, Profile(r)) for i, r in enumerate((1.0, *RATIOS))], 1)
+
+    def filters() -> None:
+        names = [n for n, _ in model.named_parameters()]
+        for ratio in RATIOS:
+            made = Filters(server.select(prefix(ratio)), server.state, names)
+            made.touched, _ = True, made.trainable()
+            small = Compressor(made, server.state)
+            for _ in range(steps):
+                out = [t for t in small().values() if t.requires_grad]
+                torch.autograd.backward(out, [torch.ones_like(t) for t in out])
+
+    found = {work.__name__: seconds(work) for work in (plain, tuned, filters, plain, tuned, filters)}  # the second of each counts
+    return {"net": net, "plain": found["plain"], "extract": found["tuned"], "share": found["filters"] / found["tuned"]}
+
+
+def seconds(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    nets = [measure("fedconv-cnn", (1, 28, 28), 60, {"size": 28}), measure("resnet18", (3, 32, 32), 4, {})]
+    report(nets=nets)
+
+
+if __name__ == "__main__":
+    main()
