@@ -32,7 +32,8 @@ CONTENDERS = {
     "flower": [*PYTHON, "benchmarks.speed.flower"],
     "pfl": [*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.speed.apple"],
 }
-PEERS = {"W": 4, "W-small": 4, "tiny-1000": 4}  # how many of the contenders run a workload; 2 (floor, hetfl) for the others
+CONTENDERS |= {f"{name}-plain": CONTENDERS[name] for name in ("flower", "pfl")}  # with the loop of their tutorials
+PEERS = {"W": 6, "W-small": 6, "tiny-1000": 4}  # how many of the contenders run a workload; 2 (floor, hetfl) for the others
 WORKS = ("W", "W-small", "tiny-10", "tiny-100", "tiny-1000", "hetero", "W-1000")
 TARGETS = {
     ("W", "floor"): 1.1, ("W", "flower"): 1 / 1.3, ("W", "pfl"): 1.0, ("W-small", "floor"): 1.15, ("W-small", "flower"): 1 / 1.6,
@@ -89,7 +90,7 @@ def compare(work: str, repeats: int) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for repeat in range(repeats):
         for name, words in list(CONTENDERS.items())[: PEERS.get(work, 2)]:
-            result = run([*words, work])
+            result = run([*words, work, *(["plain"] if name.endswith("-plain") else [])])
             if result is None:
                 print(work, name, "gave no result")
                 continue
@@ -119,7 +120,7 @@ def rows(all_of_it: dict[str, dict[str, list[Result]]]) -> list[str]:
             if name != "hetfl":
                 middle, low, high = ratio(found, name)
                 shown = f"**{middle:.2f}** ({low:.2f} … {high:.2f})"
-                limit = TARGETS.get((work, name))
+                limit = TARGETS.get((work, name.removesuffix("-plain")))
                 target = "" if limit is None else f"≤ {limit:.2f}: {'yes' if middle <= limit else 'NO'}"
             seconds = f"{statistics.median(times):.3f} ({min(times):.3f} … {max(times):.3f})"
             lines.append(f"| {work} | {name} | {seconds} | {shown} | {target} | {start:.1f} | {memory / 1e6:,.0f} |")

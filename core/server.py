@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hetfl.core.errors import NotApplicable
 from hetfl.core.plans import Patches, Selection, grow
 from hetfl.core.pool import Pool
 from hetfl.core.streams import stream
-from hetfl.core.train import Score, Tuned, evaluate, tune
+from hetfl.core.train import Score, Tuned, evaluate, tune, tune_together
 from hetfl.core.types import Client
 from hetfl.core.widths import Kept, State, Widths, copied
 from hetfl.core.workshop import Workshop, layout
@@ -104,9 +104,21 @@ class Server:
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
-        tuned = tune(self.public.tune, parameters, loss, judge, generator, **how)
-        self.spent.append(tuned.steps)
-        self.saved.append((steps - tuned.steps, (steps - tuned.steps) / math.ceil(len(self.public.tune) / batch)))
+        return self._counted([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch)[0]
+
+    def tune_together(
+        self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
+        clients: Sequence[int], *, steps: int, lr: float, batch: int, patience: int = 0,
+    ) -> list[Tuned]:  # fmt: skip
+        """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
+        orders = [self.stream(purpose, round, client) for client in clients]
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
+        return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch)
+
+    def _counted(self, tuned: list[Tuned], steps: int, batch: int) -> list[Tuned]:
+        each = math.ceil(len(self.public.tune) / batch)
+        self.spent += [t.steps for t in tuned]
+        self.saved += [(steps - t.steps, (steps - t.steps) / each) for t in tuned]
         return tuned
 
     def trained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def total_score(batches: Sequence[Seen]) -> Score:
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(softmax(teacher / T) || softmax(logits / T)), the mean over the batch."""
     own, goal = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-    return F.kl_div(own, goal, reduction="batchmean", log_target=True)
+    return (goal.exp() * (goal - own)).sum() / len(own)
 
 
 @dataclass(frozen=True)
@@ -146,48 +147,85 @@ class Tuned:
 
 
 def tune(
-    data: Examples,
-    parameters: Sequence[Tensor],
-    loss: Callable[[Tensor], Tensor],
-    judge: Callable[[], float],
-    generator: torch.Generator,
-    *,
-    steps: int,
-    lr: float,
-    batch: int,
-    every: int = 10,
-    patience: int = 0,
+    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float],
+    generator: torch.Generator, *, steps: int, lr: float, batch: int, every: int = 10, patience: int = 0,
     keep: Sequence[Tensor] = (),
-) -> Tuned:
+) -> Tuned:  # fmt: skip
     """Adam on `parameters` for `steps` batches of server data; the step with the lowest `judge()` is kept, step 0 included.
 
     `loss` gets the positions of a batch within `data`; `judge`, the loss on the hold-out, is asked every `every` steps.
-    With `patience`, tuning ends after so many
-    judgements in a row that were no better. `keep` are further tensors (buffers) that belong to a step. All are changed in place.
+    With `patience`, tuning ends after so many judgements in a row that were no better. `keep` are further tensors
+    (buffers) that belong to a step. All are changed in place.
     """
-    optimizer = torch.optim.Adam(list(parameters), lr, fused=True)
-    every_tensor = [*parameters, *keep]
-    start = best = judged(judge)
-    chosen, taken, saved = 0, 0, [t.detach().clone() for t in every_tensor]
-    for step, rows in zip(range(1, steps + 1), rows_of(len(data), batch, generator), strict=False):
+    how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "every": every, "patience": patience, "keep": keep}
+    tuned = tune_together(
+        data, parameters, lambda rows: loss(rows[0]), lambda: torch.tensor([judge()], dtype=torch.float64), [generator], **how
+    )
+    return tuned[0]
+
+
+def tune_together(
+    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor],
+    generators: Sequence[torch.Generator], *,
+    steps: int, lr: float, batch: int, every: int = 10, patience: int = 0, keep: Sequence[Tensor] = (),
+) -> list[Tuned]:  # fmt: skip
+    """`tune` for several problems of one form, each as if alone: their tensors are joined along a leading dim (problems, …).
+
+    `loss` gets the positions of all their batches (problems, batch) and gives the sum of their losses, `judge` one for each.
+    """
+    optimizer, tensors = torch.optim.Adam(list(parameters), lr, fused=True), [*parameters, *keep]
+    orders = zip(*(rows_of(len(data), batch, generator) for generator in generators), strict=True)
+    looks, saved = Looks(judged(judge)), [t.detach().clone() for t in tensors]
+    for step, rows in zip(range(1, steps + 1), orders, strict=False):
         optimizer.zero_grad()
-        loss(rows).backward()
+        loss(torch.stack(rows)).backward()
         optimizer.step()
-        taken = step
-        if (step % every == 0 or step == steps) and (now := judged(judge)) < best:
-            best, chosen, saved = now, step, [t.detach().clone() for t in every_tensor]
-        elif patience and step - chosen >= patience * every:
-            break
+        if step % every == 0 or step == steps:
+            better = looks.take(step, judged(judge), patience * every)
+            saved = [chosen(better, t.detach(), old) for t, old in zip(tensors, saved, strict=True)]
+            if not looks.going:
+                break
     with torch.no_grad():
-        for tensor, value in zip(every_tensor, saved, strict=True):
+        for tensor, value in zip(tensors, saved, strict=True):
             tensor.copy_(value)
-    return Tuned(start, best, chosen, taken)
+    return looks.results()
 
 
-def judged(judge: Callable[[], float]) -> float:
+class Looks:
+    """What the looks at the hold-out of several problems came to; `start` are their losses before the first step."""
+
+    def __init__(self, start: Tensor) -> None:
+        self._start, self._best, self._step, self._taken = start, start, torch.zeros(len(start)), torch.zeros(len(start))
+        self._going = torch.ones(len(start), dtype=torch.bool)
+
+    @property
+    def going(self) -> bool:
+        return bool(self._going.any())
+
+    def take(self, step: int, now: Tensor, patience: int) -> Tensor:
+        """Which problems are better than ever before after `step` steps; one that was not for `patience` steps has ended."""
+        better = self._going & (now < self._best)
+        self._taken = torch.where(self._going, float(step), self._taken)
+        self._best, self._step = torch.where(better, now, self._best), torch.where(better, float(step), self._step)
+        if patience:
+            self._going = self._going & (step - self._step < patience)
+        return better
+
+    def results(self) -> list[Tuned]:
+        columns = (t.tolist() for t in (self._start, self._best, self._step, self._taken))
+        return [Tuned(start, best, int(step), int(taken)) for start, best, step, taken in zip(*columns, strict=True)]
+
+
+def chosen(better: Tensor, now: Tensor, old: Tensor) -> Tensor:
+    """The tensors (problems, …) of `now` where `better`, else `old`; with one problem they need no leading dim."""
+    if bool(better.all()):
+        return now.clone()
+    return torch.where(better.view(-1, *[1] * (old.ndim - 1)), now, old) if bool(better.any()) else old
+
+
+def judged(judge: Callable[[], Tensor]) -> Tensor:
     with torch.no_grad():
-        value = judge()
-    return value if value == value else float("inf")
+        return judge().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def rows_of(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from pydantic import PrivateAttr, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from hetfl.core import cohorts
 from hetfl.core.merge import Update
 from hetfl.core.plans import Patch, Plan, Selection, prefix
 from hetfl.core.server import Server
@@ -23,9 +24,10 @@ from hetfl.core.strategy import Field, Strategy, hookimpl
 from hetfl.core.train import divergence
 from hetfl.core.types import Client, Returned
 from hetfl.core.widths import Kept, State
-from hetfl.plugins.filters import Compressor, Filters, coverage, dilate
+from hetfl.plugins.filters import Compressor, Filters, coverage, dilate, tiled
 
 LATE = 6
+TOGETHER = 16  # dilators that are tuned as one batch
 Goals = tuple[Tensor, Tensor]  # logits, or labels, for the tune and the hold-out examples
 
 
@@ -152,7 +154,32 @@ class FedConv(Strategy):
     @hookimpl
     def recover(self, server: Server, replies: Sequence[Returned], round: int) -> Iterable[Update]:
         """Grows every reply to the global model's size with the client's own dilator (spec 2.2, findings 6.5)."""
-        return server.pool.map(lambda r: self._grown(server, r, round), replies)
+        uploads = server.pool.map(lambda r: self._uploaded(server, r, round), replies)
+        trained = {r.client.id: state for r, state in zip(replies, uploads, strict=True)}
+        dilated = [r for r in replies if isinstance(r.plan, Compressed) and r.reply.state]
+        for r in dilated:
+            self._renew(server, selection(r), r.client.id)
+        if steps := self._count(server, self.dilator_epochs, self.dilator_steps, round):
+            classes = self._classes(server, dilated)
+            server.pool.map(lambda members: self._train_dilators(server, members, trained, steps, round), classes)
+        return server.pool.map(lambda r: self._grown(server, r, trained[r.client.id]), replies)
+
+    def _uploaded(self, server: Server, returned: Returned, round: int) -> State:
+        """What a client trained, fine-tuned on server data where the preset says so."""
+        each = math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
+        state, sizes = {**returned.sent, **returned.reply.state}, returned.plan.sizes
+        return server.trained(state, self.upload_epochs * each, "upload", round, sizes=sizes, lr=1e-4, client=returned.client.id)
+
+    def _classes(self, server: Server, replies: Sequence[Returned]) -> list[list[Returned]]:
+        """Clients whose dilators are tuned as one batch: of one size class, where the model is slight enough for it to pay."""
+        x = server.public.tune.all()[0][:2]
+        model, positions = server.workshop.fresh(), self.batch_size * math.prod(x.shape[2:])
+        together = cohorts.pays(model, sum(p.numel() for p in model.parameters()), positions) and not cohorts.stackable(model, x)
+        by_class: dict[Selection, list[Returned]] = {}
+        for r in replies:
+            by_class.setdefault(selection(r), []).append(r)
+        most = TOGETHER if together else 1
+        return [members[i : i + most] for members in by_class.values() for i in range(0, len(members), most)]
 
     def _goals(self, server: Server) -> Goals:
         """What submodels are to answer on the tune and hold-out examples: as the global model does, or the labels."""
@@ -180,7 +207,7 @@ class FedConv(Strategy):
 
     def _filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
         names = [n for n, p in server.workshop.model.named_parameters() if n in server.state and p.ndim]
-        filters = Filters(selection, server.state, names)
+        filters = Filters(selection, tiled(selection, server.state, names))
         if self.start == "random":
             filters.randomise(server.stream(purpose))
         if saved := {k.split("/", 1)[1]: v for k, v in self._saved.items() if k.startswith(f"{purpose}/")}:
@@ -199,7 +226,7 @@ class FedConv(Strategy):
         small = Compressor(filters, server.state, self.mlr, self.residual)
         sizes = filters.selection.sizes
         tuned = self._tune(
-            server, filters.trainable(), lambda x: server.logits(small(), x, sizes), goals,
+            server, [filters.flat.requires_grad_()], lambda x: server.logits(small(), x, sizes), goals,
             f"compressor {level}", round, steps=self._steps(server, round), lr=rate(self.lr, round, self.halve_every),
         )  # fmt: skip
         filters.touched = was or tuned > 0
@@ -219,57 +246,75 @@ class FedConv(Strategy):
         t = self.temperature
         return divergence(logits, goal, t) * t * t
 
-    def _grown(self, server: Server, returned: Returned, round: int) -> Update:
-        reply, client = returned.reply, returned.client.id
-        epochs = (
-            self.upload_epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
-        )
-        state = {**returned.sent, **reply.state}
-        trained = server.trained(state, epochs, "upload", round, sizes=returned.plan.sizes, lr=1e-4, client=client)
-        whole = not isinstance(returned.plan, Compressed) or not reply.state
-        patches = returned.plan.put(trained) if whole else self._dilated(server, returned, trained, round)
-        return Update(client, {name: patches[name] for name in reply.state}, float(reply.examples), reply.extras)
+    def _grown(self, server: Server, returned: Returned, trained: State) -> Update:
+        reply, plan = returned.reply, returned.plan
+        filters = self._dilators.get(returned.client.id)
+        if not (isinstance(plan, Compressed) and reply.state and filters):
+            patches = plan.put(trained)
+        elif not filters.touched:
+            shifted = self.dilate == "update" and plan.filters.touched
+            patches = moved(plan, server.state, trained, returned.sent if shifted else None)
+        else:
+            patches = self._patches(server.state, filters, self._change(returned, trained), plan.selection.put(trained))
+        return Update(returned.client.id, {name: patches[name] for name in reply.state}, float(reply.examples), reply.extras)
 
-    def _dilated(self, server: Server, returned: Returned, trained: State, round: int) -> Mapping[str, Patch]:
-        plan = returned.plan
-        assert isinstance(plan, Compressed)
-        steps = self._count(server, self.dilator_epochs, self.dilator_steps, round)
-        filters = self._dilator(server, plan.selection, returned.client.id, round)
-        change = trained if self.dilate == "weights" else difference(trained, returned.sent)
-        if steps:
-            self._train_dilator(server, filters, steps, trained, change, returned, round)
-        if not filters.touched:
-            return moved(plan, server.state, trained, returned.sent if self.dilate == "update" and plan.filters.touched else None)
-        return self._patches(server.state, filters, change, plan.selection.put(trained))
+    def _change(self, returned: Returned, trained: State) -> State:
+        """What is dilated of a client: its weights or its update."""
+        return trained if self.dilate == "weights" else difference(trained, returned.sent)
 
-    def _dilator(self, server: Server, selection: Selection, client: int, round: int) -> Filters:
-        """A client's filters; new ones where it has none or its capacity has changed."""
+    def _renew(self, server: Server, selection: Selection, client: int) -> None:
+        """New filters for a client that has none or whose capacity has changed."""
         old = self._dilators.get(client)
         if old is None or old.selection.sizes != selection.sizes:
-            old = self._filters(server, selection, f"dilator {client}")
-        self._dilators[client] = old
-        return old
+            self._dilators[client] = self._filters(server, selection, f"dilator {client}")
 
-    def _train_dilator(
-        self, server: Server, filters: Filters, steps: int, trained: State, change: State, returned: Returned, round: int
+    def _train_dilators(
+        self, server: Server, members: Sequence[Returned], trained: Mapping[int, State], steps: int, round: int
     ) -> None:
-        """Tunes one client's dilator with the client's weights frozen; step 0 is among the choices (spec 2.5)."""
-        was, filters.touched = filters.touched, True
-        (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
-        if self.objective == "distill":
-            y, hy = (server.answers(trained, part, returned.plan.sizes) for part in (x, hx))
-        tuned = self._tune(
-            server, filters.trainable(), lambda x: server.logits(self._large(server.state, filters, change), x), (y, hy),
-            "dilator", round, steps=steps, lr=rate(self.dilator_lr, round, self.halve_every), client=returned.client.id,
-        )  # fmt: skip
-        filters.touched = was or tuned > 0
+        """Tunes the dilators of one size class, the clients' weights frozen; step 0 is among the choices (spec 2.5)."""
+        clients = [r.client.id for r in members]
+        filters = [self._dilators[i] for i in clients]
+        flat = torch.stack([f.flat.detach() for f in filters]).requires_grad_()
+        changes = joined([self._change(r, trained[r.client.id]) for r in members])
+        goals = [self._taught(server, trained[r.client.id], r.plan.sizes) for r in members]
+        goal, held = (torch.stack(parts) for parts in zip(*goals, strict=True))
+        (x, _), (hx, _) = server.public.tune.all(), server.public.holdout.all()
 
-    def _large(self, state: State, filters: Filters, change: State) -> State:
+        def losses(x: Tensor, goal: Tensor) -> Tensor:
+            if len(members) == 1:
+                large = self._large(server.state, filters[0], {n: t[0] for n, t in changes.items()}, flat[0])
+                return self._loss(server.logits(large, x[0]), goal[0])[None]
+            return torch.func.vmap(one)(flat, changes, x, goal)
+
+        model = server.workshop.module().eval()
+
+        def one(weights: Tensor, change: State, x: Tensor, goal: Tensor) -> Tensor:
+            large = self._large(server.state, filters[0], change, weights)
+            return self._loss(torch.func.functional_call(model, large, (x,)), goal)
+
+        numbers, held_x = torch.arange(len(members))[:, None], hx.expand(len(members), *hx.shape)
+        tuned = server.tune_together(
+            [flat], lambda rows: losses(x[rows], goal[numbers, rows]).sum(), lambda: losses(held_x, held),
+            "dilator", round, clients,
+            steps=steps, lr=rate(self.dilator_lr, round, self.halve_every), batch=self.batch_size, patience=self.patience,
+        )  # fmt: skip
+        for f, weights, result in zip(filters, flat.detach(), tuned, strict=True):
+            f.flat, f.touched = weights.clone(), f.touched or result.step > 0
+
+    def _taught(self, server: Server, trained: State, sizes: dict[str, int]) -> Goals:
+        """What a grown model is to answer on the tune and hold-out examples: as the client's own does, or the labels."""
+        (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
+        if self.objective == "ce":
+            return y, hy
+        return server.answers(trained, x, sizes), server.answers(trained, hx, sizes)
+
+    def _large(self, state: State, filters: Filters, change: State, flat: Tensor) -> State:
         """The grown model of one client: its dilated weights, or the global model with its dilated update."""
         if self.dilate == "weights":
-            return {**state, **dilate(filters, change, state, self.mlr, self.residual)}
-        cover = coverage(filters, change, state)
-        return {**state, **{n: state[n] + u / cover[n].clamp(min=1) for n, u in dilate(filters, change, state).items()}}
+            return {**state, **dilate(filters, change, state, self.mlr, self.residual, flat)}
+        cover = coverage(filters, state, flat)
+        grown = dilate(filters, change, state, flat=flat)
+        return {**state, **{n: state[n] + u / cover[n].clamp(min=1) for n, u in grown.items()}}
 
     def _patches(self, state: State, filters: Filters, change: State, plain: Mapping[str, Patch]) -> Mapping[str, Patch]:
         """Grown tensors and how far each entry is covered; tensors without filters stay where the plan puts them."""
@@ -277,7 +322,7 @@ class FedConv(Strategy):
             if self.dilate == "weights":
                 large = dilate(filters, change, state, self.mlr, self.residual)
                 return {**plain, **{n: Patch(t) for n, t in large.items()}}
-            cover, large = coverage(filters, change, state), dilate(filters, change, state)
+            cover, large = coverage(filters, state), dilate(filters, change, state)
             return {**plain, **{n: Patch(state[n] + over(t, cover[n]), {}, cover[n]) for n, t in large.items()}}
 
     def state_dict(self) -> State:
@@ -287,6 +332,17 @@ class FedConv(Strategy):
 
     def load_state_dict(self, state: State) -> None:
         self._saved, self._compressors, self._dilators = dict(state), {}, {}
+
+
+def selection(returned: Returned) -> Selection:
+    """The channels of a client that was sent a compressed model."""
+    assert isinstance(returned.plan, Compressed)
+    return returned.plan.selection
+
+
+def joined(states: Sequence[State]) -> State:
+    """One tensor (clients, …) for each name."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
 def difference(trained: State, sent: State) -> State:

@@ -6,6 +6,7 @@ A tensor is seen as images: (out, in) for every spatial tap, one row for a vecto
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from hetfl.core.widths import Axis, State
 
 Side = tuple[int, int]
 MOST_PARTS = 64
+SLIGHT = 4096  # entries of a block's kernels up to which it is computed together with others
 MOST_ENTRIES = 1 << 20  # of a block's windows; more are correlated by spectra
 NEGATIVE, POSITIVE = 0.001, 0.85
 
@@ -105,34 +107,110 @@ def pick(tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
     return tensor.narrow(dim, 0, len(positions)) if leading(positions) else tensor.index_select(dim, positions)
 
 
-class Filters:
-    """The filters of one size class or one client; `weights` are their trainable tensors: p, q, g (taps,), V (taps, kr, kc)."""
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Filters of some blocks that are computed as one: `taps` of them in all, one entry of a vector (taps,) each; `v` are all
+    kernels, one after the other."""
 
-    def __init__(self, selection: Selection, like: State, parameters: Sequence[str]) -> None:
-        self.selection, self.blocks = selection, [b for name in parameters for b in blocks(selection, name, like[name])]
-        self.touched = False
-        self.weights: list[list[Tensor]] = [delta(b) for b in self.blocks]
+    blocks: list[int]
+    sides: list[tuple[int, int, int]]  # of each block's kernels: taps, rows, columns
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Entries of each tap's kernel."""
+        return torch.tensor([kr * kc for taps, kr, kc in self.sides for _ in range(taps)])
+
+    @cached_property
+    def tap(self) -> Tensor:
+        """The tap that each entry of `v` belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of p, q, g and v."""
+        taps = len(self.lengths)
+        return [taps, taps, taps, int(self.lengths.sum())]
+
+    def shaped(self, v: Tensor) -> Tensor:
+        """`v`, of one block (taps, entries): sums and products of these need no positions."""
+        return v.view(len(self.lengths), -1) if len(self.blocks) == 1 else v
+
+    def sums(self, v: Tensor) -> Tensor:
+        """The sum of each tap's entries."""
+        return v.sum(1) if v.ndim == 2 else torch.segment_reduce(v, "sum", lengths=self.lengths, unsafe=True)
+
+    def over(self, of_taps: Tensor) -> Tensor:
+        """A value of each tap beside each of its entries."""
+        return of_taps[:, None] if len(self.blocks) == 1 else of_taps.index_select(0, self.tap)
+
+    def kernels(self, v: Tensor) -> list[Tensor]:
+        """Each block's (taps, rows, columns)."""
+        parts = v.flatten().split([math.prod(side) for side in self.sides])
+        return [part.view(side) for part, side in zip(parts, self.sides, strict=True)]
+
+
+def bundled(blocks: Sequence[Block]) -> list[Bundle]:
+    """The slight blocks as one bundle, each other block as one of its own."""
+    sides = [(b.taps, *b.kernel) for b in blocks]
+    slight = [i for i, side in enumerate(sides) if math.prod(side) <= SLIGHT]
+    groups = [slight, *([i] for i in range(len(blocks)) if i not in set(slight))]
+    return [Bundle(group, [sides[i] for i in group]) for group in groups if group]
+
+
+class Filters:
+    """The filters of one size class or one client.
+
+    `flat` holds all that can be trained, so that an optimiser has one tensor: for each block p, q, g (taps,) and V (taps, kr, kc).
+    """
+
+    def __init__(self, selection: Selection, blocks: Sequence[Block], weights: Sequence[Sequence[Tensor]] | None = None) -> None:
+        self.selection, self.blocks, self.bundles = selection, list(blocks), bundled(blocks)
+        self.touched = weights is not None
+        self.flat = self._joined([delta(b) for b in self.blocks] if weights is None else weights)
+
+    def _joined(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+        parts = [weights[i][k].flatten() for bundle in self.bundles for k in range(4) for i in bundle.blocks]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def parts(self, flat: Tensor) -> list[tuple[Tensor, ...]]:
+        """p, q, g and v of every bundle within a tensor of the form of `flat`."""
+        parts = flat.split([n for bundle in self.bundles for n in bundle.sizes])
+        return [parts[i : i + 4] for i in range(0, len(parts), 4)]
+
+    def split(self, flat: Tensor) -> list[list[Tensor]]:
+        """p, q, g and V of every block within a tensor of the form of `flat`."""
+        found: list[list[Tensor]] = [[] for _ in self.blocks]
+        for bundle, (*vectors, v) in zip(self.bundles, self.parts(flat), strict=True):
+            pieces = [vector.split([side[0] for side in bundle.sides]) for vector in vectors]
+            for block, *of_block in zip(bundle.blocks, *pieces, bundle.kernels(v), strict=True):
+                found[block] = of_block
+        return found
+
+    @property
+    def weights(self) -> list[list[Tensor]]:
+        return self.split(self.flat)
 
     def randomise(self, generator: torch.Generator) -> None:
         """The reference's start: V uniform in +-1/sqrt(kr kc), g its norm, p and q uniform in +-1 (spec 2.8)."""
-        self.weights, self.touched = [drawn(b, generator) for b in self.blocks], True
-
-    def trainable(self) -> list[Tensor]:
-        return [w.requires_grad_() for block in self.weights for w in block]
+        self.flat, self.touched = self._joined([drawn(b, generator) for b in self.blocks]), True
 
     def frozen(self) -> Filters:
         """A copy as it is now, for a plan that outlives further tuning."""
-        other = object.__new__(Filters)
-        other.selection, other.blocks, other.touched = self.selection, self.blocks, self.touched
-        other.weights = [[w.detach().clone() for w in block] for block in self.weights]
+        other = copy.copy(self)
+        other.flat = self.flat.detach().clone()
         return other
 
     def state_dict(self) -> State:
         return {f"{i}.{k}": w.detach() for i, block in enumerate(self.weights) for k, w in zip("pqgV", block, strict=True)}
 
     def load_state_dict(self, state: State) -> None:
-        self.weights = [[state[f"{i}.{k}"].clone() for k in "pqgV"] for i in range(len(self.blocks))]
+        self.flat = self._joined([[state[f"{i}.{k}"] for k in "pqgV"] for i in range(len(self.blocks))])
         self.touched = True
+
+
+def tiled(selection: Selection, like: State, parameters: Sequence[str]) -> list[Block]:
+    """The blocks of all `parameters`."""
+    return [block for name in parameters for block in blocks(selection, name, like[name])]
 
 
 def delta(block: Block) -> list[Tensor]:
@@ -162,20 +240,34 @@ class Compressor:
     def __init__(self, filters: Filters, state: State, times: int = 0, residual: str = "all") -> None:
         self.filters, self.state, self.times, self.residual = filters, state, times, residual
         self.images = [Correlation(b, images(state[b.name], b.rows.positions, b.columns.positions)) for b in filters.blocks]
+        self.keep = [self._keep(bundle) for bundle in filters.bundles]
 
     def __call__(self) -> State:
         """The small tensors that the filters make of the state, differentiable in the filters' weights."""
         plain = self.filters.selection.take(self.state)
         if not self.filters.touched:
             return plain
-        for name, pieces in gathered(self.filters.blocks, [self._block(i) for i in range(len(self.images))]).items():
+        for name, pieces in gathered(self.filters.blocks, self.pieces()).items():
             plain[name] = assembled(pieces, plain[name])
         return plain
 
-    def _block(self, i: int) -> Tensor:
-        block, weights = self.filters.blocks[i], self.filters.weights[i]
-        keep = 1.0 if self.residual == "all" or (self.residual == "taps" and block.taps > 1) else 0.0
-        return mlr(filtered(*weights, keep, self.images[i]), self.times)
+    def pieces(self) -> list[Tensor]:
+        """What every block comes to, in their order."""
+        found: dict[int, Tensor] = {}
+        for bundle, weights, keep in zip(self.filters.bundles, self.filters.parts(self.filters.flat), self.keep, strict=True):
+            made = filtered(*weights, keep, bundle, [self.images[i] for i in bundle.blocks])
+            found |= {i: mlr(y, self.times) for i, y in zip(bundle.blocks, made, strict=True)}
+        return [found[i] for i in range(len(found))]
+
+    def _keep(self, bundle: Bundle) -> Tensor:
+        """For each tap 1 where the image stays beside its projection, else 0."""
+        kept = [float(kept_beside(taps, self.residual)) for taps, _, _ in bundle.sides for _ in range(taps)]
+        return torch.tensor(kept)
+
+
+def kept_beside(taps: int, residual: str) -> bool:
+    """Whether an image stays beside its projection: always, or for convolutions."""
+    return residual == "all" or (residual == "taps" and taps > 1)
 
 
 class Correlation:
@@ -200,31 +292,39 @@ class Correlation:
 
 
 class Filtering(torch.autograd.Function):
-    """(keep + p) g (x * U) + q g sum(U) with U = V / ||V|| for each tap (spec 2.2); x is fixed: the gradient of U is x * gradient.
+    """(keep + p) g (x * U) + q g sum(U) with U = V / ||V|| for each tap (spec 2.2), the blocks of a bundle in one piece.
 
-    In one piece: autograd's own way through its dozen small steps can take longer than the net that is tuned.
+    x is fixed: the gradient of U is x * gradient. Autograd's own way through the dozen small steps of every block can take longer
+    than the net that is tuned.
     """
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor, g: Tensor, v: Tensor, keep: float, correlate: Correlation) -> Tensor:
-        size = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True).clamp_(min=1e-12)
-        unit = v / size
-        total, share = unit.sum((1, 2)), p + keep
-        ctx.correlate = correlate
+    def forward(
+        ctx: Any, p: Tensor, q: Tensor, g: Tensor, v: Tensor, keep: Tensor, bundle: Bundle, correlations: Sequence[Correlation]
+    ) -> tuple[Tensor, ...]:
+        v = bundle.shaped(v)
+        size = bundle.sums(v * v).sqrt_().clamp_(min=1e-12)
+        unit = v / bundle.over(size)
+        total, share = bundle.sums(unit), p + keep
+        ctx.bundle, ctx.correlations = bundle, correlations
         ctx.save_for_backward(q, g, unit, size, total, share)
-        return correlate(unit * (share * g)[:, None, None]).add_((q * g * total)[:, None, None])
+        levels = (q * g * total).split([side[0] for side in bundle.sides])
+        turned = zip(correlations, bundle.kernels(unit * bundle.over(share * g)), levels, strict=True)
+        return tuple(correlate(k).add_(level[:, None, None]) for correlate, k, level in turned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, g, unit, size, total, share = ctx.saved_tensors
-        across, sums = ctx.correlate(grads[0]), grads[0].sum((1, 2))
-        along, level = torch.linalg.vecdot(across.flatten(1), unit.flatten(1)), sums * total
+        (q, g, unit, size, total, share), bundle = ctx.saved_tensors, ctx.bundle
+        turned = [correlate(grad).flatten() for correlate, grad in zip(ctx.correlations, grads, strict=True)]
+        across = bundle.shaped(torch.cat(turned) if len(turned) > 1 else turned[0])
+        sums = torch.cat([grad.sum((1, 2)) for grad in grads])
+        along, level = bundle.sums(across * unit), sums * total
         of_g = share * along + q * level
-        of_v = across.mul((share * g)[:, None, None]).add_((q * g * sums)[:, None, None]).sub_(unit * (g * of_g)[:, None, None])
-        return g * along, g * level, of_g, of_v.div_(size), None, None
+        of_v = across.mul_(bundle.over(share * g)).add_(bundle.over(q * g * sums)).sub_(unit * bundle.over(g * of_g))
+        return g * along, g * level, of_g, of_v.div_(bundle.over(size)).flatten(), None, None, None
 
 
-filtered: Callable[..., Tensor] = Filtering.apply
+filtered: Callable[..., tuple[Tensor, ...]] = Filtering.apply
 
 
 def valid(spectrum: Tensor, k: Tensor, large: Side, side: Side) -> Tensor:
@@ -236,12 +336,17 @@ def valid(spectrum: Tensor, k: Tensor, large: Side, side: Side) -> Tensor:
 class Spreading(torch.autograd.Function):
     """Full convolution of images with kernels by their spectra; both gradients are valid correlations of the gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: Tensor, large: Side) -> Tensor:
-        ctx.save_for_backward(x, k)
-        ctx.large = large
+    def forward(x: Tensor, k: Tensor, large: Side) -> Tensor:
         whole: Tensor = torch.fft.irfft2(torch.fft.rfft2(x, s=large) * torch.fft.rfft2(k, s=large), s=large)
         return whole
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, k, ctx.large = inputs
+        ctx.save_for_backward(x, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -273,22 +378,24 @@ def assembled(pieces: Sequence[tuple[Block, Tensor]], like: Tensor) -> Tensor:
     return whole.permute(1, 2, 0).reshape(like.shape) if like.ndim > 1 else whole.reshape(like.shape)
 
 
-def dilate(filters: Filters, small: State, like: State, times: int = 0, residual: str = "all", bias: bool = True) -> State:
-    """`small` grown to the shapes of `like` by transposed correlation; tensors without filters are left out (spec 2.3)."""
+def dilate(filters: Filters, small: State, like: State, times: int = 0, residual: str = "all", flat: Tensor | None = None) -> State:
+    """`small` grown to the shapes of `like` by transposed correlation; tensors without filters are left out (spec 2.3).
+
+    `flat`: weights to take in place of the filters' own, as here and in `coverage`.
+    """
     grown: State = {}
-    for block, (p, q, g, v) in zip(filters.blocks, filters.weights, strict=True):
+    for block, (p, q, g, v) in zip(filters.blocks, filters.split(filters.flat if flat is None else flat), strict=True):
         x = images_of_small(block, small[block.name], filters)
-        keep = 1.0 if residual == "all" or (residual == "taps" and block.taps > 1) else 0.0
-        x = (keep + p)[:, None, None] * x + (q[:, None, None] if bias else 0.0)
+        x = (kept_beside(block.taps, residual) + p)[:, None, None] * x + q[:, None, None]
         y = mlr(spread(x, kernel(g, v), block), times)
         grown[block.name] = placed(block, y, grown.get(block.name), like[block.name])
     return grown
 
 
-def coverage(filters: Filters, small: State, like: State) -> State:
+def coverage(filters: Filters, like: State, flat: Tensor | None = None) -> State:
     """How much of each grown entry comes from the client: the same growth of ones with |kernel| (findings 6.5)."""
     grown: State = {}
-    for block, (_, _, g, v) in zip(filters.blocks, filters.weights, strict=True):
+    for block, (_, _, g, v) in zip(filters.blocks, filters.split(filters.flat if flat is None else flat), strict=True):
         ones = torch.ones(block.taps, *block.small)
         y = spread(ones, kernel(g, v).abs(), block).clamp(min=0)
         grown[block.name] = placed(block, y, grown.get(block.name), like[block.name])

@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from hetfl.core.config import resolve
+from hetfl.core.experiment import prepare
 from hetfl.core.groups import trace
 from hetfl.core.merge import Update, Updates, blend, mean
 from hetfl.core.models import MLP, FedConvCNN
 from hetfl.core.plans import Patch, Selection, grow, prefix, window
+from hetfl.core.rounds import Unwatched
 from hetfl.core.widths import tensors
 from hetfl.plugins import filters
-from hetfl.plugins.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr
+from hetfl.plugins.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr, tiled
 
 ratios = st.floats(0.05, 1.0)
 quick = settings(deadline=None, max_examples=25)
@@ -138,11 +141,9 @@ def test_integer_buffers_are_not_averaged():
 
 def one_filter(v, small, large, p=0.0, q=0.0):
     block = Block("w", Part(torch.arange(large[0]), small[0]), Part(torch.arange(large[1]), small[1]), 1)
-    filters = object.__new__(Filters)
-    filters.selection, filters.blocks, filters.touched = Selection(WIDTHS, WIDTHS.select(prefix(1))), [block], True
     v = torch.tensor(v)[None]
-    filters.weights = [[torch.tensor([p]), torch.tensor([q]), v.flatten(1).norm(dim=1), v]]
-    return filters
+    weights = [[torch.tensor([p]), torch.tensor([q]), v.flatten(1).norm(dim=1), v]]
+    return Filters(Selection(WIDTHS, WIDTHS.select(prefix(1))), [block], weights)
 
 
 def test_compress_and_dilate_oracles():
@@ -152,8 +153,8 @@ def test_compress_and_dilate_oracles():
     filters = one_filter([[0.25, 0.25], [0.25, 0.25]], (3, 3), (4, 4))
     w = {"w": torch.arange(16.0).reshape(4, 4)}
     expected = torch.tensor([[2.5, 3.5, 4.5], [6.5, 7.5, 8.5], [10.5, 11.5, 12.5]])
-    assert torch.allclose(Compressor(filters, w)._block(0)[0], expected)
-    assert torch.allclose(Compressor(filters, w, times=1)._block(0)[0], 0.85 * expected)
+    assert torch.allclose(Compressor(filters, w).pieces()[0][0], expected)
+    assert torch.allclose(Compressor(filters, w, times=1).pieces()[0][0], 0.85 * expected)
     grown = dilate(one_filter([[1.0] * 3] * 3, (2, 2), (4, 4)), {"w": torch.tensor([[1.0, 2], [3, 4]])}, w)["w"]
     assert torch.allclose(grown, torch.tensor([[1.0, 3, 3, 2], [4, 10, 10, 6], [4, 10, 10, 6], [3, 7, 7, 4]]))
 
@@ -163,7 +164,7 @@ def test_compress_and_dilate_oracles():
 def test_compress_then_dilate_keeps_shapes_for_any_ratio(ratio, seed):
     """spec fedconv 6, properties; both random and delta filters"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(ratio)))
-    filters = Filters(selection, STATE, NAMES)
+    filters = Filters(selection, tiled(selection, STATE, NAMES))
     plain = selection.take(STATE)
     filters.touched = True
     small = Compressor(filters, STATE)()
@@ -173,26 +174,26 @@ def test_compress_then_dilate_keeps_shapes_for_any_ratio(ratio, seed):
     assert {n: t.shape for n, t in small.items()} == {n: t.shape for n, t in plain.items()}
     large = dilate(filters, small, STATE)
     assert {n: t.shape for n, t in large.items()} == {n: STATE[n].shape for n in NAMES}
-    assert all((t >= 0).all() for t in coverage(filters, small, STATE).values())
+    assert all((t >= 0).all() for t in coverage(filters, STATE).values())
 
 
 @quick
 @given(ratios)
 def test_delta_filters_dilate_to_placement(ratio):
     selection = Selection(WIDTHS, WIDTHS.select(prefix(ratio)))
-    filters, small = Filters(selection, STATE, NAMES), selection.take(STATE)
+    filters, small = Filters(selection, tiled(selection, STATE, NAMES)), selection.take(STATE)
     zero = {n: torch.zeros_like(t) for n, t in STATE.items()}
     placed, covered = grow(selection.put(small), zero)
     for n in NAMES:
         assert torch.allclose(dilate(filters, small, STATE)[n], placed[n], atol=1e-5)
-        assert torch.allclose(coverage(filters, small, STATE)[n], covered[n], atol=1e-5)
+        assert torch.allclose(coverage(filters, STATE)[n], covered[n], atol=1e-5)
 
 
 @pytest.mark.parametrize("spectral", [True, False])
 def test_dilation_is_the_adjoint_of_compression_in_both_forms(spectral):
     """spec fedconv 6, properties: <K * W, S> = <W, K^T S>"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(0.5)))
-    filters = Filters(selection, STATE, NAMES)
+    filters = Filters(selection, tiled(selection, STATE, NAMES))
     filters.randomise(torch.Generator().manual_seed(1))
     for block, weights in zip(filters.blocks, filters.weights, strict=True):
         block.__dict__["spectral"] = spectral
@@ -207,18 +208,17 @@ def test_dilation_is_the_adjoint_of_compression_in_both_forms(spectral):
 def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
     """spec fedconv 6, properties: finite non-zero gradients to p, q, g, V; G bitwise unchanged"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(0.5)))
-    filters = Filters(selection, STATE, NAMES)
+    filters = Filters(selection, tiled(selection, STATE, NAMES))
     filters.touched = True
     before = {n: t.clone() for n, t in STATE.items()}
-    weights = filters.trainable()
+    filters.flat.requires_grad_()
     draw = torch.Generator().manual_seed(0)
     sum((t * torch.randn(t.shape, generator=draw)).sum() for n, t in Compressor(filters, STATE)().items() if n in NAMES).backward()
-    for block, (p, q, g, v) in zip(filters.blocks, filters.weights, strict=True):
-        assert all(torch.isfinite(w.grad).all() for w in (p, q, g, v))
-        assert (p.grad != 0).all()
-        assert (q.grad != 0).all()
-        assert (v.grad != 0).any() or block.kernel == (1, 1)
-    assert len(weights) == 4 * len(filters.blocks)
+    assert torch.isfinite(filters.flat.grad).all()
+    for block, (p, q, _, v) in zip(filters.blocks, filters.split(filters.flat.grad), strict=True):
+        assert (p != 0).all()
+        assert (q != 0).all()
+        assert (v != 0).any() or block.kernel == (1, 1)
     assert all(torch.equal(STATE[n], before[n]) for n in STATE)
 
 
@@ -236,7 +236,11 @@ def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, f
         y = F.conv2d(x[None], k[:, None], groups=3)[0]
         return (1 + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None]
 
-    ours, theirs = filters.filtered(*weights, 1.0, filters.Correlation(block, x)), plain(*weights)
+    bundle, keep = filters.Bundle([0], [(3, 4, 2)]), torch.ones(3)
+    ours, theirs = (
+        filters.filtered(*weights[:3], weights[3].flatten(), keep, bundle, [filters.Correlation(block, x)])[0],
+        plain(*weights),
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)
     direction = torch.randn(ours.shape, generator=g)
     for a, b in zip(torch.autograd.grad(ours, weights, direction), torch.autograd.grad(theirs, weights, direction), strict=True):
@@ -252,3 +256,28 @@ def test_spreading_gradients_are_autograds():
     direction = torch.randn(ours.shape, generator=g)
     for a, b in zip(torch.autograd.grad(ours, (x, k), direction), torch.autograd.grad(theirs, (x, k), direction), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "dilate"), [("distill", "update"), ("ce", "weights")])
+def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objective, dilate):
+    """Early stopping included: what one client's tuning comes to does not depend on who is beside it."""
+    from hetfl.plugins import fedconv
+
+    tuning = {"steps": 2, "first_steps": 2, "start": "random", "dilator_steps": 40, "patience": 1, "dilator_lr": 0.01}
+    options = resolve({
+        "dataset": "digits", "limit": 300, "clients": 4, "rounds": 1, "pretrain_steps": 5, "levels": "0.5:1", "control": False,
+        "lr": 0.3, "aggregate": "overlap", "set": {"fedconv": {"objective": objective, "dilate": dilate, **tuning}},
+    })  # fmt: skip
+    found = []
+    for most in (1, 16):
+        monkeypatch.setattr(fedconv, "TOGETHER", most)
+        made = prepare(options, Unwatched())
+        made.rounds.start(made.grid)
+        made.server.pool.close()
+        found.append((made.server.state, sorted(made.server.saved)))
+    (alone, spared), (together, spared_together) = found
+    assert spared == spared_together
+    assert objective != "ce" or len({steps for steps, _ in spared}) > 1
+    x = made.federation.test.all()[0]
+    said = [made.server.answers(state, x).log_softmax(1) for state in (alone, together)]  # a shift of all logits is free
+    assert torch.allclose(*said, atol=1e-3)

@@ -20,7 +20,7 @@ from pfl.model.pytorch import PyTorchModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.speed.work import asked, norm, report
+from benchmarks.speed.work import asked, norm, plain, report
 
 POPULATION = 100_000
 
@@ -38,7 +38,7 @@ class Watch(TrainingProcessCallback):
 def main() -> None:
     torch.set_num_threads(1)
     work = asked()
-    net: Any = work.module().to(memory_format=torch.channels_last)
+    net: Any = work.module().to(memory_format=torch.contiguous_format if plain() else torch.channels_last)
     net.loss = lambda x, y, **_: F.cross_entropy(net.train()(x), y)
     net.metrics = lambda x, y, **_: {}
     model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0))

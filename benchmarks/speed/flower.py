@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch.nn import functional as F
 
-from benchmarks.speed.work import WORKS, norm, report
+from benchmarks.speed.work import WORKS, norm, plain, report
 
 WORK = WORKS[os.environ.get("HETFL_WORK", "W")]
 MODELS: dict[str, torch.nn.Module] = {}
@@ -35,9 +35,10 @@ def train(message: Message, context: Context) -> Message:
     round, client = int(str(config["round"])), int(context.node_config["partition-id"])
     model = MODELS.get("it")
     if model is None:
-        model = MODELS["it"] = WORK.module().to(memory_format=torch.channels_last).train()
+        form = torch.contiguous_format if plain() else torch.channels_last
+        model = MODELS["it"] = WORK.module().to(memory_format=form).train()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), WORK.options.lr, WORK.momentum, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), WORK.options.lr, WORK.momentum, fused=None if plain() else True)
     for x, y in WORK.batches(round, client):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -78,5 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # by its name, so that the actors import it and keep what it caches
-    os.environ["HETFL_WORK"] = sys.argv[1]
+    os.environ["HETFL_WORK"], os.environ["HETFL_LOOP"] = sys.argv[1], "plain" if plain() else ""
     importlib.import_module("benchmarks.speed.flower").main()

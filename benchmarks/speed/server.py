@@ -26,7 +26,7 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     from hetfl.core.widths import tensors
     from hetfl.core.workshop import Workshop
     from hetfl.plugins.fedconv import FedConv
-    from hetfl.plugins.filters import Compressor, Filters
+    from hetfl.plugins.filters import Compressor, Filters, tiled
 
     torch.set_num_threads(1)
     model = models.ZOO[net](classes=10, channels=shape[0], **args)
@@ -54,8 +54,9 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     def filters() -> None:
         names = [n for n, _ in model.named_parameters()]
         for ratio in RATIOS:
-            made = Filters(server.select(prefix(ratio)), server.state, names)
-            made.touched, _ = True, made.trainable()
+            selection = server.select(prefix(ratio))
+            made = Filters(selection, tiled(selection, server.state, names))
+            made.touched = bool(made.flat.requires_grad_().numel())
             small = Compressor(made, server.state)
             for _ in range(steps):
                 out = [t for t in small().values() if t.requires_grad]

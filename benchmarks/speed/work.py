@@ -143,6 +143,11 @@ def report(**facts: Any) -> None:
     print("RESULT " + json.dumps({"at": time.time(), **facts}), flush=True)
 
 
+def plain() -> bool:
+    """Whether the peers are to train as their tutorials do (torch's default layout and SGD), not with the floor's loop."""
+    return "plain" in sys.argv or os.environ.get("HETFL_LOOP") == "plain"
+
+
 def asked() -> Work:
     return WORKS[sys.argv[1]]
 
