@@ -5,45 +5,26 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from hetfl.core.blocks import take
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Federation, Holding
 from hetfl.core.meter import Meter
 from hetfl.core.norms import statistics, unset, without_statistics
 from hetfl.core.roles import Roles
 from hetfl.core.train import evaluate
-from hetfl.core.types import Node, Profile, Reply, Task
-from hetfl.core.widths import State, load, tensors
+from hetfl.core.types import Down, Node, Profile, Reply, Task
+from hetfl.core.widths import State, load, tensors, within
 from hetfl.core.workshop import Workshop
-
-
-@dataclass(frozen=True, eq=False)
-class Down:
-    """What a client is sent: tensors of its submodel, what it needs to build that submodel, and extras.
-
-    `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
-    it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
-    statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
-    classes that the client does not hold put to 0.
-    """
-
-    round: int
-    state: State
-    sizes: dict[str, int] | None
-    model: str | None = None
-    masks: State = field(default_factory=dict)
-    extras: State = field(default_factory=dict)
-    up: Collection[str] | None = None
-    held: bool = False
-    local: bool = False
 
 
 class Desk:
@@ -72,6 +53,19 @@ class Desk:
         assert isinstance(record, ConfigRecord)
         return self._waiting[int(str(record["number"]))]
 
+    def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
+        """Nothing is packed that does not travel."""
+        return reply
+
+
+class Means(Protocol):
+    """How payloads get into messages and out again: by reference (`Desk`) or written out (`wire.Wire`)."""
+
+    def seal(self, payload: Any) -> RecordDict: ...
+    def open(self, content: RecordDict) -> Any: ...
+    def peek(self, content: RecordDict) -> Any: ...
+    def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -81,7 +75,7 @@ class Site:
     federation: Federation
     roles: Roles
     workshop: Workshop
-    desk: Desk
+    desk: Means
     meter: Meter
 
     def profile(self, message: Message, context: Context) -> Profile:
@@ -113,7 +107,14 @@ class Site:
             reply.state = {name: t for name, t in reply.state.items() if name in down.up}
         if down.local:
             reply.state = without_statistics(reply.state, self.workshop.module(down.sizes, down.model))
-        return reply
+        return self.desk.pack(reply, self._existing(down, reply))
+
+    def _existing(self, down: Down, reply: Reply) -> Mapping[str, Tensor]:
+        """The masks of what comes back: those sent, cut as the reply was, and the client's own over them."""
+        if not reply.kept or not down.masks or down.sizes is None:
+            return {**down.masks, **reply.masks}
+        index = within(self.workshop.widths, down.sizes, reply.kept)
+        return {**{name: take(mask, index.get(name, {})) for name, mask in down.masks.items()}, **reply.masks}
 
     def passes(self, message: Message, context: Context) -> Reply:
         """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""

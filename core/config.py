@@ -92,6 +92,10 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
+    engine: Literal["local", "processes"] = Field(
+        "local",
+        description="where clients run: on threads of this process, or in processes of their own (docs/federation.md)",
+    )
     cohorts: Literal["off", "on", "auto"] = Field(
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
     )

@@ -11,11 +11,11 @@ from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from hetfl.core import cohorts
-from hetfl.core.apps import Down, Site, place
+from hetfl.core.apps import Site, place
 from hetfl.core.cohorts import Member, Trained
 from hetfl.core.data import Examples
 from hetfl.core.train import Score
-from hetfl.core.types import Reply
+from hetfl.core.types import Down, Reply
 from hetfl.core.widths import tensors
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a client
@@ -48,6 +48,9 @@ class Crew:
             alone.append(call) if shape is None else groups.setdefault(shape, []).append(call)
         together = [g[i : i + self._cohort] for g in groups.values() for i in range(0, len(g), self._cohort)]
         return self._chunks(alone) + [Job(g, sum(map(self._cost, g)), cohort=True) for g in together]
+
+    def close(self) -> None:
+        """Nothing is kept that outlives the threads."""
 
     def _chunks(self, calls: list[Call]) -> list[Job]:
         """Jobs of one client each, or of several where these are slight."""

@@ -7,37 +7,30 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from hetfl.core import cohorts, data, device, factories, norms, presets, roles
-from hetfl.core.apps import Desk, Site, client_app
+from hetfl.core import cohorts, engines, ground, presets, roles
+from hetfl.core.apps import Site
 from hetfl.core.config import RunOptions, resolve, write
-from hetfl.core.crew import Crew
 from hetfl.core.data import Federation
-from hetfl.core.errors import UsageError
-from hetfl.core.exits import every
 from hetfl.core.grid import LocalGrid
-from hetfl.core.groups import trace
 from hetfl.core.meter import Meter
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
 from hetfl.core.rounds import Rounds, Row, Watch
 from hetfl.core.server import Server
-from hetfl.core.streams import seed_of
-from hetfl.core.widths import State, Widths, tensors
-from hetfl.core.workshop import Workshop
+from hetfl.core.widths import State, tensors
 
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Experiment:
     """Everything a run needs, ready to go; `initial` are the weights before any training."""
 
@@ -46,43 +39,45 @@ class Experiment:
     plugins: roles.Roles
     server: Server
     rounds: Rounds
-    grid: LocalGrid
     initial: State
     meter: Meter
     cohort: int
     seconds: dict[str, float]
+    grid: LocalGrid = field(init=False)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.grid.close()
+        self.server.pool.close()
 
 
 def prepare(options: RunOptions, watch: Watch) -> Experiment:
     """Loads plugins, data and model, traces the widths and pre-trains. Raises UsageError for what cannot work together."""
-    plugins = roles.load(options)
-    watch.phase(0, "data")
-    device.check(options)
-    federation = data.load(options).on(options.device)
-    watch.phase(0, "model")
-    model, widths = traced(options, federation, plugins)
-    pool, workshop = Pool(options.workers), Workshop(model, widths, partial(built, options, federation), options.device)
-    initial = tensors(model)
+    common, pool = ground.laid(options, watch), Pool(options.workers)
+    federation, workshop, plugins = common.federation, common.workshop, common.plugins
+    initial = tensors(workshop.model)
     server = Server(options, workshop, initial, len(federation.classes), federation.public, pool)
     began = time.perf_counter()
     watch.phase(0, "pretrain")
     if server.has_public:
         server.state = server.trained(initial, options.pretrain_steps, "pretrain")
     plugins.prepare(server)
-    desk = Desk()
-    meter = Meter(options, workshop, federation.test, len(federation.classes))
-    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, meter)
-    site = Site(options, federation, plugins, workshop, desk, meter)
-    cohort, why = cohort_size(site, model)
+    desk = engines.desk(options)
+    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, common.meter)
+    site = common.site(desk)
+    cohort, why = cohort_size(site, workshop.model)
     if why and options.cohorts == "on":
         server.notes.append(f"clients train one by one, not in cohorts: {why}")
-    grid = LocalGrid(Crew(client_app(site), site, pool.workers, cohort), len(federation.clients), pool)
     seconds = {"pretrain": time.perf_counter() - began}
-    return Experiment(options, federation, plugins, server, rounds, grid, initial, meter, cohort, seconds)
+    made = Experiment(options, federation, plugins, server, rounds, initial, common.meter, cohort, seconds)
+    made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()))
+    return made
 
 
 def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
     """How many clients train as one, and why no more than one where that is so."""
+    if site.options.engine != "local":
+        return 1, f"the engine '{site.options.engine}' has each client by itself"
     if not site.roles.plain_fit:
         return 1, "a plugin takes part in local training"
     size = cohorts.size(model, site.options, site.federation.shape, site.workshop.widths.draws)
@@ -91,30 +86,6 @@ def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
     test = site.federation.test
     why = cohorts.stackable(copy.deepcopy(model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
-
-
-def built(options: RunOptions, federation: Federation, name: str) -> nn.Module:
-    """The model `name` of a run, with the run's arguments where it is the run's own model."""
-    args = options.model_args if name == (options.model or federation.model) else {}
-    return norms.replaced(factories.build(name, args, federation.inputs, options.seed), options.norm_policy)
-
-
-def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) -> tuple[nn.Module, Widths]:
-    """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
-    name = options.model or federation.model
-    x = federation.test.x[federation.test.index[:2]].cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seed, "adapt"))
-        model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
-    with every(model):
-        widths = trace(model, x, heads=options.heads)
-    with torch.no_grad():
-        out = model.eval()(x)
-    shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-    if not isinstance(out, Tensor) or out.shape != (len(x), len(federation.classes)):
-        wanted = (len(x), len(federation.classes))
-        raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
-    return model, widths
 
 
 def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
@@ -129,7 +100,7 @@ def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
     try:
         experiment.rounds.start(experiment.grid)
     finally:
-        experiment.server.pool.close()
+        experiment.close()
     folder.write("weights.safetensors", save(contiguous(experiment.server.state)))
     summary = summarise(experiment, time.perf_counter() - began)
     folder.json("summary.json", summary)

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from hetfl.core.crew import Crew
 from hetfl.core.pool import Pool
 
 PRIVATE = ("flwr.supercore.run.Run", "flwr.supercore.task_identity.TaskIdentity", "Metadata._message_id")
 SERVER_NODE = 1
 
 
+class Workers(Protocol):
+    """Who answers a round's messages: `jobs` deals them out, `work` does one of these, in any thread."""
+
+    def jobs(self, calls: Sequence[tuple[Message, Context]]) -> Sequence[Any]: ...
+    def work(self, job: Any) -> list[Message]: ...
+    def close(self) -> None: ...
+
+
 class LocalGrid(Grid):
     """`nodes` clients, each with a Context that lasts as long as the grid. Payloads travel by reference."""
 
-    def __init__(self, crew: Crew, nodes: int, pool: Pool) -> None:
+    def __init__(self, crew: Workers, nodes: int, pool: Pool) -> None:
         self._crew, self._pool = crew, pool
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
+        identify(SERVER_NODE)
         self._run = Run.create_empty(1)
         self._contexts = {node(i): context(i, nodes) for i in range(nodes)}
         self._replies: dict[str, Message] = {}
@@ -65,6 +72,14 @@ class LocalGrid(Grid):
             calls.append((message, self._contexts[message.metadata.dst_node_id]))
         answered = self._pool.stream(self._crew.work, self._crew.jobs(calls), lambda job: job.cost)
         return itertools.chain.from_iterable(answered)
+
+    def close(self) -> None:
+        self._crew.close()
+
+
+def identify(node: int) -> None:
+    """Says who this process is; Flower wants to know before it makes a Message."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, node, 1
 
 
 def node(client: int) -> int:

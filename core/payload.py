@@ -21,7 +21,7 @@ BITS = "/mask"
 def size(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, positions: bool = True) -> int:
     """Bytes of `state` as Flower's ArrayRecord encodes it: the .npy form of every tensor, and its name.
 
-    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`packed`).
+    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`entries`, `pack`).
     """
     masks = masks or {}
     return sum(entry(name, tensor, masks.get(name), positions) for name, tensor in state.items())
@@ -38,10 +38,21 @@ def named(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return len(name.encode()) + header(dtype, shape) + math.prod(shape) * dtype.itemsize
 
 
-def packed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
-    """`state` as it travels: of a tensor with a mask the values that exist, in order, and a bit for each entry."""
-    values = {name: t[masks[name]] if name in masks else t for name, t in state.items()}
-    return values | {name + BITS: pack(masks[name]) for name in state if name in masks}
+def entries(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+    """`state` as it travels: of a tensor with a mask the values that exist, in order."""
+    return {name: t[masks[name]] if name in masks else t for name, t in state.items()}
+
+
+def spread(travelled: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+    """The inverse of `entries`: entries that do not exist are 0. Raises ValueError where values are too few or many."""
+    state = dict(travelled)
+    for name in masks.keys() & state.keys():
+        values, mask = state[name], masks[name]
+        if values.ndim != 1 or len(values) != int(mask.sum()):
+            raise ValueError(f"tensor {name} has values of shape {tuple(values.shape)} for a mask of {int(mask.sum())} entries")
+        state[name] = torch.zeros(mask.shape, dtype=values.dtype)
+        state[name][mask] = values
+    return state
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -52,18 +63,6 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack`."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape))).bool().reshape(shape)
-
-
-def unpacked(travelled: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[State, State]:
-    """The inverse of `packed`: the state, entries that do not exist 0, and the masks; `shapes` are those of the masked tensors."""
-    state = {name: t for name, t in travelled.items() if not name.endswith(BITS)}
-    masks: State = {}
-    for name, shape in shapes.items():
-        masks[name] = unpack(travelled[name + BITS], shape)
-        whole = torch.zeros(shape, dtype=travelled[name].dtype)
-        whole[masks[name]] = travelled[name]
-        state[name] = whole
-    return state, masks
 
 
 @cache

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from hetfl.core import payload
-from hetfl.core.apps import Desk, Down
+from hetfl.core.apps import Means
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
@@ -28,10 +28,12 @@ from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
 from hetfl.core.server import Server
-from hetfl.core.types import Client, Profile, Reply, Returned
+from hetfl.core.types import Client, Down, Profile, Reply, Returned
 from hetfl.core.widths import State
+from hetfl.core.wire import MalformedError
 
 Row = dict[str, Any]
+NOTHING = Reply({}, 0)
 
 
 class Watch(Protocol):
@@ -83,7 +85,7 @@ class Progress:
 class Rounds(Strategy):
     """Drives a Server and the chosen plugins through `options.rounds` rounds over any Flower Grid."""
 
-    def __init__(self, server: Server, roles: Roles, desk: Desk, test: Examples, clients: int, watch: Watch, meter: Meter) -> None:
+    def __init__(self, server: Server, roles: Roles, desk: Means, test: Examples, clients: int, watch: Watch, meter: Meter) -> None:
         self.meter = meter
         self.server, self.roles, self.desk, self.test, self.clients, self.watch = server, roles, desk, test, clients, watch
         self.options = server.options
@@ -295,8 +297,10 @@ class Rounds(Strategy):
         if message.has_error():
             row["fault"], row["traceback"] = last_line(message), message.error.reason
         else:
-            reply: Reply = self._payload(message)
-            sent, fault = self._narrowed(sent, reply)
+            reply, fault = self._read(message)
+            if fault is None:
+                sent, fault = self._narrowed(sent, reply)
+            reply, fault = unpacked(reply, sent) if fault is None else (reply, fault)
             if fault is None:
                 expected = self._travels({name: t for name, t in sent.state.items() if name in sent.up})
                 fault = payload.fault(reply, expected, self.roles.up)
@@ -310,6 +314,14 @@ class Rounds(Strategy):
         self._met[client] = 0
         self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")
         return None
+
+    def _read(self, message: Message) -> tuple[Reply, str | None]:
+        """A reply, and why it cannot be read."""
+        try:
+            found = self._payload(message)
+        except MalformedError as error:
+            return NOTHING, str(error)
+        return (found, None) if isinstance(found, Reply) else (NOTHING, "it is no reply to a training message")
 
     def _narrowed(self, sent: Sent, reply: Reply) -> tuple[Sent, str | None]:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
@@ -439,6 +451,17 @@ def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> Non
 def refuse_undeclared(sent: Iterable[Sent], roles: Roles) -> None:
     if fault := next((f for s in sent if (f := payload.undeclared(s.extras, roles.down))), None):
         raise RunError(f"a plugin sends what it did not declare: {fault}")
+
+
+def unpacked(reply: Reply, sent: Sent) -> tuple[Reply, str | None]:
+    """A reply with its tensors at full shape; or why that cannot be."""
+    if not reply.packed:
+        return reply, None
+    masks = {name: mask for name, mask in sent.plan.masks.items() if name in reply.packed}
+    try:
+        return replace(reply, state=payload.spread(reply.state, masks), packed=frozenset()), None
+    except ValueError as error:
+        return reply, str(error)
 
 
 def spent(cost: Cost, sent: Sent) -> Row:

@@ -86,6 +86,27 @@ class Shares:
     up: Collection[str] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Down:
+    """What a client is sent: tensors of its submodel, what it needs to build that submodel, and extras.
+
+    `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
+    it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
+    statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
+    classes that the client does not hold put to 0.
+    """
+
+    round: int
+    state: State
+    sizes: dict[str, int] | None
+    model: str | None = None
+    masks: State = field(default_factory=dict)
+    extras: State = field(default_factory=dict)
+    up: Collection[str] | None = None
+    held: bool = False
+    local: bool = False
+
+
 @dataclass(eq=False)
 class Task:
     """One client's work in one round. `fit` wrappers may change any field before they yield."""
@@ -132,7 +153,8 @@ class Reply:
     """What a client sends back: its trained tensors, extras and metrics.
 
     Where it trained less than it was sent, `kept` has the units of each group that it cut (local numbers, LongTensor) and
-    `masks` (bool, in the shapes of `state`) the entries that still exist.
+    `masks` (bool, in the shapes of `state`) the entries that still exist. `packed`: the tensors of `state` of which only the values
+    that exist have travelled, in their order.
     """
 
     state: State
@@ -141,6 +163,7 @@ class Reply:
     extras: State = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     masks: State = field(default_factory=dict)
+    packed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
 
 from hetfl.core import payload, train
 from hetfl.core.apps import Site, place
@@ -337,21 +335,6 @@ def test_a_mask_wider_than_sent_is_refused():
     both, one = torch.tensor([True, True]), torch.tensor([True, False])
     assert "wider" in payload.unmasked({"w": both}, {"w": one}, {"w": torch.zeros(2)})
     assert payload.unmasked({"w": one}, {"w": both}, {"w": torch.zeros(2)}) is None
-
-
-def test_masked_payloads_are_as_large_as_they_are_said_to_be():
-    generator = torch.Generator().manual_seed(0)
-    state = {"a": torch.randn(7, 5, generator=generator), "b": torch.randn(3), "c": torch.tensor(4)}
-    masks = {"a": torch.rand(7, 5, generator=generator) > 0.6}
-    travels = payload.packed(state, masks)
-    record = ArrayRecord(travels)
-    encoded = sum(len(name.encode()) + len(array.data) for name, array in record.items())
-    assert encoded == payload.size(state, masks)
-    back, again = payload.unpacked(travels, {"a": (7, 5)})
-    assert torch.equal(again["a"], masks["a"])
-    assert torch.equal(back["a"], state["a"] * masks["a"])
-    assert payload.size(state, masks, positions=False) < payload.size(state, masks)
-    assert np.packbits(masks["a"].numpy()).nbytes == 5
 
 
 def test_a_tensor_that_nobody_sent_keeps_its_value():

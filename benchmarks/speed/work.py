@@ -75,7 +75,7 @@ class Work:
 
     def module(self, args: dict[str, Any] | None = None) -> torch.nn.Module:
         """The untrained model, as hetfl builds it; with `args`, by these arguments."""
-        from hetfl.core.experiment import built
+        from hetfl.core.ground import built
 
         options = self.options if args is None else self.options.model_copy(update={"model_args": args})
         return built(options, self.federation, self.model)

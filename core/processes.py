@@ -1,0 +1,114 @@
+"""Clients in processes of their own, for local training whose Python would hold the lock of one process.
+
+Every worker thread has one process, which builds the run's site from its config; a message and the client's context go there, the
+reply and the context's state come back. A process that dies takes one client with it and is replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import tomllib
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+DIED = 8  # Flower's code for a client whose process has ended
+RAISED = 2  # … for an exception in a client
+Call = tuple[Message, Context]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One message for one client."""
+
+    call: Call
+    cost: float
+
+
+class Processes:
+    """Answers messages in other processes; `config` is the text of the run's resolved config."""
+
+    def __init__(self, config: str) -> None:
+        self._config, self._own, self._all = config, threading.local(), list[ProcessPoolExecutor]()
+
+    def jobs(self, calls: Sequence[Call]) -> list[Job]:
+        """A job each, the longest messages (the widest clients) dearest."""
+        return [Job(call, float(length(call[0]))) for call in calls]
+
+    def work(self, job: Job) -> list[Message]:
+        """The reply; an error where the client raised or its process ended."""
+        message, context = job.call
+        try:
+            reply, state = self._process().submit(answer, message, context).result()
+        except BrokenProcessPool:
+            self._own.process = None
+            return [Message(Error(DIED, "the client's process ended before it answered"), reply_to=message)]
+        context.state = state
+        return [reply]
+
+    def _process(self) -> ProcessPoolExecutor:
+        """This thread's process."""
+        if getattr(self._own, "process", None) is None:
+            made = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, (self._config, os.getpid()))
+            self._own.process = made
+            self._all.append(made)
+        process: ProcessPoolExecutor = self._own.process
+        return process
+
+    def close(self) -> None:
+        for process in self._all:
+            process.shutdown(cancel_futures=True)
+
+
+def length(message: Message) -> int:
+    """Bytes of a message's arrays."""
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+
+# in the other process
+
+APPS: list[ClientApp] = []
+
+
+def begin(config: str, parent: int) -> None:
+    """Builds the site of the run, once a process."""
+    threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    APPS.append(app(config))
+
+
+def app(config: str) -> ClientApp:
+    """The ClientApp of the run that `config` resolves, its payloads written out."""
+    from hetfl.core import ground
+    from hetfl.core.apps import client_app
+    from hetfl.core.config import resolve
+    from hetfl.core.rounds import Unwatched
+    from hetfl.core.wire import Wire
+
+    return client_app(ground.laid(resolve(tomllib.loads(config)), Unwatched()).site(Wire()))
+
+
+def answer(message: Message, context: Context) -> tuple[Message, RecordDict]:
+    from hetfl.core.grid import identify
+
+    identify(context.node_id)
+    try:
+        return APPS[0](message, context), context.state
+    except BaseException as error:
+        return Message(Error(RAISED, "".join(traceback.format_exception(error))), reply_to=message), context.state
+
+
+def follow(parent: int) -> None:
+    """Ends this process when its parent has: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
