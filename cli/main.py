@@ -106,6 +106,32 @@ def run(
     render.summary(summary, folder.path)
 
 
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was stopped or killed, from its last checkpoint; the result is that of a run never stopped."""
+    folder = Folder(path)
+    if not (path / "config.toml").exists():
+        raise UsageError(f"'{path}' is no run folder of hetfl: it holds no config.toml")
+    if (path / "summary.json").exists():
+        render.console.print(f"this run has ended; nothing is left to do in {path}", soft_wrap=True)
+        render.summary(folder.read("summary.json"), path)
+        return
+    values = config.read(path / "config.toml")
+    if not values:
+        raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
+    options = config.resolve({**values, "out": path})
+    folder.lock()
+    with render.Live(options, path) as watch:
+        from hetfl.core import experiment
+
+        summary = experiment.went_on(options, folder, watch)
+    pictures(folder)
+    render.summary(summary, path)
+
+
 def gathered(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The values of a run: the command line's over the run file's over the preset's."""
     values = merge(config.read(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
@@ -399,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = report(error)
     except KeyboardInterrupt:
-        render.complain("stopped; the rounds that had ended are in the run folder")
+        render.complain("stopped; the rounds that had ended are in the run folder, and hfl resume goes on from there")
         code = 130
     sys.exit(code or 0)
 

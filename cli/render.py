@@ -64,6 +64,12 @@ class Live:
         if not self._screen:
             console.print(f"note: {text}", soft_wrap=True)
 
+    def alarm(self, text: str) -> None:
+        self.notes.append(f"ALARM: {text}")
+        self._refresh()
+        if not self._screen:
+            console.print(f"ALARM: {text}", style="bold red", soft_wrap=True)
+
     def done(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self._refresh()
@@ -72,9 +78,7 @@ class Live:
 
     def _refresh(self) -> None:
         if self._screen:
-            self._screen.update(
-                Group(self._table(), Text(self._status()), *(Text(f"note: {n}", "yellow") for n in self.notes[-4:]))
-            )
+            self._screen.update(Group(self._table(), Text(self._status()), *(shown(n) for n in self.notes[-4:])))
             self._screen.refresh()
 
     def _status(self) -> str:
@@ -93,6 +97,10 @@ class Live:
         for row in self.rows[-SHOWN:]:
             table.add_row(str(row["round"]), *cells(row))
         return table
+
+
+def shown(note: str) -> Text:
+    return Text(note, "bold red") if note.startswith("ALARM") else Text(f"note: {note}", "yellow")
 
 
 def title(options: RunOptions) -> str:

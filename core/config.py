@@ -96,6 +96,13 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         "local",
         description="where clients run: on threads of this process, or in processes of their own (docs/federation.md)",
     )
+    timeout: float | None = Field(None, gt=0, description="seconds that a client may take for an answer (default: any time)")
+    on_client_error: Literal["skip", "retry", "fail"] = Field(
+        "skip", description="a client that fails or answers nonsense: leave it out of the round, ask it once more, or end the run"
+    )
+    min_clients: int = Field(1, ge=1, description="valid replies that a round needs; with fewer the global model stays as it was")
+    checkpoint_every: int = Field(1, ge=0, description="write a checkpoint every N rounds (0: never), for hfl resume")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")
     cohorts: Literal["off", "on", "auto"] = Field(
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
     )

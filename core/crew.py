@@ -39,6 +39,7 @@ class Crew:
 
     def __init__(self, app: ClientApp, site: Site, workers: int, cohort: int = 1) -> None:
         self._app, self._site, self._workers, self._cohort = app, site, workers, cohort
+        self._slight = SLIGHT if site.options.timeout is None else 0.0  # a client that may be given up has a job of its own
 
     def jobs(self, calls: Sequence[Call]) -> list[Job]:
         """What is to be done, in the order of the first client of each job; the split never changes a result."""
@@ -57,7 +58,7 @@ class Crew:
         most, jobs = max(1, len(calls) // (self._workers * SHARES)), list[Job]()
         for call in calls:
             cost = self._cost(call)
-            if jobs and len(jobs[-1].calls) < most and jobs[-1].cost + cost <= SLIGHT:
+            if jobs and len(jobs[-1].calls) < most and jobs[-1].cost + cost <= self._slight:
                 jobs[-1] = Job([*jobs[-1].calls, call], jobs[-1].cost + cost)
             else:
                 jobs.append(Job([call], cost))

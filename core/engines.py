@@ -18,5 +18,7 @@ def desk(options: RunOptions) -> Means:
 
 def grid(site: Site, pool: Pool, cohort: int, resolved: str) -> LocalGrid:
     """The grid of a run; `resolved` is its config.toml, from which other processes build the same."""
-    crew = Crew(client_app(site), site, pool.workers, cohort) if site.options.engine == "local" else Processes(resolved)
-    return LocalGrid(crew, len(site.federation.clients), pool)
+    clients, timeout = len(site.federation.clients), site.options.timeout
+    if site.options.engine == "local":
+        return LocalGrid(Crew(client_app(site), site, pool.workers, cohort), clients, pool, timeout)
+    return LocalGrid(Processes(resolved, timeout), clients, pool)

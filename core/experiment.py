@@ -15,24 +15,27 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from hetfl.core import cohorts, engines, ground, presets, roles
+from hetfl.core import cohorts, engines, ground, presets, resume, roles
 from hetfl.core.apps import Site
+from hetfl.core.checkpoint import Checkpoints, Moment
 from hetfl.core.config import RunOptions, resolve, write
 from hetfl.core.data import Federation
 from hetfl.core.grid import LocalGrid
+from hetfl.core.intake import Row
 from hetfl.core.meter import Meter
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
-from hetfl.core.rounds import Rounds, Row, Watch
+from hetfl.core.rounds import Rounds, Watch
 from hetfl.core.server import Server
 from hetfl.core.widths import State, tensors
 
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
 
 @dataclass(eq=False)
 class Experiment:
-    """Everything a run needs, ready to go; `initial` are the weights before any training."""
+    """Everything a run needs, ready to go; `initial` are the weights before any training, `pretrained` those after the server's."""
 
     options: RunOptions
     federation: Federation
@@ -40,6 +43,7 @@ class Experiment:
     server: Server
     rounds: Rounds
     initial: State
+    pretrained: State
     meter: Meter
     cohort: int
     seconds: dict[str, float]
@@ -51,16 +55,22 @@ class Experiment:
         self.server.pool.close()
 
 
-def prepare(options: RunOptions, watch: Watch) -> Experiment:
-    """Loads plugins, data and model, traces the widths and pre-trains. Raises UsageError for what cannot work together."""
+def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None) -> Experiment:
+    """Loads plugins, data and model, traces the widths and pre-trains; with `moment`, the run is what it was then.
+
+    Raises UsageError for what cannot work together.
+    """
     common, pool = ground.laid(options, watch), Pool(options.workers)
     federation, workshop, plugins = common.federation, common.workshop, common.plugins
     initial = tensors(workshop.model)
     server = Server(options, workshop, initial, len(federation.classes), federation.public, pool)
     began = time.perf_counter()
     watch.phase(0, "pretrain")
-    if server.has_public:
+    if moment is not None:
+        server.state = moment.tensors["pretrained"]
+    elif server.has_public:
         server.state = server.trained(initial, options.pretrain_steps, "pretrain")
+    pretrained = server.state
     plugins.prepare(server)
     desk = engines.desk(options)
     rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, common.meter)
@@ -69,8 +79,10 @@ def prepare(options: RunOptions, watch: Watch) -> Experiment:
     if why and options.cohorts == "on":
         server.notes.append(f"clients train one by one, not in cohorts: {why}")
     seconds = {"pretrain": time.perf_counter() - began}
-    made = Experiment(options, federation, plugins, server, rounds, initial, common.meter, cohort, seconds)
+    made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, cohort, seconds)
     made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()))
+    if moment is not None:
+        resume.given_back(made, moment)
     return made
 
 
@@ -88,16 +100,18 @@ def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
     return (1, why) if why else (size, None)
 
 
-def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
-    """Runs an experiment and fills its folder; returns the summary that `hfl show` prints."""
+def run(options: RunOptions, folder: Folder, watch: Watch, moment: Moment | None = None) -> dict[str, Any]:
+    """Runs an experiment, or the rest of it after `moment`, and fills its folder; returns the summary that `hfl show` prints."""
     began = time.perf_counter()
-    experiment = prepare(options, watch)
-    folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
-    folder.json("run.json", facts(experiment))
-    folder.table("partition.csv", holdings(experiment.federation))
+    experiment = prepare(options, watch, moment)
+    if moment is None:
+        folder.json("run.json", facts(experiment))
+        folder.table("partition.csv", holdings(experiment.federation))
+        folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
     recorder = Recorder(folder, experiment, watch)
     experiment.rounds.watch = recorder
     try:
+        recorder.begin(moment is None)
         experiment.rounds.start(experiment.grid)
     finally:
         experiment.close()
@@ -107,11 +121,30 @@ def run(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
     return summary
 
 
+def went_on(options: RunOptions, folder: Folder, watch: Watch) -> dict[str, Any]:
+    """Goes on with the run in `folder` from its last whole checkpoint, or from its config where it has none."""
+    moment = Checkpoints(folder.path / CHECKPOINTS, options.keep_checkpoints).load(watch.note)
+    watch.note(f"going on after round {moment.round}" if moment else "no round had ended: the run begins anew")
+    for row in moment.facts.values() if moment else []:
+        if isinstance(row, list) and row and isinstance(row[0], dict) and "seconds" in row[0]:
+            watch.done(row[0])
+    return run(options, folder, watch, moment)
+
+
 class Recorder:
     """Writes each finished round to the folder before it is shown."""
 
     def __init__(self, folder: Folder, experiment: Experiment, watch: Watch) -> None:
-        self._folder, self._rounds, self._watch = folder, experiment.rounds, watch
+        self._folder, self._rounds, self._watch, self._experiment = folder, experiment.rounds, watch, experiment
+        self._every, self._past = experiment.options.checkpoint_every, resume.Past()
+        self._checkpoints = Checkpoints(folder.path / CHECKPOINTS, experiment.options.keep_checkpoints)
+
+    def begin(self, anew: bool) -> None:
+        """The tables as they are so far, and the state before round 1."""
+        if self._rounds.rows:
+            self._tables()
+        if anew and self._every:
+            self._checkpoints.save(resume.taken(self._experiment, self._past))
 
     def phase(self, round: int, name: str) -> None:
         self._watch.phase(round, name)
@@ -120,10 +153,19 @@ class Recorder:
         self._rounds.server.notes.append(text)
         self._watch.note(text)
 
+    def alarm(self, text: str) -> None:
+        self._rounds.server.notes.append(f"ALARM: {text}")
+        self._watch.alarm(text)
+
     def done(self, row: Row) -> None:
+        self._tables()
+        if self._every and (row["round"] % self._every == 0 or row["round"] == self._rounds.options.rounds):
+            self._checkpoints.save(resume.taken(self._experiment, self._past))
+        self._watch.done(row)
+
+    def _tables(self) -> None:
         self._folder.table("metrics.csv", self._rounds.rows)
         self._folder.table("clients.csv", self._rounds.client_rows)
-        self._watch.done(row)
 
 
 def resolved(experiment: Experiment) -> RunOptions:

@@ -5,11 +5,10 @@ This module alone uses names of Flower that are private (`PRIVATE`); Flower's ve
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -18,12 +17,25 @@ from hetfl.core.pool import Pool
 
 PRIVATE = ("flwr.supercore.run.Run", "flwr.supercore.task_identity.TaskIdentity", "Metadata._message_id")
 SERVER_NODE = 1
+LATE = 3  # Flower's code for a reply that is not there
+
+
+Call = tuple[Message, Context]
+
+
+class Job(Protocol):
+    """Some messages for one worker, with the contexts of their clients; `cost` is the predicted work."""
+
+    @property
+    def calls(self) -> Sequence[Call]: ...
+    @property
+    def cost(self) -> float: ...
 
 
 class Workers(Protocol):
     """Who answers a round's messages: `jobs` deals them out, `work` does one of these, in any thread."""
 
-    def jobs(self, calls: Sequence[tuple[Message, Context]]) -> Sequence[Any]: ...
+    def jobs(self, calls: Sequence[Call]) -> Sequence[Any]: ...
     def work(self, job: Any) -> list[Message]: ...
     def close(self) -> None: ...
 
@@ -31,8 +43,8 @@ class Workers(Protocol):
 class LocalGrid(Grid):
     """`nodes` clients, each with a Context that lasts as long as the grid. Payloads travel by reference."""
 
-    def __init__(self, crew: Workers, nodes: int, pool: Pool) -> None:
-        self._crew, self._pool = crew, pool
+    def __init__(self, crew: Workers, nodes: int, pool: Pool, timeout: float | None = None) -> None:
+        self._crew, self._pool, self._timeout = crew, pool, timeout
         identify(SERVER_NODE)
         self._run = Run.create_empty(1)
         self._contexts = {node(i): context(i, nodes) for i in range(nodes)}
@@ -64,14 +76,30 @@ class LocalGrid(Grid):
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """The replies as they come, about in the order of the messages."""
-        calls = []
+        """The replies as they come, about in the order of the messages; an error for a client that takes longer than the timeout.
+
+        A client works on a copy of its context: what it remembers counts once its reply is there.
+        """
+        calls, limit = [], timeout or self._timeout
         for message in messages:
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"m{self._sent}"
-            calls.append((message, self._contexts[message.metadata.dst_node_id]))
-        answered = self._pool.stream(self._crew.work, self._crew.jobs(calls), lambda job: job.cost)
-        return itertools.chain.from_iterable(answered)
+            calls.append((message, copied(self._contexts[message.metadata.dst_node_id])))
+        return self._answers(self._crew.jobs(calls), limit)
+
+    def _answers(self, jobs: Sequence[Job], limit: float | None) -> Iterator[Message]:
+        def late(job: Job) -> list[Message]:
+            return [Message(Error(LATE, f"it gave no answer within {limit:g} s"), reply_to=message) for message, _ in job.calls]
+
+        for job, replies in zip(jobs, self._pool.stream(self._crew.work, jobs, lambda job: job.cost, limit, late), strict=True):
+            for (message, context), reply in zip(job.calls, replies, strict=True):
+                if not reply.has_error():
+                    self._contexts[message.metadata.dst_node_id].state = context.state
+                yield reply
+
+    def contexts(self) -> dict[int, Context]:
+        """What every client remembers."""
+        return {client(node): context for node, context in self._contexts.items()}
 
     def close(self) -> None:
         self._crew.close()
@@ -95,6 +123,11 @@ def client(node: int) -> int:
 def context(client: int, clients: int) -> Context:
     config: dict[str, Any] = {"partition-id": client, "num-partitions": clients}
     return Context(run_id=1, node_id=node(client), node_config=config, state=RecordDict(), run_config={})
+
+
+def copied(of: Context) -> Context:
+    """A context that can be changed without the other noticing; records are replaced, never written to."""
+    return Context(of.run_id, of.node_id, of.node_config, RecordDict(dict(of.state.items())), of.run_config)
 
 
 def by_request(messages: Sequence[Message], replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:

@@ -177,7 +177,7 @@ def one(cell: Cell, out: Path, jobs: int) -> None:
     folder = Folder(out / "cells" / cell.name).open(overwrite=True)
     workers = max(1, cores() // jobs)
     try:
-        experiment.run(cell.options.model_copy(update={"workers": workers}), folder, Unwatched())
+        experiment.run(cell.options.model_copy(update={"workers": workers, "checkpoint_every": 0}), folder, Unwatched())
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:

@@ -14,6 +14,7 @@ import tomllib
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+LATE = 3  # Flower's code for a reply that is not there
 DIED = 8  # Flower's code for a client whose process has ended
 RAISED = 2  # … for an exception in a client
 Call = tuple[Message, Context]
@@ -30,30 +32,42 @@ Call = tuple[Message, Context]
 class Job:
     """One message for one client."""
 
-    call: Call
+    calls: list[Call]
     cost: float
 
 
 class Processes:
     """Answers messages in other processes; `config` is the text of the run's resolved config."""
 
-    def __init__(self, config: str) -> None:
+    def __init__(self, config: str, timeout: float | None) -> None:
+        self._timeout = timeout
         self._config, self._own, self._all = config, threading.local(), list[ProcessPoolExecutor]()
 
     def jobs(self, calls: Sequence[Call]) -> list[Job]:
         """A job each, the longest messages (the widest clients) dearest."""
-        return [Job(call, float(length(call[0]))) for call in calls]
+        return [Job([call], float(length(call[0]))) for call in calls]
 
     def work(self, job: Job) -> list[Message]:
-        """The reply; an error where the client raised or its process ended."""
-        message, context = job.call
+        """The reply; an error where the client raised, its process ended or it took longer than `timeout` and was ended."""
+        ((message, context),) = job.calls
+        process = self._process()
         try:
-            reply, state = self._process().submit(answer, message, context).result()
+            reply, state = process.submit(answer, message, context).result(self._timeout)
         except BrokenProcessPool:
-            self._own.process = None
-            return [Message(Error(DIED, "the client's process ended before it answered"), reply_to=message)]
+            return [self._lost(process, message, DIED, "the client's process ended before it answered")]
+        except NotYetError:
+            return [self._lost(process, message, LATE, f"it gave no answer within {self._timeout:g} s, and its process was ended")]
         context.state = state
         return [reply]
+
+    def _lost(self, process: ProcessPoolExecutor, message: Message, code: int, why: str) -> Message:
+        """An error for a client without whose process we go on."""
+        for one in list((process._processes or {}).values()):
+            one.kill()
+        process.shutdown(wait=False, cancel_futures=True)
+        self._all.remove(process)
+        self._own.process = None
+        return Message(Error(code, why), reply_to=message)
 
     def _process(self) -> ProcessPoolExecutor:
         """This thread's process."""
@@ -61,6 +75,7 @@ class Processes:
             made = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, (self._config, os.getpid()))
             self._own.process = made
             self._all.append(made)
+            made.submit(ready).result()  # its beginning is not the first client's time
         process: ProcessPoolExecutor = self._own.process
         return process
 
@@ -95,6 +110,10 @@ def app(config: str) -> ClientApp:
     from hetfl.core.wire import Wire
 
     return client_app(ground.laid(resolve(tomllib.loads(config)), Unwatched()).site(Wire()))
+
+
+def ready() -> None:
+    """The site is built when this is called."""
 
 
 def answer(message: Message, context: Context) -> tuple[Message, RecordDict]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hetfl.core.errors import RunError, UsageError
+
+LOCK = ".lock"
 
 
 class Folder:
@@ -22,13 +26,14 @@ class Folder:
         self._tables: dict[str, tuple[list[str], int]] = {}  # columns and number of rows of what was written
 
     def open(self, overwrite: bool = False) -> Folder:
-        """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`) or cannot be written."""
+        """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`), is in use or cannot be written."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"--out '{self.path}' is a file; name a folder")
             if self.path.is_dir() and any(self.path.iterdir()):
                 self._clear(overwrite)
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
             self.write("config.toml", "")
         except (OSError, RunError) as error:
             raise UsageError(
@@ -41,7 +46,17 @@ class Folder:
             raise UsageError(f"the run folder '{self.path}' is not empty; choose another with --out or give --overwrite")
         if not (self.path / "config.toml").exists():
             raise UsageError(f"'{self.path}' holds no run of hetfl, so --overwrite does not replace it")
+        self.lock()
         shutil.rmtree(self.path)
+
+    def lock(self) -> None:
+        """Keeps the folder for this process as long as it lives. Raises UsageError where another one has it."""
+        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"'{self.path}' is being run by another process") from error
 
     def write(self, name: str, content: str | bytes) -> None:
         """Writes one file whole. Raises RunError when the disk is full or the folder not writable."""
@@ -85,7 +100,7 @@ class Folder:
 
     def discard(self) -> None:
         """Removes a folder that holds nothing but its config: the run was refused before it began."""
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml"}:
+        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml", LOCK}:
             shutil.rmtree(self.path)
 
 

@@ -22,18 +22,15 @@ from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
 from hetfl.core.exams import Candidate, Exams
 from hetfl.core.grid import by_request, node
+from hetfl.core.intake import Intake, Row, Sent, traced
 from hetfl.core.merge import Fold, Merged, Updates, mean
 from hetfl.core.meter import Meter
 from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
 from hetfl.core.server import Server
-from hetfl.core.types import Client, Down, Profile, Reply, Returned
+from hetfl.core.types import Client, Down, Profile, Returned
 from hetfl.core.widths import State
-from hetfl.core.wire import MalformedError
-
-Row = dict[str, Any]
-NOTHING = Reply({}, 0)
 
 
 class Watch(Protocol):
@@ -42,6 +39,7 @@ class Watch(Protocol):
     def phase(self, round: int, name: str) -> None: ...
     def done(self, row: Row) -> None: ...
     def note(self, text: str) -> None: ...
+    def alarm(self, text: str) -> None: ...
 
 
 class Unwatched:
@@ -50,24 +48,7 @@ class Unwatched:
     def phase(self, round: int, name: str) -> None: ...
     def done(self, row: Row) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-@dataclass(eq=False)
-class Sent:
-    """What one client was sent this round."""
-
-    client: Client
-    plan: Plan
-    source: State  # what the plan was taken from
-    state: State
-    travels: State  # of `state`, what crosses the network
-    up: frozenset[str]  # the tensors that are to come back
-    personal: bool  # whether its model is not just a part of the global one
-    extras: State = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return payload.size(self.travels, self.plan.masks) + payload.size(self.extras)
+    def alarm(self, text: str) -> None: ...
 
 
 @dataclass(eq=False)
@@ -95,9 +76,10 @@ class Rounds(Strategy):
         self.policy = policy(self.options.norm_policy, roles.norm_policy, server)
         self._sent: dict[int, Sent] = {}
         self._messages: list[Message] = []
-        self._extras: dict[int, State] = {}
-        self._met: dict[int, int] = {}
+        self.extras: dict[int, State] = {}
+        self.met: dict[int, int] = {}
         self._now = Progress()
+        self.intake = Intake(server, roles, desk, self._travels)
         self._aggregated = server.state
         self.exams = Exams(server, test, self._taken)
 
@@ -106,31 +88,48 @@ class Rounds(Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Samples clients, asks what each can afford, takes a submodel for each; one message a client."""
         chosen = sample(self.clients, self.options.fraction, self.server.stream("sample", server_round))
+        self._grid, self._sent = grid, {}
         with self.timed(server_round, "profile"):
             profiles = self._profiles(server_round, chosen, grid)
-        clients = [Client(i, profiles[i], self._extras.get(i, {}), self._met.get(i, 0)) for i in chosen]
+        clients = [Client(i, profile, self.extras.get(i, {}), self.met.get(i, 0)) for i, profile in profiles.items()]
         self.server.clients |= {client.id: client for client in clients}
         with self.timed(server_round, "extract"):
-            plans = self.roles.extract(self.server, clients, server_round)
+            plans = self.roles.extract(self.server, clients, server_round) if clients else []
             refuse_unfit(plans, clients)
             refuse_uncut(self.server, clients, plans)
             taken = [self._take(c, p) for c, p in zip(clients, plans, strict=True) if p is not None]
             self._sent = {s.client.id: self._briefed(s, server_round) for s in taken}
             refuse_undeclared(self._sent.values(), self.roles)
-        self._messages = [
-            self._message(s.client.id, MessageType.TRAIN, self._down(s, extras=s.extras, up=self._up(s)))
-            for s in self._sent.values()
-        ]
+        self._messages = [self._order(s) for s in self._sent.values()]
         return self._messages
+
+    def _order(self, sent: Sent) -> Message:
+        """The message that has a client train."""
+        return self._message(sent.client.id, MessageType.TRAIN, self._down(sent, extras=sent.extras, up=self._up(sent)))
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Checks the replies, recovers and merges them into the next global model; as they come, where the aggregation can."""
         fold = self.roles.stream(self.server, server_round)
         valid = self._valid(replies, server_round)
         merged, count = self._streamed(fold, valid, server_round) if fold else self._together(list(valid), server_round)
-        if merged is not None:
+        if merged is None or not finite(merged):
+            self._keep(server_round, count, merged is not None)
+        else:
             self.server.state, self.server.branches = merged.state, dict(merged.branches)
         return None, MetricRecord({"valid": count})
+
+    def _keep(self, round: int, count: int, spoilt: bool) -> None:
+        """Says why the global model stays as it was."""
+        if spoilt:
+            self._alarm(f"round {round}: what was merged holds NaN or infinity; the global model stays as it was")
+        elif self._sent:
+            few = f"{count} of the {self.options.min_clients} valid replies that a round needs (--min-clients)"
+            self._alarm(f"round {round}: {few}; the global model stays as it was")
+
+    def _alarm(self, text: str) -> None:
+        """A note that nobody may overlook; it stands in the round's row too."""
+        self._now.row["alarms"] = "; ".join(filter(None, [self._now.row.get("alarms"), text.split(": ", 1)[-1]]))
+        self.watch.alarm(text)
 
     def _valid(self, replies: Iterable[Message], round: int) -> Iterator[Returned]:
         """The replies that can be used, in client order; waiting for them is the clients' time."""
@@ -140,9 +139,14 @@ class Rounds(Strategy):
             with self._counted("fit"):
                 client, reply = next(arriving, (None, None))
             if client is None or reply is None:
-                return
-            if (returned := self._accept(client, reply)) is not None:
+                break
+            returned = self._accept(client, reply)
+            if returned is None and self.options.on_client_error == "retry":
+                returned = self._again(client, self._grid)
+            if returned is not None:
                 yield returned
+        for client in self._sent.keys() - self._now.clients.keys():
+            self._refuse(client, "it gave no answer")
 
     def _streamed(self, fold: Fold, valid: Iterable[Returned], round: int) -> tuple[Merged | None, int]:
         count = 0
@@ -154,11 +158,11 @@ class Rounds(Strategy):
                     fold.add(update)
             count += 1
         with self.timed(round, "aggregate"):
-            return fold.result() if count else None, count
+            return fold.result() if count >= self.options.min_clients else None, count
 
     def _together(self, returned: list[Returned], round: int) -> tuple[Merged | None, int]:
-        if not returned:
-            return None, 0
+        if len(returned) < self.options.min_clients:
+            return None, len(returned)
         with self.timed(round, "recover"):
             updates = Updates(self.roles.recover(self.server, returned, round), self.server.state)
         with self.timed(round, "aggregate"):
@@ -172,7 +176,7 @@ class Rounds(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         answers = by_request(self._messages, replies)
-        scores = [(self._sent[i].personal, self._payload(reply)) for i, reply in answers if reply.has_content()]
+        scores = [(self._sent[i].personal, self.intake.scores(reply)) for i, reply in answers]
         for personal, name in ((False, "submodel@own"), (True, "personal@own")):
             spread(self._now.row, name, [s["accuracy"] for own, s in scores if s and own == personal])
         return None
@@ -185,8 +189,8 @@ class Rounds(Strategy):
     def start(  # type: ignore[override]
         self, grid: Grid, initial_arrays: ArrayRecord | None = None, num_rounds: int | None = None, **_: Any
     ) -> Result:
-        """All rounds; the global model is `server.state` afterwards."""
-        for round in range(1, (num_rounds or self.options.rounds) + 1):
+        """All rounds that are not done yet; the global model is `server.state` afterwards."""
+        for round in range(len(self.rows) + 1, (num_rounds or self.options.rounds) + 1):
             self.step(round, grid)
         return Result()
 
@@ -276,69 +280,51 @@ class Rounds(Strategy):
     def _message(self, client: int, kind: str, content: object) -> Message:
         return Message(self.desk.seal(content), node(client), kind, group_id=str(self._now.row.get("round", 0)))
 
-    def _payload(self, reply: Message) -> Any:
-        return self.desk.open(reply.content)
-
     def _profiles(self, round: int, clients: Sequence[int], grid: Grid) -> dict[int, Profile]:
         asked = [self._message(i, MessageType.QUERY, round) for i in clients]
-        answers = list(by_request(asked, grid.send_and_receive(asked)))
-        for i, reply in answers:
-            if reply.has_error():
-                raise RunError(f"the profile of client {i} failed in round {round}: {last_line(reply)}")
-        return {i: self._payload(reply) for i, reply in answers}
+        answers = dict(by_request(asked, grid.send_and_receive(asked)))
+        found = {i: self.intake.profile(answers.get(i)) for i in clients}
+        for i, profile in found.items():
+            if isinstance(profile, str):
+                self._refuse(i, f"its profile: {profile}", **traced(answers.get(i)))
+        return {i: profile for i, profile in found.items() if isinstance(profile, Profile)}
 
     def _accept(self, client: int, message: Message) -> Returned | None:
         """A client's reply if it can be used; otherwise the client is left out, with the reason in the run folder."""
-        sent = self._sent[client]
-        row: Row = {"round": self._now.row["round"], "client": client, "level": sent.client.profile.level}
-        row |= {"bound by": sent.client.profile.binding} if sent.client.profile.binding else {}
-        row |= {"bytes down": sent.bytes, "bytes up": 0}
+        intake = self.intake.take(self._sent[client], message)
+        row = self._row(client) | {"bytes down": intake.sent.bytes, "bytes up": 0} | intake.row
         self._now.clients[client] = row
-        if message.has_error():
-            row["fault"], row["traceback"] = last_line(message), message.error.reason
-        else:
-            reply, fault = self._read(message)
-            if fault is None:
-                sent, fault = self._narrowed(sent, reply)
-            reply, fault = unpacked(reply, sent) if fault is None else (reply, fault)
-            if fault is None:
-                expected = self._travels({name: t for name, t in sent.state.items() if name in sent.up})
-                fault = payload.fault(reply, expected, self.roles.up)
-            row |= {"examples": reply.examples, **reply.metrics, "bytes up": upload(sent.plan, reply)}
-            if fault is None:
-                now = Client(client, sent.client.profile, reply.extras, row["round"])
-                self._sent[client] = replace(sent, client=now)
-                self._extras[client], self._met[client] = reply.extras, row["round"]
-                return Returned(now, sent.plan, sent.state, reply)
-            row["fault"] = fault
-        self._met[client] = 0
-        self.watch.note(f"round {row['round']}: client {client} left out: {row['fault']}")
-        return None
+        if intake.fault is not None:
+            self._refuse(client, intake.fault)
+            return None
+        reply = intake.reply
+        now = Client(client, intake.sent.client.profile, reply.extras, row["round"])
+        self._sent[client] = replace(intake.sent, client=now)
+        self.extras[client], self.met[client] = reply.extras, row["round"]
+        return Returned(now, intake.sent.plan, intake.sent.state, reply)
 
-    def _read(self, message: Message) -> tuple[Reply, str | None]:
-        """A reply, and why it cannot be read."""
-        try:
-            found = self._payload(message)
-        except MalformedError as error:
-            return NOTHING, str(error)
-        return (found, None) if isinstance(found, Reply) else (NOTHING, "it is no reply to a training message")
+    def _row(self, client: int) -> Row:
+        """The beginning of a client's line in clients.csv."""
+        row: Row = {"round": self._now.row["round"], "client": client}
+        if (sent := self._sent.get(client)) is not None:
+            row["level"] = sent.client.profile.level
+            row |= {"bound by": sent.client.profile.binding} if sent.client.profile.binding else {}
+        return row
 
-    def _narrowed(self, sent: Sent, reply: Reply) -> tuple[Sent, str | None]:
-        """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
-        if not (reply.kept or reply.masks):
-            return sent, None
-        source = self.roles.source(self.server, sent.client)
-        if reply.kept:
-            if fault := payload.misfit(reply.kept, sent.plan.sizes):
-                return sent, fault
-            plan = sent.plan.narrow(reply.kept, {})
-            sent = replace(sent, plan=plan, state=plan.take(source))
-        if reply.masks:
-            if fault := payload.unmasked(reply.masks, sent.plan.masks, sent.state):
-                return sent, fault
-            plan = sent.plan.narrow({}, reply.masks)
-            sent = replace(sent, plan=plan, state=plan.take(source))
-        return sent, None
+    def _refuse(self, client: int, fault: str, **more: Any) -> None:
+        """Leaves a client out of the round, and says so. Raises RunError where the run is not to go on without it."""
+        row = self._now.clients.setdefault(client, self._row(client) | {"bytes down": 0, "bytes up": 0})
+        row |= {"fault": fault, **more}
+        self.met[client] = 0
+        if self.options.on_client_error == "fail":
+            raise RunError(f"client {client} failed in round {row['round']}: {fault} (--on-client-error fail)")
+        self.watch.note(f"round {row['round']}: client {client} left out: {fault}")
+
+    def _again(self, client: int, grid: Grid) -> Returned | None:
+        """Asks a client that failed once more."""
+        message = self._order(self._sent[client])
+        found = by_request([message], grid.send_and_receive([message]))
+        return next((returned for i, reply in found if (returned := self._accept(i, reply)) is not None), None)
 
     def _normalise(self, round: int, grid: Grid) -> None:
         """Gives the new global model its normalisation statistics, where the policy is not to average them."""
@@ -353,9 +339,10 @@ class Rounds(Strategy):
         state = self.server.state
         sent = [replace(s, travels=self._taken(s.plan, state)) for s in self._sent.values() if s.plan.model is None]
         self._messages = [self._message(s.client.id, "train.passes", self._down(s)) for s in sent]
+        expected = {s.client.id: s.travels for s in sent}
         answers = by_request(self._messages, grid.send_and_receive(self._messages))
-        replies = [(i, self._payload(reply)) for i, reply in answers if reply.has_content()]
-        whole = [Returned(self._sent[i].client, self._sent[i].plan, {}, r) for i, r in replies if r.examples]
+        replies = [(i, self.intake.statistics(expected[i], reply)) for i, reply in answers]
+        whole = [Returned(self._sent[i].client, self._sent[i].plan, {}, r) for i, r in replies if r is not None and r.examples]
         updates = Updates([put(r) for r in whole], state)
         return mean(updates, updates.weights) if whole else state
 
@@ -407,7 +394,7 @@ class Rounds(Strategy):
         down = Down(round, state, None, local=local, held=True)
         asked = [self._message(i, MessageType.EVALUATE, down) for i in self._sent]
         answers = by_request(asked, grid.send_and_receive(asked))
-        scores = [self._payload(reply) for _, reply in answers if reply.has_content()]
+        scores = [self.intake.scores(reply) for _, reply in answers]
         spread(self._now.row, "global@own masked", [s["accuracy"] for s in scores if s])
 
 
@@ -453,15 +440,10 @@ def refuse_undeclared(sent: Iterable[Sent], roles: Roles) -> None:
         raise RunError(f"a plugin sends what it did not declare: {fault}")
 
 
-def unpacked(reply: Reply, sent: Sent) -> tuple[Reply, str | None]:
-    """A reply with its tensors at full shape; or why that cannot be."""
-    if not reply.packed:
-        return reply, None
-    masks = {name: mask for name, mask in sent.plan.masks.items() if name in reply.packed}
-    try:
-        return replace(reply, state=payload.spread(reply.state, masks), packed=frozenset()), None
-    except ValueError as error:
-        return reply, str(error)
+def finite(merged: Merged) -> bool:
+    """Whether the next global model, and every branch, is all numbers."""
+    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
+    return all(payload.finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
 
 
 def spent(cost: Cost, sent: Sent) -> Row:
@@ -470,20 +452,9 @@ def spent(cost: Cost, sent: Sent) -> Row:
     return {"parameters": cost.parameters - masked, "MACs": cost.macs, "memory": cost.memory}
 
 
-def upload(plan: Plan, reply: Reply) -> int:
-    """Bytes of a reply: the values that exist, their positions only where the client changed them, extras, and what it cut."""
-    positions = bool(reply.masks)
-    return payload.size(reply.state, plan.masks, positions=positions) + payload.size(reply.extras) + payload.size(reply.kept)
-
-
 def spread(row: Row, name: str, values: Sequence[float]) -> None:
     """Mean and worst decile over clients, under the metric's name."""
     if values:
         ordered = sorted(values)
         row[name] = sum(values) / len(values)
         row[f"{name} p10"] = ordered[int(0.1 * (len(ordered) - 1))]
-
-
-def last_line(message: Message) -> str:
-    lines = (message.error.reason or "no reason given").strip().splitlines()
-    return lines[-1]

@@ -39,7 +39,7 @@ def one(options: RunOptions, path: Path) -> Row:
     from hetfl.core.rounds import Unwatched
 
     folder = Folder(path).open(overwrite=True)
-    experiment.run(options, folder, Unwatched())
+    experiment.run(options.model_copy(update={"checkpoint_every": 0}), folder, Unwatched())
     with (path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))[1:]
     phases = {f"{name} seconds": middle(rows, f"seconds {name}") for name in SERVER}

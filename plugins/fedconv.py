@@ -326,9 +326,10 @@ class FedConv(Strategy):
             return {**plain, **{n: Patch(state[n] + over(t, cover[n]), {}, cover[n]) for n, t in large.items()}}
 
     def state_dict(self) -> State:
-        kept = {f"compressor {level}": f for level, f in self._compressors.items() if f.touched}
-        kept |= {f"dilator {client}": f for client, f in self._dilators.items() if f.touched}
-        return {f"{purpose}/{key}": w for purpose, f in kept.items() for key, w in f.state_dict().items()}
+        kept = {f"compressor {level}": f for level, f in self._compressors.items()}
+        kept |= {f"dilator {client}": f for client, f in self._dilators.items()}
+        unused = {key: w for key, w in self._saved.items() if key.split("/", 1)[0] not in kept}
+        return unused | {f"{purpose}/{key}": w for purpose, f in kept.items() if f.touched for key, w in f.state_dict().items()}
 
     def load_state_dict(self, state: State) -> None:
         self._saved, self._compressors, self._dilators = dict(state), {}, {}
