@@ -103,6 +103,8 @@ def run(
         if not started:
             folder.discard()
         raise
+    finally:
+        folder.release()
     render.summary(summary, folder.path)
 
 
@@ -124,11 +126,14 @@ def resume(
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
     options = config.resolve({**values, "out": path})
     folder.lock()
-    with render.Live(options, path) as watch:
-        from hetfl.core import experiment
+    try:
+        with render.Live(options, path) as watch:
+            from hetfl.core import experiment
 
-        summary = experiment.went_on(options, folder, watch)
-    pictures(folder)
+            summary = experiment.went_on(options, folder, watch)
+        pictures(folder)
+    finally:
+        folder.release()
     render.summary(summary, path)
 
 

@@ -23,6 +23,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: Any = None
         self._tables: dict[str, tuple[list[str], int]] = {}  # columns and number of rows of what was written
 
     def open(self, overwrite: bool = False) -> Folder:
@@ -51,12 +52,18 @@ class Folder:
 
     def lock(self) -> None:
         """Keeps the folder for this process as long as it lives. Raises UsageError where another one has it."""
+        self.release()
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
-        weakref.finalize(self, os.close, handle)
+        self._held = weakref.finalize(self, os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"'{self.path}' is being run by another process") from error
+
+    def release(self) -> None:
+        """Lets others have the folder."""
+        if self._held is not None:
+            self._held()
 
     def write(self, name: str, content: str | bytes) -> None:
         """Writes one file whole. Raises RunError when the disk is full or the folder not writable."""

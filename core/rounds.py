@@ -287,7 +287,10 @@ class Rounds(Strategy):
         for i, profile in found.items():
             if isinstance(profile, str):
                 self._refuse(i, f"its profile: {profile}", **traced(answers.get(i)))
-        return {i: profile for i, profile in found.items() if isinstance(profile, Profile)}
+        good = {i: profile for i, profile in found.items() if isinstance(profile, Profile)}
+        if round == 1 and not good:
+            raise RunError(f"no client can take part; the profile of client {clients[0]}: {found[clients[0]]}")
+        return good
 
     def _accept(self, client: int, message: Message) -> Returned | None:
         """A client's reply if it can be used; otherwise the client is left out, with the reason in the run folder."""

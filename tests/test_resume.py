@@ -39,7 +39,7 @@ HARD = [
     {"extract": "dac"},
     {"extract": "fedmd"},
     {"extract": "scalefl"},
-    {"extract": "heterofl", "profile": "trace", "levels": None},
+    {"extract": "heterofl", "profile": "devices", "levels": None},
 ]
 
 
