@@ -92,10 +92,12 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
-    engine: Literal["local", "processes"] = Field(
+    engine: Literal["local", "processes", "ray"] = Field(
         "local",
-        description="where clients run: on threads of this process, or in processes of their own (docs/federation.md)",
+        description="where clients run: on threads of this process, in processes of their own, on Flower's simulation "
+        "(docs/federation.md)",
     )
+    wait: float = Field(120.0, gt=0, description="seconds to wait for all clients to join before round 1 (not for local engines)")
     timeout: float | None = Field(None, gt=0, description="seconds that a client may take for an answer (default: any time)")
     on_client_error: Literal["skip", "retry", "fail"] = Field(
         "skip", description="a client that fails or answers nonsense: leave it out of the round, ask it once more, or end the run"

@@ -8,10 +8,13 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from flwr.serverapp import Grid
 from safetensors.torch import save
 from torch import nn
 
@@ -25,6 +28,7 @@ from hetfl.core.intake import Row
 from hetfl.core.meter import Meter
 from hetfl.core.pool import Pool
 from hetfl.core.record import Folder
+from hetfl.core.remote import RemoteGrid
 from hetfl.core.rounds import Rounds, Watch
 from hetfl.core.server import Server
 from hetfl.core.widths import State, tensors
@@ -47,7 +51,7 @@ class Experiment:
     meter: Meter
     cohort: int
     seconds: dict[str, float]
-    grid: LocalGrid = field(init=False)
+    grid: LocalGrid | RemoteGrid = field(init=False)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -55,8 +59,11 @@ class Experiment:
         self.server.pool.close()
 
 
-def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None) -> Experiment:
+def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None, home: Path = Path("memory")) -> Experiment:
     """Loads plugins, data and model, traces the widths and pre-trains; with `moment`, the run is what it was then.
+
+    `home` is the folder for the memory of clients in other processes.
+
 
     Raises UsageError for what cannot work together.
     """
@@ -80,7 +87,7 @@ def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None) -> 
         server.notes.append(f"clients train one by one, not in cohorts: {why}")
     seconds = {"pretrain": time.perf_counter() - began}
     made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, cohort, seconds)
-    made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()))
+    made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()), home)
     if moment is not None:
         resume.given_back(made, moment)
     return made
@@ -103,7 +110,7 @@ def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
 def run(options: RunOptions, folder: Folder, watch: Watch, moment: Moment | None = None) -> dict[str, Any]:
     """Runs an experiment, or the rest of it after `moment`, and fills its folder; returns the summary that `hfl show` prints."""
     began = time.perf_counter()
-    experiment = prepare(options, watch, moment)
+    experiment = prepare(options, watch, moment, folder.path / "memory")
     if moment is None:
         folder.json("run.json", facts(experiment))
         folder.table("partition.csv", holdings(experiment.federation))
@@ -112,7 +119,7 @@ def run(options: RunOptions, folder: Folder, watch: Watch, moment: Moment | None
     experiment.rounds.watch = recorder
     try:
         recorder.begin(moment is None)
-        experiment.rounds.start(experiment.grid)
+        experiment.grid.drive(partial(experiment.rounds.start, cast(Grid, experiment.grid)))
     finally:
         experiment.close()
     folder.write("weights.safetensors", save(contiguous(experiment.server.state)))

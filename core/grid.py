@@ -5,7 +5,7 @@ This module alone uses names of Flower that are private (`PRIVATE`); Flower's ve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -83,7 +83,7 @@ class LocalGrid(Grid):
         calls, limit = [], timeout or self._timeout
         for message in messages:
             self._sent += 1
-            message.metadata.__dict__["_message_id"] = f"m{self._sent}"
+            number(message, f"m{self._sent}")
             calls.append((message, copied(self._contexts[message.metadata.dst_node_id])))
         return self._answers(self._crew.jobs(calls), limit)
 
@@ -101,6 +101,10 @@ class LocalGrid(Grid):
         """What every client remembers."""
         return {client(node): context for node, context in self._contexts.items()}
 
+    def drive(self, work: Callable[[], Any]) -> None:
+        """Does the run's `work`; there is nothing to begin or to end."""
+        work()
+
     def close(self) -> None:
         self._crew.close()
 
@@ -108,6 +112,11 @@ class LocalGrid(Grid):
 def identify(node: int) -> None:
     """Says who this process is; Flower wants to know before it makes a Message."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, node, 1
+
+
+def number(message: Message, name: str) -> None:
+    """Gives a message its id, which Flower's own grids do when they send it."""
+    message.metadata.__dict__["_message_id"] = name
 
 
 def node(client: int) -> int:

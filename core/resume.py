@@ -62,6 +62,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     return {
         "spent": list(server.spent), "saved": list(server.saved), "notes": list(server.notes), "clients": clients,
         "met": {str(client): round for client, round in rounds.met.items()}, "data": experiment.federation.fingerprint,
+        "remembers": {str(client): round for client, round in rounds.remembers.items()},
     }  # fmt: skip
 
 
@@ -115,6 +116,7 @@ def given_back(experiment: Experiment, moment: Moment) -> None:
     server.branches = {name: unflat(tensors) for name, tensors in under(moment.tensors, "branch").items()}
     server.spent, server.saved, server.notes = said["spent"], [(s, e) for s, e in said["saved"]], said["notes"]
     rounds.extras = {int(client): extras for client, extras in under(moment.tensors, "extras").items()}
+    rounds.remembers = {int(client): round for client, round in said["remembers"].items()}
     rounds.met = {int(client): round for client, round in said["met"].items()}
     for key, (width, binding, met) in said["clients"].items():
         server.clients[int(key)] = Client(int(key), Profile(width, binding), rounds.extras.get(int(key), {}), met)

@@ -78,6 +78,7 @@ class Rounds(Strategy):
         self._messages: list[Message] = []
         self.extras: dict[int, State] = {}
         self.met: dict[int, int] = {}
+        self.remembers: dict[int, int] = {}  # client -> the round that its memory is of
         self._now = Progress()
         self.intake = Intake(server, roles, desk, self._travels)
         self._aggregated = server.state
@@ -200,7 +201,9 @@ class Rounds(Strategy):
         mark = sum(self.server.spent)
         self._now.saved = sum(steps for steps, _ in self.server.saved)
         messages = list(self.configure_train(round, ArrayRecord(), ConfigRecord(), grid))
-        self.aggregate_train(round, grid.send_and_receive(messages))
+        with self._counted("fit"):
+            replies = grid.send_and_receive(messages)
+        self.aggregate_train(round, replies)
         self._normalise(round, grid)
         self._aggregated = self.server.state
         with self.timed(round, "finetune"):
@@ -268,7 +271,8 @@ class Rounds(Strategy):
     def _down(self, sent: Sent, **more: Any) -> Down:
         plan, local = sent.plan, self.policy == "local"
         sizes, round = dict(plan.sizes), self._now.row["round"]
-        return Down(round, sent.travels, sizes, plan.model, plan.masks, local=local, **more)
+        remembers = self.remembers.get(sent.client.id, 0)
+        return Down(round, sent.travels, sizes, plan.model, plan.masks, local=local, remembers=remembers, **more)
 
     def _up(self, sent: Sent) -> frozenset[str] | None:
         return None if len(sent.up) == len(sent.state) else sent.up
@@ -295,6 +299,8 @@ class Rounds(Strategy):
     def _accept(self, client: int, message: Message) -> Returned | None:
         """A client's reply if it can be used; otherwise the client is left out, with the reason in the run folder."""
         intake = self.intake.take(self._sent[client], message)
+        if not message.has_error():
+            self.remembers[client] = self._now.row["round"]
         row = self._row(client) | {"bytes down": intake.sent.bytes, "bytes up": 0} | intake.row
         self._now.clients[client] = row
         if intake.fault is not None:
@@ -395,7 +401,7 @@ class Rounds(Strategy):
         """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
         state, local = self._travels(self._aggregated), self.policy == "local"
         down = Down(round, state, None, local=local, held=True)
-        asked = [self._message(i, MessageType.EVALUATE, down) for i in self._sent]
+        asked = [self._message(i, MessageType.EVALUATE, replace(down, remembers=self.remembers.get(i, 0))) for i in self._sent]
         answers = by_request(asked, grid.send_and_receive(asked))
         scores = [self.intake.scores(reply) for _, reply in answers]
         spread(self._now.row, "global@own masked", [s["accuracy"] for s in scores if s])

@@ -93,7 +93,7 @@ class Down:
     `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
     it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
-    classes that the client does not hold put to 0.
+    classes that the client does not hold put to 0. `remembers`: the round that the client's memory is to be of.
     """
 
     round: int
@@ -105,6 +105,7 @@ class Down:
     up: Collection[str] | None = None
     held: bool = False
     local: bool = False
+    remembers: int = 0
 
 
 @dataclass(eq=False)

@@ -133,6 +133,7 @@ def masking(masks: State) -> Values:
 
 def write_down(down: Down) -> RecordDict:
     values: Values = {"form": "down", "round": down.round, "held": down.held, "local": down.local, "model": down.model or ""}
+    values["remembers"] = down.remembers
     values |= {} if down.sizes is None else {"sizes": json.dumps(down.sizes)}
     values |= {} if down.up is None else {"up": json.dumps(sorted(down.up))}
     return message({**values, **masking(down.masks), **group("extra", down.extras)}, payload.entries(down.state, down.masks))
@@ -145,7 +146,7 @@ def read_down(content: RecordDict) -> Down:
         int(values["round"]), payload.spread(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values["model"] or None, masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
-        bool(values["held"]), bool(values["local"]),
+        bool(values["held"]), bool(values["local"]), int(values["remembers"]),
     )  # fmt: skip
 
 

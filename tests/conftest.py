@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hetfl.core import experiment
-from hetfl.core.config import resolve
+from hetfl.core.config import read, resolve
 from hetfl.core.cost import Cost
+from hetfl.core.record import Folder
 from hetfl.core.rounds import Unwatched
 
 
@@ -41,3 +46,53 @@ class Unmetered:
 
     def of(self, sizes, model=None):
         return Cost(0, 0, 0, 0)
+
+
+class Stopped(Exception):
+    """The power went off."""
+
+
+class Stopping(Unwatched):
+    def __init__(self, after):
+        self.after, self.rows, self.notes = after, [], []
+
+    def done(self, row):
+        self.rows.append(row["round"])
+        if row["round"] == self.after:
+            raise Stopped
+
+    def note(self, text):
+        self.notes.append(text)
+
+    alarm = note
+
+
+def timeless(path):
+    """metrics.csv and clients.csv without what a clock says."""
+    tables = []
+    for name in ("metrics.csv", "clients.csv"):
+        with open(path / name) as file:
+            tables.append([{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)])
+    return tables
+
+
+def weights(path):
+    return load_file(path / "weights.safetensors")
+
+
+def equal(a, b):
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) and timeless(a) == timeless(b)
+
+
+def go_on(path):
+    watch = Stopping(None)
+    options = resolve({**read(path / "config.toml"), "out": path})
+    experiment.went_on(options, Folder(path), watch)
+    return watch
+
+
+@pytest.fixture
+def stops():
+    """Runs that are stopped and go on: Stopped, Stopping(after), go_on(path), equal(path, path)."""
+    return SimpleNamespace(Stopped=Stopped, Stopping=Stopping, go_on=go_on, equal=equal)

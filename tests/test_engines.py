@@ -11,9 +11,10 @@ from flwr.app import ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetfl.core import payload
+from hetfl.core import experiment, payload
 from hetfl.core.config import resolve
 from hetfl.core.experiment import prepare
+from hetfl.core.record import Folder
 from hetfl.core.rounds import Unwatched
 from hetfl.core.types import Down, Profile, Reply
 from hetfl.core.wire import MalformedError, Wire, decoded, encoded
@@ -162,6 +163,30 @@ def test_processes_give_the_bits_of_threads():
 )
 def test_every_kind_of_strategy_gives_the_same_in_processes(values):
     alike(**values)
+
+
+def folder_of(stops, path, engine, rounds=None, **values):
+    options = resolve({**TINY, "rounds": 3, **values, "engine": engine})
+    experiment.run(options, Folder(path).open(), stops.Stopping(rounds))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@pytest.mark.parametrize(
+    "values",
+    [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "fiarse", "aggregate": "overlap"}, {"extract": "hermes"}],
+    ids=lambda v: v["extract"],
+)
+def test_flowers_simulation_gives_the_bits_of_the_local_engine(tmp_path, stops, values):
+    """Structured, masked and personal strategies, and a run that goes on with the memory on the clients' disks."""
+    here, there = folder_of(stops, tmp_path / "local", "local", **values), folder_of(stops, tmp_path / "ray", "ray", **values)
+    assert stops.equal(here, there)
+    if values["extract"] == "hermes":
+        with pytest.raises(stops.Stopped):
+            folder_of(stops, tmp_path / "part", "ray", rounds=1, **values)
+        stops.go_on(tmp_path / "part")
+        assert stops.equal(here, tmp_path / "part")
 
 
 @pytest.mark.slow

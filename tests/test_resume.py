@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -14,7 +13,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
@@ -43,71 +41,27 @@ HARD = [
 ]
 
 
-class Stopped(Exception):
-    """The power went off."""
-
-
-class Stopping(Unwatched):
-    def __init__(self, after):
-        self.after, self.rows, self.notes = after, [], []
-
-    def done(self, row):
-        self.rows.append(row["round"])
-        if row["round"] == self.after:
-            raise Stopped
-
-    def note(self, text):
-        self.notes.append(text)
-
-    alarm = note
-
-
-def timeless(path):
-    """metrics.csv and clients.csv without what a clock says."""
-    tables = []
-    for name in ("metrics.csv", "clients.csv"):
-        with open(path / name) as file:
-            tables.append([{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)])
-    return tables
-
-
-def weights(path):
-    return load_file(path / "weights.safetensors")
-
-
-def equal(a, b):
-    x, y = weights(a), weights(b)
-    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) and timeless(a) == timeless(b)
-
-
-def go_on(path):
-    watch = Stopping(None)
-    options = resolve({**read(path / "config.toml"), "out": path})
-    experiment.went_on(options, Folder(path), watch)
-    return watch
-
-
 @pytest.mark.parametrize("values", HARD, ids=lambda v: f"{v['extract']}-{v.get('aggregate', 'own')}")
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, values):
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stops, values):
     """Every kind of state there is: filters, branches, masks, homes, prunings, consensus."""
     options = resolve({**TINY, **values})
     experiment.run(options, Folder(tmp_path / "whole").open(), Unwatched())
-    with pytest.raises(Stopped):
-        experiment.run(options, Folder(tmp_path / "part").open(), Stopping(1))
+    with pytest.raises(stops.Stopped):
+        experiment.run(options, Folder(tmp_path / "part").open(), stops.Stopping(1))
     options = resolve({**read(tmp_path / "part" / "config.toml"), "out": tmp_path / "part"})
-    with pytest.raises(Stopped):
-        experiment.went_on(options, Folder(tmp_path / "part"), Stopping(3))
-    watch = go_on(tmp_path / "part")
+    with pytest.raises(stops.Stopped):
+        experiment.went_on(options, Folder(tmp_path / "part"), stops.Stopping(3))
+    watch = stops.go_on(tmp_path / "part")
     assert any("after round 3" in note for note in watch.notes)
-    assert equal(tmp_path / "whole", tmp_path / "part")
+    assert stops.equal(tmp_path / "whole", tmp_path / "part")
 
 
 @pytest.fixture
-def stopped(tmp_path):
+def stopped(tmp_path, stops):
     options = resolve({**TINY, "extract": "heterofl", "keep_checkpoints": 2})
     experiment.run(options, Folder(tmp_path / "whole").open(), Unwatched())
-    with pytest.raises(Stopped):
-        experiment.run(options, Folder(tmp_path / "part").open(), Stopping(3))
+    with pytest.raises(stops.Stopped):
+        experiment.run(options, Folder(tmp_path / "part").open(), stops.Stopping(3))
     return tmp_path
 
 
@@ -127,7 +81,7 @@ def test_only_the_last_checkpoints_stay(stopped):
 
 
 @pytest.mark.parametrize("damage", ["torn list", "tampered list", "torn part", "tampered part", "missing part", "draft left"])
-def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(stopped, damage):
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(stopped, stops, damage):
     path = newest(stopped)
     body = json.loads(path.read_text())["body"]
     part = path.parent / "objects" / f"{body['tensors']['server']}.safetensors"
@@ -143,18 +97,18 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(stopped, damage
         part.unlink()
     else:
         (path.parent / ".round-000009.json.part").write_text("{")
-    watch = go_on(stopped / "part")
+    watch = stops.go_on(stopped / "part")
     damaged = damage != "draft left"
     assert any(f"after round {2 if damaged else 3}" in note for note in watch.notes)
     assert any("damaged" in note and "going back to the one before" in note for note in watch.notes) == damaged
-    assert equal(stopped / "whole", stopped / "part")
+    assert stops.equal(stopped / "whole", stopped / "part")
 
 
-def test_a_run_without_a_whole_checkpoint_begins_from_its_config(stopped):
+def test_a_run_without_a_whole_checkpoint_begins_from_its_config(stopped, stops):
     shutil.rmtree(stopped / "part" / "checkpoints")
-    watch = go_on(stopped / "part")
+    watch = stops.go_on(stopped / "part")
     assert any("begins anew" in note for note in watch.notes)
-    assert equal(stopped / "whole", stopped / "part")
+    assert stops.equal(stopped / "whole", stopped / "part")
 
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
@@ -245,7 +199,7 @@ def killed(path, seconds, *more):
     return True
 
 
-def survive(tmp_path, kills, low, high, seed, *more):
+def survive(stops, tmp_path, kills, low, high, seed, *more):
     """`kills` times: killed at random, resumed until it ends; the same bits as a run that nobody stopped."""
     runner, random_moment = CliRunner(), random.Random(seed)
     result = runner.invoke(app, words(tmp_path / "whole", *more))
@@ -261,14 +215,14 @@ def survive(tmp_path, kills, low, high, seed, *more):
             if done >= kills:
                 high = 600.0
                 low = high
-        assert equal(tmp_path / "whole", path)
+        assert stops.equal(tmp_path / "whole", path)
         done += not done
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    survive(tmp_path, 2, 3.0, 6.0, time.time_ns())
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, stops):
+    survive(stops, tmp_path, 2, 3.0, 6.0, time.time_ns())
 
 
 @pytest.mark.slow
-def test_thirty_kills_thirty_times_the_same_bits(tmp_path):
-    survive(tmp_path, 30, 2.5, 7.0, 0, "--extract", "fiarse", "--aggregate", "hermes")
+def test_thirty_kills_thirty_times_the_same_bits(tmp_path, stops):
+    survive(stops, tmp_path, 30, 2.5, 7.0, 0, "--extract", "fiarse", "--aggregate", "hermes")

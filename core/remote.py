@@ -1,0 +1,142 @@
+"""Clients that Flower runs elsewhere, on Ray or on the nodes of a federation: the grid of their server, and their ClientApp."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message, MessageType
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from hetfl.core import grid as flower
+from hetfl.core.apps import place
+from hetfl.core.errors import RunError
+from hetfl.core.memory import Memory
+from hetfl.core.processes import RAISED, app
+from hetfl.core.wire import Wire
+
+HELLO = f"{MessageType.QUERY}.hello"
+UNAVAILABLE = 5  # Flower's code for a node that is not there
+PATIENCE = 3600.0  # seconds for an answer where the run sets no timeout
+GREETING = 60.0  # … for the answer to a hello
+
+
+class RemoteGrid:
+    """Any Flower grid, its nodes known by the partition that they hold; they may join and leave.
+
+    A node says once, in a query, which client it is: node ids are Flower's own.
+    """
+
+    def __init__(self, clients: int, timeout: float | None, wait: float) -> None:
+        self._clients, self._timeout, self._wait = clients, timeout, wait
+        self._grid: Grid | None = None
+        self._homes: dict[int, int] = {}  # node -> client
+        self._count = 0
+
+    def attach(self, grid: Grid) -> None:
+        """Takes the grid that Flower gives, and waits until its clients are there. Raises RunError where none comes."""
+        self._grid, until = grid, time.monotonic() + self._wait
+        while len(self._places()) < self._clients and time.monotonic() < until:
+            time.sleep(0.2)
+        if not self._homes:
+            raise RunError(f"no node has joined within {self._wait:g} s")
+
+    def _places(self) -> dict[int, int]:
+        """The node of every client that is connected now."""
+        assert self._grid is not None
+        nodes = set(self._grid.get_node_ids())
+        self._homes = {node: client for node, client in self._homes.items() if node in nodes}
+        asked = [Message(Wire().seal(0), node, HELLO, group_id="hello") for node in sorted(nodes - self._homes.keys())]
+        for reply in self._grid.send_and_receive(asked, timeout=GREETING) if asked else []:
+            if reply.has_content():
+                self._homes[reply.metadata.src_node_id] = int(Wire().open(reply.content)["client"])
+        return {client: node for node, client in sorted(self._homes.items())}
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies; an error for a client whose node is not there."""
+        assert self._grid is not None
+        places, there, replies = self._places(), [], list[Message]()
+        for message in messages:
+            if (node := places.get(flower.client(message.metadata.dst_node_id))) is None:
+                self._count += 1
+                flower.number(message, f"absent-{self._count}")
+                replies.append(Message(Error(UNAVAILABLE, "its node is not connected"), reply_to=message))
+            else:
+                meta = message.metadata
+                there.append((message, Message(message.content, node, meta.message_type, group_id=meta.group_id)))
+        found = (
+            list(self._grid.send_and_receive([m for _, m in there], timeout=timeout or self._timeout or PATIENCE)) if there else []
+        )
+        for message, sent in there:
+            flower.number(message, sent.metadata.message_id)
+        return iter([*replies, *found])
+
+    def drive(self, work: Callable[[], Any]) -> None:
+        """Does the run's `work` where Flower has given the grid."""
+        work()
+
+    def contexts(self) -> dict[int, Context]:
+        """None: clients remember on their own disks."""
+        return {}
+
+    def close(self) -> None:
+        """Flower's own affair."""
+
+
+# the client's side
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a node knows by itself: the text of the run's resolved config, and the folder for its clients' memory."""
+
+    config: str
+    memory: Path
+
+
+@functools.cache
+def site(config: str) -> ClientApp:
+    """The run's own ClientApp, once a process."""
+    torch.set_num_threads(1)
+    return app(config)
+
+
+def client_app(where: Callable[[Context], Place], mods: list[Any] | None = None) -> ClientApp:
+    """The ClientApp for clients elsewhere; `mods` are Flower's, around training."""
+    outer = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return answered(where(context), message, context)
+        except Exception as error:
+            return Message(Error(RAISED, "".join(traceback.format_exception(error))), reply_to=message)
+
+    def hello(message: Message, context: Context) -> Message:
+        count = float(str(context.node_config.get("num-partitions", 0)))
+        return Message(Wire().seal({"client": float(place(context)), "clients": count}), reply_to=message)
+
+    outer.query("hello")(hello)
+    outer.query()(answer)
+    outer.train(mods=mods or [])(answer)
+    outer.train("passes")(answer)
+    outer.evaluate()(answer)
+    return outer
+
+
+def answered(here: Place, message: Message, context: Context) -> Message:
+    """The run's answer, with the memory that the server counts on."""
+    config = message.content.config_records["config"]
+    round, before = int(str(config["round"])), int(str(config.get("remembers", 0)))
+    memory = Memory(here.memory / str(place(context)))
+    inner = Context(context.run_id, context.node_id, context.node_config, memory.load(before), context.run_config)
+    reply = site(here.config)(message, inner)
+    if message.metadata.message_type == MessageType.TRAIN and not reply.has_error():
+        memory.save(round, before, inner.state)
+    return reply
