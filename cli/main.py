@@ -6,7 +6,7 @@ import inspect as signatures
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -135,6 +135,86 @@ def resume(
     finally:
         folder.release()
     render.summary(summary, path)
+
+
+export = typer.Typer(help="Take an experiment elsewhere.", no_args_is_help=True)
+app.add_typer(export, name="export")
+
+
+@export.command("flower")
+@options_of_a_run
+def export_flower(
+    folder: Annotated[Path, typer.Argument(help="folder for the app")],
+    client_mod: Annotated[list[str] | None, typer.Option(help="a client mod of Flower's, name:number:…; may be repeated")] = None,
+    debug: Debug = False,
+    **given: Any,
+) -> None:
+    """Write an experiment as a small Flower app, for flwr run on any SuperLink (docs/federation.md)."""
+    options = elsewhere(given)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not options.overwrite)):
+        raise UsageError(f"'{folder}' is not an empty folder; choose another or give --overwrite")
+    from hetfl.core.export import export as exported
+
+    try:
+        exported(options, folder, client_mod or [])
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written: {error.strerror}") from error
+    render.console.print(f"flwr run {folder} SUPERLINK --stream --run-config 'out=\"/path/of/the/run/folder\"'", soft_wrap=True)
+
+
+def elsewhere(given: dict[str, Any]) -> RunOptions:
+    """The options of a run that Flower carries out."""
+    options = config.resolve({**gathered(None, given), "engine": "flower"})
+    check(options)
+    return options
+
+
+@app.command()
+@options_of_a_run
+def federate(
+    nodes: Annotated[int, typer.Option(min=1, help="SuperNodes to start, a client each")] = 4,
+    tls: Annotated[bool, typer.Option(help="certificates and node keys of our own; nobody else can join")] = False,
+    allow: Annotated[str, typer.Option(help="plugins and models beside the built-in ones that nodes load, with commas")] = "",
+    client_mod: Annotated[list[str] | None, typer.Option(help="a client mod of Flower's, name:number:…; may be repeated")] = None,
+    clients: Annotated[int | None, typer.Option(hidden=True)] = None,
+    debug: Debug = False,
+    **given: Any,
+) -> None:
+    """Run an experiment on a real Flower federation that is started on this machine and stopped again."""
+    if clients not in (None, nodes):
+        raise UsageError(f"every node is a client: --nodes {nodes} and --clients {clients} cannot both be")
+    options = elsewhere({**given, "clients": nodes})
+    folder = Folder(options.out or fresh(options)).open(options.overwrite)
+    folder.release()
+    from hetfl.core.export import export as exported
+    from hetfl.core.federation import LocalFederation
+
+    try:
+        home = exported(options, folder.path / "app", client_mod or [])
+    except UsageError:
+        folder.discard()
+        raise
+    with LocalFederation(folder.path / "flower", nodes, tls, allow) as federation, render.Live(options, folder.path) as watch:
+        summary = followed(federation.events(home, folder.path), watch)
+    pictures(folder)
+    render.summary(summary, folder.path)
+
+
+def followed(events: Iterator[dict[str, Any]], watch: render.Live) -> dict[str, Any]:
+    """Shows what a run elsewhere tells of itself; its summary. Raises RunError where it failed."""
+    for event in events:
+        (kind, value), *_ = event.items()
+        if kind == "ended":
+            return dict(value)
+        if kind == "failed":
+            raise RunError(f"the run failed: {value}")
+        if kind == "phase":
+            watch.phase(*value)
+        elif kind == "done":
+            watch.done(value)
+        else:
+            getattr(watch, kind)(value)
+    raise RunError("the run ended without a result")
 
 
 def gathered(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
-    engine: Literal["local", "processes", "ray"] = Field(
+    engine: Literal["local", "processes", "ray", "flower"] = Field(
         "local",
         description="where clients run: on threads of this process, in processes of their own, on Flower's simulation "
         "(docs/federation.md)",

@@ -23,6 +23,7 @@ from hetfl.core.apps import Site
 from hetfl.core.checkpoint import Checkpoints, Moment
 from hetfl.core.config import RunOptions, resolve, write
 from hetfl.core.data import Federation
+from hetfl.core.engines import Surroundings
 from hetfl.core.grid import LocalGrid
 from hetfl.core.intake import Row
 from hetfl.core.meter import Meter
@@ -59,10 +60,10 @@ class Experiment:
         self.server.pool.close()
 
 
-def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None, home: Path = Path("memory")) -> Experiment:
+def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None, where: Surroundings | None = None) -> Experiment:
     """Loads plugins, data and model, traces the widths and pre-trains; with `moment`, the run is what it was then.
 
-    `home` is the folder for the memory of clients in other processes.
+    `where` says where clients in other processes are.
 
 
     Raises UsageError for what cannot work together.
@@ -87,7 +88,7 @@ def prepare(options: RunOptions, watch: Watch, moment: Moment | None = None, hom
         server.notes.append(f"clients train one by one, not in cohorts: {why}")
     seconds = {"pretrain": time.perf_counter() - began}
     made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, cohort, seconds)
-    made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()), home)
+    made.grid = engines.grid(site, pool, cohort, write(resolved(made), plugins.options()), where or Surroundings(Path("memory")))
     if moment is not None:
         resume.given_back(made, moment)
     return made
@@ -107,10 +108,15 @@ def cohort_size(site: Site, model: nn.Module) -> tuple[int, str | None]:
     return (1, why) if why else (size, None)
 
 
-def run(options: RunOptions, folder: Folder, watch: Watch, moment: Moment | None = None) -> dict[str, Any]:
-    """Runs an experiment, or the rest of it after `moment`, and fills its folder; returns the summary that `hfl show` prints."""
+def run(
+    options: RunOptions, folder: Folder, watch: Watch, moment: Moment | None = None, grid: Grid | None = None
+) -> dict[str, Any]:
+    """Runs an experiment, or the rest of it after `moment`, and fills its folder; returns the summary that `hfl show` prints.
+
+    `grid` is the one of the federation that runs it, where it is deployed.
+    """
     began = time.perf_counter()
-    experiment = prepare(options, watch, moment, folder.path / "memory")
+    experiment = prepare(options, watch, moment, Surroundings(folder.path / "memory", grid))
     if moment is None:
         folder.json("run.json", facts(experiment))
         folder.table("partition.csv", holdings(experiment.federation))

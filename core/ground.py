@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hetfl.core import data, device, factories, norms, roles
+from hetfl.core import blueprint, data, device, factories, norms, roles
 from hetfl.core.apps import Means, Site
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Federation
@@ -43,7 +43,22 @@ def laid(options: RunOptions, watch: Watch) -> Ground:
     federation = data.load(options).on(options.device)
     watch.phase(0, "model")
     model, widths = traced(options, federation, plugins)
-    workshop = Workshop(model, widths, partial(built, options, federation), options.device)
+    return standing(options, federation, plugins, Workshop(model, widths, partial(built, options, federation), options.device))
+
+
+def outlined(options: RunOptions, federation: Federation, widths: Widths) -> Ground:
+    """The same on a node, whose `federation` has its own data and which knows the `widths`: no whole model is built for it."""
+    plugins, name = roles.load(options), options.model or federation.model
+    with torch.device("meta" if blueprint.plain_name(name) and not plugins.adapts else "cpu"):
+        model = built(options, federation, name)
+    whole = partial(adapted, options, federation, plugins)
+    if plugins.adapts or not blueprint.hollow(model):
+        model = whole()
+    other = partial(built, options, federation)
+    return standing(options, federation, plugins, Workshop(model, widths, other, options.device, whole))
+
+
+def standing(options: RunOptions, federation: Federation, plugins: roles.Roles, workshop: Workshop) -> Ground:
     return Ground(options, federation, plugins, workshop, Meter(options, workshop, federation.test, len(federation.classes)))
 
 
@@ -55,11 +70,7 @@ def built(options: RunOptions, federation: Federation, name: str) -> nn.Module:
 
 def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
-    name = options.model or federation.model
-    x = federation.test.x[federation.test.index[:2]].cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seed, "adapt"))
-        model = plugins.adapt(built(options, federation, name), x, len(federation.classes))
+    name, x, model = options.model or federation.model, sample(federation), adapted(options, federation, plugins)
     with every(model):
         widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
@@ -69,3 +80,16 @@ def traced(options: RunOptions, federation: Federation, plugins: roles.Roles) ->
         wanted = (len(x), len(federation.classes))
         raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
     return model, widths
+
+
+def adapted(options: RunOptions, federation: Federation, plugins: roles.Roles) -> nn.Module:
+    """The run's model as its plugins want it, untrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(options.seed, "adapt"))
+        model = built(options, federation, options.model or federation.model)
+        return plugins.adapt(model, sample(federation), len(federation.classes))
+
+
+def sample(federation: Federation) -> Tensor:
+    """Two examples."""
+    return federation.test.x[federation.test.index[:2]].cpu()

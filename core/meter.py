@@ -17,7 +17,6 @@ from hetfl.core.config import RunOptions
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.exits import every
-from hetfl.core.widths import build
 from hetfl.core.workshop import Workshop
 
 
@@ -46,7 +45,8 @@ class Meter:
 
     def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
-        model = build(self._workshop.widths, self._workshop.model, self._workshop.widths.prefix(ratio)).to(data.x.device)
+        sizes = {name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()}
+        model = self._workshop.fresh(sizes).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
         return step_seconds(model, data.x[rows], data.y[rows], repeats)
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from hetfl.core import grid as flower
 from hetfl.core.apps import place
-from hetfl.core.errors import RunError
+from hetfl.core.errors import RunError, UsageError
 from hetfl.core.memory import Memory
 from hetfl.core.processes import RAISED, app
 from hetfl.core.wire import Wire
@@ -95,17 +95,23 @@ class RemoteGrid:
 
 @dataclass(frozen=True)
 class Place:
-    """What a node knows by itself: the text of the run's resolved config, and the folder for its clients' memory."""
+    """What a node knows by itself: the text of the run's resolved config, the folder for its clients' memory, and what its
+    node config says (JSON), where it is one of a federation."""
 
     config: str
     memory: Path
+    node: str = ""
 
 
 @functools.cache
-def site(config: str) -> ClientApp:
+def site(here: Place) -> ClientApp:
     """The run's own ClientApp, once a process."""
     torch.set_num_threads(1)
-    return app(config)
+    if here.node:
+        from hetfl.core import deployed
+
+        return deployed.site(here.config, here.node)
+    return app(here.config)
 
 
 def client_app(where: Callable[[Context], Place], mods: list[Any] | None = None) -> ClientApp:
@@ -134,9 +140,11 @@ def answered(here: Place, message: Message, context: Context) -> Message:
     """The run's answer, with the memory that the server counts on."""
     config = message.content.config_records["config"]
     round, before = int(str(config["round"])), int(str(config.get("remembers", 0)))
+    if ":" in (model := str(config.get("model", ""))):
+        raise UsageError(f"no module is imported because a message names it ('{model}')")
     memory = Memory(here.memory / str(place(context)))
     inner = Context(context.run_id, context.node_id, context.node_config, memory.load(before), context.run_config)
-    reply = site(here.config)(message, inner)
+    reply = site(here)(message, inner)
     if message.metadata.message_type == MessageType.TRAIN and not reply.has_error():
         memory.save(round, before, inner.state)
     return reply

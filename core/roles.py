@@ -107,6 +107,11 @@ class Roles:
         adapted = self._manager.hook.adapt(model=model, x=x, classes=classes)
         return model if adapted is None else cast(nn.Module, adapted)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether a plugin changes the model before the run."""
+        return self._answers("adapt")
+
     def source(self, server: Server, client: Client) -> State:
         if not self._answers("source", "aggregate"):
             return server.state

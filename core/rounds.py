@@ -73,7 +73,7 @@ class Rounds(Strategy):
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.control = self.first = server.state
-        self.policy = policy(self.options.norm_policy, roles.norm_policy, server)
+        self.policy = policy(self.options.norm_policy, roles.norm_policy, server.has_public)
         self._sent: dict[int, Sent] = {}
         self._messages: list[Message] = []
         self.extras: dict[int, State] = {}
@@ -419,10 +419,10 @@ def sample(clients: int, fraction: float, generator: torch.Generator) -> list[in
     return sorted(torch.randperm(clients, generator=generator)[:count].tolist())
 
 
-def policy(given: str, wanted: str | None, server: Server) -> str:
+def policy(given: str, wanted: str | None, public: bool) -> str:
     """The policy for normalisation statistics: as given, else what a plugin asks for, else averaging."""
     chosen = (wanted or "aggregate") if given == "auto" else given
-    if chosen in ("recalibrate", "local") and not server.has_public:
+    if chosen in ("recalibrate", "local") and not public:
         raise UsageError(
             f"--norm-policy {chosen} needs public data on the server, for the global model's own statistics; "
             "give it some with --server-data 0.05"

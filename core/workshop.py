@@ -9,21 +9,26 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from hetfl.core.blueprint import filled
 from hetfl.core.widths import DEPTH, State, Widths, build, load, tensors
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 SHELF = 16  # submodels that a thread keeps at hand
 Build = Callable[[str], nn.Module]
+Whole = Callable[[], nn.Module]
 
 
 class Workshop:
     """Builds the submodels of `model`, and the architectures that clients have of their own, by name, with `other`.
 
+    A `model` without values (meta) will do for submodels that are to be loaded; `whole` then builds the real one.
     Modules that are to work live on `device`; a module belongs to the thread that asked for it, until that thread asks again.
     """
 
-    def __init__(self, model: nn.Module, widths: Widths, other: Build | None = None, device: str = "cpu") -> None:
-        self.model, self.widths, self.device, self._other = model, widths, device, other
+    def __init__(
+        self, model: nn.Module, widths: Widths, other: Build | None = None, device: str = "cpu", whole: Whole | None = None
+    ) -> None:
+        self.model, self.widths, self.device, self._other, self._whole = model, widths, device, other, whole
         self.full = {group.name: group.size for group in widths.groups}
         self._own, self._lock = threading.local(), threading.Lock()
         self._pristine: dict[str | None, nn.Module] = {None: model}
@@ -41,10 +46,10 @@ class Workshop:
     def _build(self, sizes: dict[str, int], name: str | None) -> nn.Module:
         model = self.pristine(name)
         if name or sizes == self.full:
-            return copy.deepcopy(model)
+            return filled(copy.deepcopy(model))
         depth = sizes.pop(DEPTH, None)
         whole = model if depth is None else model.at_depth(depth)  # type: ignore[operator]
-        return build(self.widths, whole, {name: torch.arange(size) for name, size in sizes.items()})
+        return filled(build(self.widths, whole, {name: torch.arange(size) for name, size in sizes.items()}))
 
     def fresh(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """A submodel of its own for whoever asks, untrained."""
@@ -60,7 +65,14 @@ class Workshop:
             return self._pristine[name]
 
     def initial(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> State:
-        """The tensors of a submodel before any training: the leading entries of the run's model."""
+        """The tensors of a submodel before any training: the leading entries of the run's model.
+
+        A node that has no values of the run's model builds it for this, once: for clients that keep layers of their own.
+        """
+        if self._whole is not None:
+            with self._lock:
+                self.model, self._whole = self._whole(), None
+                self._pristine[None] = self.model
         return tensors(self.pristine(model) if model else self.fresh(sizes))
 
     def loaded(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
