@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from hetfl.core import payload
 from hetfl.core.blocks import take
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Federation, Holding
@@ -54,8 +55,8 @@ class Desk:
         return self._waiting[int(str(record["number"]))]
 
     def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
-        """Nothing is packed that does not travel."""
-        return reply
+        """Nothing is packed that does not travel; what travelling would lose is lost here too."""
+        return replace(reply, state=payload.rounded(reply.state, masks, reply.code)) if reply.code else reply
 
 
 class Means(Protocol):

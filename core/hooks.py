@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hetfl.core.merge import Fold, Merged, Update, Updates
     from hetfl.core.plans import Plan
     from hetfl.core.server import Server
-    from hetfl.core.types import Client, Node, Profile, Reply, Returned, Shares, Task
+    from hetfl.core.types import Client, Covered, Node, Profile, Reply, Returned, Shares, Task
     from hetfl.core.widths import State
 
 hookspec = pluggy.HookspecMarker("hetfl")
@@ -73,3 +73,8 @@ def aggregate(server: Server, updates: Updates, round: int) -> Merged | None:
 @hookspec(firstresult=True)
 def fold(server: Server, round: int) -> Fold | None:
     """Server, in place of `aggregate`: a running aggregation, which takes the updates one by one and holds none of them."""
+
+
+@hookspec
+def conclude(server: Server, merged: Merged, covered: Sequence[Covered], round: int) -> Merged | None:
+    """Server, after the aggregation: the next global model as it is to be. Each chosen plugin gets what the one before made."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from flwr.app import Message
 
 from hetfl.core import payload
@@ -23,7 +24,7 @@ NOTHING = Reply({}, 0)
 MOST_EXAMPLES = 1 << 40
 MOST_METRICS = 64
 OURS = {"round", "client", "level", "bound by", "bytes down", "bytes up", "examples", "fault", "traceback", "parameters", "MACs",
-        "memory"}  # fmt: skip
+        "memory", "change"}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class Intake:
         if fault is not None:
             return Taken(sent, NOTHING, fault)
         row = {"examples": reply.examples, **reply.metrics, "bytes up": upload(sent.plan, reply)}
+        row["change"] = change(reply.state, expected)
         return Taken(sent, reply, None, row)
 
     def _read(self, message: Message) -> tuple[Reply, str | None]:
@@ -129,10 +131,22 @@ class Intake:
         return found if isinstance(found, Reply) and usable else None
 
 
+def change(state: State, before: State) -> float:
+    """How far a client went: the norm of what it changed over the norm of what it began with."""
+    pairs = [(t, before[n]) for n, t in state.items() if t.is_floating_point()]
+    if not pairs:
+        return 0.0
+    now, was = (list(column) for column in zip(*pairs, strict=True))
+    moved, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(now, was), was))
+    return float(moved / size.clamp(min=1e-12))
+
+
 def bounds(reply: Reply) -> str | None:
     """What cannot be about the numbers of a reply, or None."""
     if not isinstance(reply.examples, int) or not 0 <= reply.examples <= MOST_EXAMPLES:
         return f"it says that it has {reply.examples} examples"
+    if reply.code not in ("", *payload.CODES):
+        return f"its tensors travelled as '{reply.code}'"
     if len(reply.metrics) > MOST_METRICS or reply.metrics.keys() & OURS:
         odd = sorted(reply.metrics.keys() & OURS) or [f"{len(reply.metrics)} of them"]
         return f"its metrics cannot be taken in ({', '.join(odd[:3])})"
@@ -153,7 +167,8 @@ def unpacked(reply: Reply, sent: Sent) -> tuple[Reply, str | None]:
 def upload(plan: Plan, reply: Reply) -> int:
     """Bytes of a reply: the values that exist, their positions only where the client changed them, extras, and what it cut."""
     positions = bool(reply.masks)
-    return payload.size(reply.state, plan.masks, positions=positions) + payload.size(reply.extras) + payload.size(reply.kept)
+    tensors = payload.size(reply.state, plan.masks, positions=positions, code=reply.code)
+    return tensors + payload.size(reply.extras) + payload.size(reply.kept)
 
 
 def last_line(message: Message) -> str:

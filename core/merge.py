@@ -26,10 +26,14 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The next global model, and further models of the server by name: a cluster's or a client's own, as patches of the global."""
+    """The next global model, and further models of the server by name: a cluster's or a client's own, as patches of the global.
+
+    `facts` are numbers for the round's row.
+    """
 
     state: State
     branches: Mapping[str, Patches] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Updates(Sequence[Update]):

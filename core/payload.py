@@ -16,22 +16,54 @@ from hetfl.core.types import Extra, Reply
 from hetfl.core.widths import State
 
 BITS = "/mask"
+CODES = {"fp16": torch.float16, "int8": torch.int8}
+SCALE = 8 + len("scale/")  # bytes of a tensor's scale, beside its name
 
 
-def size(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, positions: bool = True) -> int:
+def coded(state: Mapping[str, Tensor], code: str) -> tuple[State, dict[str, float]]:
+    """`state` with float32 tensors as fp16 or int8, and the scale of each: value = scale x what travels."""
+    scales = {n: scale(t) if code == "int8" else 1.0 for n, t in state.items() if t.dtype == torch.float32 and code}
+    return {n: shrunk(t, scales[n], code) if n in scales else t for n, t in state.items()}, scales
+
+
+def scale(tensor: Tensor) -> float:
+    """What one step of int8 stands for."""
+    most = float(tensor.abs().amax()) if tensor.numel() else 0.0
+    return most / 127 or 1.0
+
+
+def shrunk(tensor: Tensor, scale: float, code: str) -> Tensor:
+    if code == "fp16":
+        return tensor.half()
+    return (tensor / scale).nan_to_num().round().clamp(-127, 127).to(torch.int8) if math.isfinite(scale) else tensor.half()
+
+
+def restored(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> State:
+    """The inverse of `coded`, up to rounding."""
+    return {n: t.float() * scales[n] if n in scales else t for n, t in state.items()}
+
+
+def rounded(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], code: str) -> State:
+    """What arrives of `state` when it travels so."""
+    masks = {name: mask for name, mask in masks.items() if name in state}
+    return spread(restored(*coded(entries(state, masks), code)), masks)
+
+
+def size(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, positions: bool = True, code: str = "") -> int:
     """Bytes of `state` as Flower's ArrayRecord encodes it: the .npy form of every tensor, and its name.
 
-    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`entries`, `pack`).
+    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`entries`, `pack`). With
+    `code`, floating-point tensors travel so, each with its scale.
     """
     masks = masks or {}
-    return sum(entry(name, tensor, masks.get(name), positions) for name, tensor in state.items())
+    return sum(entry(name, tensor, masks.get(name), positions, code) for name, tensor in state.items())
 
 
-def entry(name: str, tensor: Tensor, mask: Tensor | None, positions: bool) -> int:
-    if mask is None:
-        return named(name, tensor.dtype, tuple(tensor.shape))
-    bits = named(name + BITS, torch.uint8, (math.ceil(mask.numel() / 8),)) if positions else 0
-    return named(name, tensor.dtype, (int(mask.sum()),)) + bits
+def entry(name: str, tensor: Tensor, mask: Tensor | None, positions: bool, code: str = "") -> int:
+    shape = tuple(tensor.shape) if mask is None else (int(mask.sum()),)
+    dtype, scale = (CODES[code], SCALE + len(name.encode())) if code and tensor.dtype == torch.float32 else (tensor.dtype, 0)
+    bits = named(name + BITS, torch.uint8, (math.ceil(mask.numel() / 8),)) if mask is not None and positions else 0
+    return named(name, dtype, shape) + scale + bits
 
 
 def named(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

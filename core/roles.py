@@ -17,7 +17,7 @@ from hetfl.core.merge import Fold, Mean, Merged, Update, Updates, gather, unifor
 from hetfl.core.plans import Plan
 from hetfl.core.server import Server
 from hetfl.core.strategy import Strategy, hookimpl
-from hetfl.core.types import Client, Extra, Node, Profile, Reply, Returned, Shares, Task
+from hetfl.core.types import Client, Covered, Extra, Node, Profile, Reply, Returned, Shares, Task
 from hetfl.core.widths import State
 
 
@@ -150,6 +150,26 @@ class Roles:
         if self._answers("aggregate", "aggregate"):
             return cast(Merged, self._ask("aggregate", "aggregate")(server=server, updates=updates, round=round))
         return gather(self._fold(server, round), updates)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the aggregation is a mean over the clients that cover an entry, and the recovery the core's own."""
+        aggregations = [p for key, p in self.plugins.items() if key.startswith("aggregate.")]
+        return not self._answers("recover", "extract") and all(p.mean for p in aggregations)
+
+    @property
+    def concludes(self) -> bool:
+        """Whether a plugin has a last word on what was merged."""
+        return self._answers("conclude")
+
+    def conclude(self, server: Server, merged: Merged, covered: Sequence[Covered], round: int) -> Merged:
+        for plugin in self.plugins.values():
+            others = [p for p in self.plugins.values() if p is not plugin]
+            for changed in self._manager.subset_hook_caller("conclude", remove_plugins=others)(
+                server=server, merged=merged, covered=covered, round=round
+            ):
+                merged = changed
+        return merged
 
     def stream(self, server: Server, round: int) -> Fold | None:
         """A Fold for replies one by one as they come; None where the aggregation, or the recovery, has to see all of them."""

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from hetfl.core import payload
+from hetfl.core.alarms import Alarms
 from hetfl.core.apps import Means
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
@@ -23,13 +24,13 @@ from hetfl.core.errors import RunError, UsageError
 from hetfl.core.exams import Candidate, Exams
 from hetfl.core.grid import by_request, node
 from hetfl.core.intake import Intake, Row, Sent, traced
-from hetfl.core.merge import Fold, Merged, Updates, mean
+from hetfl.core.merge import Fold, Merged, Update, Updates, mean
 from hetfl.core.meter import Meter
 from hetfl.core.norms import running, statistics, without_statistics
 from hetfl.core.plans import Plan
 from hetfl.core.roles import Roles, put
 from hetfl.core.server import Server
-from hetfl.core.types import Client, Down, Profile, Returned
+from hetfl.core.types import Client, Covered, Down, Profile, Returned
 from hetfl.core.widths import State
 
 
@@ -82,6 +83,7 @@ class Rounds(Strategy):
         self._now = Progress()
         self.intake = Intake(server, roles, desk, self._travels)
         self._aggregated = server.state
+        self.alarms = Alarms(server.classes)
         self.exams = Exams(server, test, self._taken)
 
     # Flower's moments of a round
@@ -89,7 +91,8 @@ class Rounds(Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Samples clients, asks what each can afford, takes a submodel for each; one message a client."""
         chosen = sample(self.clients, self.options.fraction, self.server.stream("sample", server_round))
-        self._grid, self._sent = grid, {}
+        self._grid, self._sent, self._covered = grid, {}, list[Covered]()
+        self.server.sampled, self.server.population, self.server.averages = len(chosen), self.clients, self.roles.averages
         with self.timed(server_round, "profile"):
             profiles = self._profiles(server_round, chosen, grid)
         clients = [Client(i, profile, self.extras.get(i, {}), self.met.get(i, 0)) for i, profile in profiles.items()]
@@ -113,10 +116,13 @@ class Rounds(Strategy):
         fold = self.roles.stream(self.server, server_round)
         valid = self._valid(replies, server_round)
         merged, count = self._streamed(fold, valid, server_round) if fold else self._together(list(valid), server_round)
+        if merged is not None and self.roles.concludes:
+            merged = self.roles.conclude(self.server, merged, self._covered, server_round)
         if merged is None or not finite(merged):
             self._keep(server_round, count, merged is not None)
         else:
             self.server.state, self.server.branches = merged.state, dict(merged.branches)
+            self._now.row |= merged.facts
         return None, MetricRecord({"valid": count})
 
     def _keep(self, round: int, count: int, spoilt: bool) -> None:
@@ -156,6 +162,7 @@ class Rounds(Strategy):
                 updates = self.roles.recover(self.server, [returned], round)
             with self._counted("aggregate"):
                 for update in updates:
+                    self._cover(update, returned)
                     fold.add(update)
             count += 1
         with self.timed(round, "aggregate"):
@@ -166,8 +173,18 @@ class Rounds(Strategy):
             return None, len(returned)
         with self.timed(round, "recover"):
             updates = Updates(self.roles.recover(self.server, returned, round), self.server.state)
+        by_client = {r.client.id: r for r in returned}
+        for update in updates:
+            self._cover(update, by_client[update.client])
         with self.timed(round, "aggregate"):
             return self.roles.aggregate(self.server, updates, round), len(returned)
+
+    def _cover(self, update: Update, returned: Returned) -> None:
+        """Notes where an update lies, for plugins that have a last word."""
+        if self.roles.concludes:
+            reply, nothing = returned.reply, torch.empty(0)
+            patches = {name: replace(patch, values=nothing) for name, patch in update.patches.items()}
+            self._covered.append(Covered(update.client, patches, bool(reply.extras or reply.kept or reply.masks)))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each client of the round gets its plan's part of the new global model, or its own model, for its own test data."""
@@ -232,6 +249,9 @@ class Rounds(Strategy):
         }  # fmt: skip
         self.rows.append(now.row)
         self.client_rows += people
+        for text in [*dict.fromkeys(self.server.alarms), *self.alarms.look(self.rows, self.client_rows)]:
+            self._alarm(f"round {now.row['round']}: {text}")
+        self.server.alarms.clear()
         self.watch.done(now.row)
 
     @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hetfl.core.alarms import risen
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Public
 from hetfl.core.dice import draws
@@ -27,7 +28,8 @@ class Server:
     """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
     `clients` has every client by its id as it was when last sampled.
 
-    `public` is the server's labelled data or None; `spent` counts the training steps taken on it,
+    `sampled` of `population` clients take part in a round; `averages` tells whether the aggregation is a mean over the clients
+    that cover an entry. `public` is the server's labelled data or None; `spent` counts the training steps taken on it,
     `saved` the (steps, epochs) that early stopping left out.
     """
 
@@ -40,6 +42,8 @@ class Server:
         self.spent: list[int] = []
         self.saved: list[tuple[int, float]] = []
         self.notes: list[str] = []
+        self.alarms: list[str] = []  # of this round, not said yet
+        self.sampled, self.population, self.averages = 0, 0, False
         self._public = public
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
 
@@ -104,7 +108,7 @@ class Server:
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
-        return self._counted([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch)[0]
+        return self._counted([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
 
     def tune_together(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
@@ -113,9 +117,10 @@ class Server:
         """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
         orders = [self.stream(purpose, round, client) for client in clients]
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
-        return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch)
+        return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
 
-    def _counted(self, tuned: list[Tuned], steps: int, batch: int) -> list[Tuned]:
+    def _counted(self, tuned: list[Tuned], steps: int, batch: int, purpose: str) -> list[Tuned]:
+        self.alarms += [text for t in tuned if (text := risen(purpose, t.start, t.last, t.step))]
         each = math.ceil(len(self.public.tune) / batch)
         self.spent += [t.steps for t in tuned]
         self.saved += [(steps - t.steps, (steps - t.steps) / each) for t in tuned]

@@ -43,10 +43,12 @@ class Strategy(BaseModel):
     `down` and `up` declare the extras that travel beside the weights; what is not declared is refused. What a plugin keeps
     from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
     wants for normalisation statistics when the run leaves it open. `foreign`: an extraction whose clients may have
-    architectures of their own, an aggregation that can do with such.
+    architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean over the clients that
+    cover an entry, one vote a client where all have equally many examples.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+    mean: ClassVar[bool] = False
     down: ClassVar[dict[str, Extra]] = {}
     up: ClassVar[dict[str, Extra]] = {}
 

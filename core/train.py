@@ -144,6 +144,7 @@ class Tuned:
     best: float
     step: int
     steps: int  # taken, of those that were allowed
+    last: float = 0.0  # hold-out loss at the end
 
 
 def tune(
@@ -196,7 +197,7 @@ class Looks:
 
     def __init__(self, start: Tensor) -> None:
         self._start, self._best, self._step, self._taken = start, start, torch.zeros(len(start)), torch.zeros(len(start))
-        self._going = torch.ones(len(start), dtype=torch.bool)
+        self._going, self._last = torch.ones(len(start), dtype=torch.bool), start
 
     @property
     def going(self) -> bool:
@@ -205,15 +206,15 @@ class Looks:
     def take(self, step: int, now: Tensor, patience: int) -> Tensor:
         """Which problems are better than ever before after `step` steps; one that was not for `patience` steps has ended."""
         better = self._going & (now < self._best)
-        self._taken = torch.where(self._going, float(step), self._taken)
+        self._taken, self._last = torch.where(self._going, float(step), self._taken), torch.where(self._going, now, self._last)
         self._best, self._step = torch.where(better, now, self._best), torch.where(better, float(step), self._step)
         if patience:
             self._going = self._going & (step - self._step < patience)
         return better
 
     def results(self) -> list[Tuned]:
-        columns = (t.tolist() for t in (self._start, self._best, self._step, self._taken))
-        return [Tuned(start, best, int(step), int(taken)) for start, best, step, taken in zip(*columns, strict=True)]
+        columns = (t.tolist() for t in (self._start, self._best, self._step, self._taken, self._last))
+        return [Tuned(start, best, int(step), int(taken), last) for start, best, step, taken, last in zip(*columns, strict=True)]
 
 
 def chosen(better: Tensor, now: Tensor, old: Tensor) -> Tensor:

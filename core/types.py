@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hetfl.core.blocks import put, take
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples, Holding
-from hetfl.core.plans import Plan
+from hetfl.core.plans import Patches, Plan
 from hetfl.core.streams import stream
 from hetfl.core.widths import Kept, State, load, tensors, within
 from hetfl.core.workshop import Workshop
@@ -155,7 +155,7 @@ class Reply:
 
     Where it trained less than it was sent, `kept` has the units of each group that it cut (local numbers, LongTensor) and
     `masks` (bool, in the shapes of `state`) the entries that still exist. `packed`: the tensors of `state` of which only the values
-    that exist have travelled, in their order.
+    that exist have travelled, in their order. `code`: how floating-point tensors travel ("": as they are, fp16, int8).
     """
 
     state: State
@@ -165,6 +165,16 @@ class Reply:
     kept: dict[str, Tensor] = field(default_factory=dict)
     masks: State = field(default_factory=dict)
     packed: frozenset[str] = frozenset()
+    code: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Covered:
+    """Where one client's update lay: `patches` have no values; `more`: whether it sent more than its tensors."""
+
+    client: int
+    patches: Patches
+    more: bool
 
 
 @dataclass(frozen=True, eq=False)

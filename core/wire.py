@@ -153,15 +153,19 @@ def read_down(content: RecordDict) -> Down:
 def write_reply(reply: Reply) -> RecordDict:
     values: Values = {"form": "reply", "examples": int(reply.examples), "values": json.dumps(sorted(reply.packed))}
     values |= {f"metric/{name}": float(value) for name, value in reply.metrics.items()}
-    return message({**values, **masking(reply.masks), **group("kept", reply.kept), **group("extra", reply.extras)}, reply.state)
+    state, scales = payload.coded(reply.state, reply.code)
+    values |= {"code": reply.code, **{f"scale/{name}": value for name, value in scales.items()}}
+    return message({**values, **masking(reply.masks), **group("kept", reply.kept), **group("extra", reply.extras)}, state)
 
 
 def read_reply(content: RecordDict) -> Reply:
     values = config(content)
     metrics = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("metric/")}
+    scales = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("scale/")}
     return Reply(
-        arrays(content), int(values["examples"]), metrics, grouped("extra", values), grouped("kept", values), masks_of(values),
-        frozenset(map(str, json.loads(values["values"]))),
+        payload.restored(arrays(content), scales), int(values["examples"]), metrics,
+        grouped("extra", values), grouped("kept", values), masks_of(values),
+        frozenset(map(str, json.loads(values["values"]))), str(values.get("code", "")),
     )  # fmt: skip
 
 

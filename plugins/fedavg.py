@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hetfl.core.merge import Fold, Mean
 from hetfl.core.server import Server
 from hetfl.core.strategy import Strategy, hookimpl
@@ -9,6 +11,8 @@ from hetfl.core.strategy import Strategy, hookimpl
 
 class FedAvg(Strategy):
     """Mean over all clients by their examples n; a client that lacks an entry (coverage c = 0) votes for the old value."""
+
+    mean: ClassVar[bool] = True
 
     @hookimpl
     def fold(self, server: Server) -> Fold:

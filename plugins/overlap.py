@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hetfl.core.merge import VOTES, Fold, Mean
 from hetfl.core.server import Server
@@ -12,6 +12,7 @@ from hetfl.core.strategy import Field, Strategy, hookimpl
 class Overlap(Strategy):
     """Per entry, the mean over the clients that cover it; what nobody covers keeps its old value."""
 
+    mean: ClassVar[bool] = True
     weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
 
     @hookimpl

@@ -199,30 +199,27 @@ def killed(path, seconds, *more):
     return True
 
 
-def survive(stops, tmp_path, kills, low, high, seed, *more):
-    """`kills` times: killed at random, resumed until it ends; the same bits as a run that nobody stopped."""
-    runner, random_moment = CliRunner(), random.Random(seed)
-    result = runner.invoke(app, words(tmp_path / "whole", *more))
+def survive(stops, tmp_path, kills, seed, *more):
+    """Runs are killed at random moments, `kills` times in all, and resumed until they end: the same bits as one nobody stopped."""
+    moments, rounds = random.Random(seed), ("--rounds", "25", *more)
+    result = CliRunner().invoke(app, words(tmp_path / "whole", *rounds))
     assert result.exit_code == 0, result.output
-    done = 0
+    done, runs = 0, 0
     while done < kills:
-        path = tmp_path / f"killed-{done}"
-        command = words(path, *more)
-        while not killed(path, random_moment.uniform(low, high), *command):
+        path, runs = tmp_path / f"killed-{runs}", runs + 1
+        command = words(path, *rounds)
+        while not killed(path, moments.uniform(1.0, 6.0) if done < kills else 600.0, *command):
             done += 1
-            whole = (path / "config.toml").exists() and (path / "config.toml").read_text()
-            command = ["resume", str(path)] if whole else words(path, "--overwrite", *more)
-            if done >= kills:
-                high = 600.0
-                low = high
+            begun = (path / "config.toml").exists() and (path / "config.toml").read_text()
+            shutil.rmtree(path) if path.exists() and not begun else None
+            command = ["resume", str(path)] if begun else words(path, *rounds)
         assert stops.equal(tmp_path / "whole", path)
-        done += not done
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, stops):
-    survive(stops, tmp_path, 2, 3.0, 6.0, time.time_ns())
+    survive(stops, tmp_path, 2, time.time_ns())
 
 
 @pytest.mark.slow
 def test_thirty_kills_thirty_times_the_same_bits(tmp_path, stops):
-    survive(stops, tmp_path, 30, 2.5, 7.0, 0, "--extract", "fiarse", "--aggregate", "hermes")
+    survive(stops, tmp_path, 30, 0, "--extract", "fiarse", "--aggregate", "hermes")
