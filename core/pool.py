@@ -60,7 +60,7 @@ class Pool:
     """An ordered parallel map. Results never depend on the number of workers, for each job runs on one torch thread."""
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or cores()
+        self.workers, self._closed = workers or cores(), False
         torch.set_num_threads(1)
         self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         for _ in range(self.workers):
@@ -78,6 +78,8 @@ class Pool:
                 return  # somebody has been hired in its place
 
     def _submit(self, job: Callable[[In], Out], item: In) -> Turn:
+        if self._closed:
+            raise RuntimeError("the workers have been sent home")
         turn = Turn(job, item)
         self._turns.put(turn)
         return turn
@@ -111,5 +113,6 @@ class Pool:
             turns |= {i: self._submit(job, items[i]) for i in itertools.islice(order, 1)}
 
     def close(self) -> None:
+        self._closed = True
         for _ in range(self.workers):
             self._turns.put(None)

@@ -32,7 +32,6 @@ def ready(steps=2, **values):
     made = prepare(resolve({**base, **values}), Unwatched())
     for round in range(1, steps + 1):
         made.rounds.step(round, made.grid)
-    made.close()
     return made
 
 
@@ -93,10 +92,8 @@ def test_noise_follows_the_coverage():
     made = ready(0, extract="heterofl", aggregate="overlap")
     server = made.server
     server.state = {"w": torch.zeros(4000, 3)}
-    patches = [{"w": Patch(torch.empty(0))}, {"w": Patch(torch.empty(0), {1: torch.tensor([0])})}]
-    covered = [Covered(i, patch, False) for i, patch in enumerate(patches)] + [Covered(2, patches[1], False)]
-    covered = [Covered(c.client, {"w": Patch(torch.empty(0), {1: torch.tensor([0, 1])}) if c.client == 0 else c.patches["w"]}, False)
-               for c in covered]  # fmt: skip
+    columns = [[0, 1], [0], [0]]
+    covered = [Covered(i, {"w": Patch(torch.empty(0), {1: torch.tensor(c)})}, False) for i, c in enumerate(columns)]
     assert torch.equal(coverage(server, covered)["w"].expand(4000, 3)[0], torch.tensor([3.0, 1.0, 0.0]))
     server.averages, server.sampled, server.population = True, 3, 3
     found = DP(norm=2.0, noise=1.5).conclude(server, Merged(server.state), covered, 1)
