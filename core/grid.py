@@ -1,7 +1,4 @@
-"""An in-process Flower Grid: messages go to a ClientApp on worker threads, with no server and no Ray.
-
-This module alone uses names of Flower that are private (`PRIVATE`); Flower's version is bounded in pyproject.toml.
-"""
+"""An in-process Flower Grid: messages go to a ClientApp on worker threads, with no server and no Ray."""
 
 from __future__ import annotations
 
@@ -10,12 +7,10 @@ from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from hetfl.core.pool import Pool
+from hetfl.core.private import Run, identify, number
 
-PRIVATE = ("flwr.supercore.run.Run", "flwr.supercore.task_identity.TaskIdentity", "Metadata._message_id")
 SERVER_NODE = 1
 LATE = 3  # Flower's code for a reply that is not there
 
@@ -107,16 +102,6 @@ class LocalGrid(Grid):
 
     def close(self) -> None:
         self._crew.close()
-
-
-def identify(node: int) -> None:
-    """Says who this process is; Flower wants to know before it makes a Message."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, node, 1
-
-
-def number(message: Message, name: str) -> None:
-    """Gives a message its id, which Flower's own grids do when they send it."""
-    message.metadata.__dict__["_message_id"] = name
 
 
 def node(client: int) -> int:

@@ -117,7 +117,7 @@ def ready() -> None:
 
 
 def answer(message: Message, context: Context) -> tuple[Message, RecordDict]:
-    from hetfl.core.grid import identify
+    from hetfl.core.private import identify
 
     identify(context.node_id)
     try:

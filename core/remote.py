@@ -19,6 +19,7 @@ from hetfl.core import grid as flower
 from hetfl.core.apps import place
 from hetfl.core.errors import RunError, UsageError
 from hetfl.core.memory import Memory
+from hetfl.core.private import number
 from hetfl.core.processes import RAISED, app
 from hetfl.core.wire import Wire
 
@@ -66,7 +67,7 @@ class RemoteGrid:
         for message in messages:
             if (node := places.get(flower.client(message.metadata.dst_node_id))) is None:
                 self._count += 1
-                flower.number(message, f"absent-{self._count}")
+                number(message, f"absent-{self._count}")
                 replies.append(Message(Error(UNAVAILABLE, "its node is not connected"), reply_to=message))
             else:
                 meta = message.metadata
@@ -75,7 +76,7 @@ class RemoteGrid:
             list(self._grid.send_and_receive([m for _, m in there], timeout=timeout or self._timeout or PATIENCE)) if there else []
         )
         for message, sent in there:
-            flower.number(message, sent.metadata.message_id)
+            number(message, sent.metadata.message_id)
         return iter([*replies, *found])
 
     def drive(self, work: Callable[[], Any]) -> None:

@@ -202,3 +202,28 @@ def test_a_process_that_dies_takes_no_more_than_its_client_with_it():
     faults = [row["fault"] for row in made.rounds.client_rows if "fault" in row]
     assert faults == ["the client's process ended before it answered"]
     assert made.rounds.rows[-1]["left out"] == 1
+
+
+def test_private_names_of_flower_stay_in_one_module_and_this_version_has_them():
+    from importlib.metadata import version
+    from pathlib import Path
+
+    from hetfl.core import private
+
+    assert version("flwr").startswith(private.TESTED), f"hetfl is tested with flwr {private.TESTED}"
+    root = Path(private.__file__).parents[1]
+    for path in [*root.glob("core/*.py"), *root.glob("plugins/*.py"), *root.glob("cli/*.py")]:
+        text = path.read_text()
+        assert path.name == "private.py" or ("flwr.supercore" not in text and '"_message_id"' not in text), path
+
+
+def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):
+    import importlib
+    import sys
+
+    from hetfl.core import private
+    from hetfl.core.errors import UsageError
+
+    monkeypatch.setitem(sys.modules, "flwr.supercore.run", None)
+    with pytest.raises(UsageError, match=r"flwr .* lacks what hetfl needs of it .* install flwr 1\.41"):
+        importlib.reload(private)

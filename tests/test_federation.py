@@ -1,0 +1,144 @@
+"""A real federation on this machine: SuperLink, SuperNodes, certificates and keys; the bits of the local engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hetfl.cli.main import app, main
+from hetfl.core import blueprint, ground
+from hetfl.core.config import read, resolve
+from hetfl.core.deployed import permitted, refuse
+from hetfl.core.errors import UsageError
+from hetfl.core.export import export
+from hetfl.core.federation import LocalFederation
+from hetfl.core.record import Folder
+from hetfl.core.rounds import Unwatched
+
+MNIST = Path(os.environ.get("HETFL_DATA", "../shared/data")) / "mnist"
+SMALL = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
+
+
+def words(values):
+    return [w for k, v in values.items() if k != "clients" for w in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("fedconv-cnn", {}), ("resnet18", {"shrink": 8}), ("mobilenetv2", {"shrink": 4}), ("lstm", {}), ("encoder", {"width": 16})],
+)
+def test_width_groups_travel_as_json_and_nodes_build_no_whole_model(name, args):
+    text = name in ("lstm", "encoder")
+    options = resolve({"dataset": "digits", "model": name if not text else "mlp", "limit": 60, "clients": 2})
+    common = ground.laid(options, Unwatched())
+    plain = json.loads(json.dumps(blueprint.drawn(common.workshop.widths)))
+    widths = blueprint.read(plain)
+    assert blueprint.drawn(widths) == blueprint.drawn(common.workshop.widths)
+    there = ground.outlined(options, common.federation, widths)
+    assert all(p.is_meta for p in there.workshop.model.parameters())
+    kept = widths.prefix(0.5)
+    sizes = {name: len(units) for name, units in kept.items()}
+    ours, theirs = common.workshop.module(sizes), there.workshop.module(sizes)
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert repr(ours) == repr(theirs)
+    first, again = common.workshop.initial(sizes), there.workshop.initial(sizes)
+    assert all((first[n] == again[n]).all() for n in first)
+
+
+def test_an_exported_app_is_small_and_holds_no_package(tmp_path):
+    folder = export(resolve({**SMALL, "extract": "fedconv"}), tmp_path / "app")
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 100_000
+    project = read(folder / "pyproject.toml")
+    assert project["project"]["dependencies"] == ["flwr>=1.41.0"]
+    assert read(folder / "hetfl_app" / "run.toml")["aggregate"] == "kld"
+    for half in ("server_app", "client_app"):
+        assert len((folder / "hetfl_app" / f"{half}.py").read_text().splitlines()) < 10
+
+
+def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n\n\ndef make(classes, channels, size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    folder = export(resolve({**SMALL, "extract": "heterofl", "model": "mynet:make"}), tmp_path / "app")
+    assert (folder / "hetfl_app" / "mynet.py").exists()
+    assert permitted("mynet:make", [], folder / "hetfl_app")
+    assert not permitted("os:system", [], folder / "hetfl_app")
+    assert not permitted("timm:resnet18", [], folder / "hetfl_app")
+    assert permitted("timm:resnet18", ["timm"], folder / "hetfl_app")
+    assert permitted("resnet18", [], folder / "hetfl_app")
+    with pytest.raises(UsageError, match="does not allow the model"):
+        refuse(resolve({"model": "elsewhere:make"}), [], folder / "hetfl_app")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["export", "flower", "APP", "--extract", "fedcnv"], "did you mean 'fedconv'"),
+        (["export", "flower", "APP", "--client-mod", "fixedcliping_mod"], "did you mean 'fixedclipping_mod'"),
+        (["federate", "--nodes", "3", "--clients", "5"], "every node is a client"),
+        (["run", "--engine", "flower"], "hfl federate"),
+    ],
+)
+def test_what_cannot_be_taken_elsewhere_is_said(tmp_path, capsys, given, said):
+    given = [str(tmp_path / "app") if word == "APP" else word for word in given]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, *([] if given[0] == "export" else ["--out", str(tmp_path / "out")]), "--limit", "60"])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def federated(path, values, *more):
+    result = CliRunner().invoke(app, ["federate", "--nodes", "3", "--tls", "--out", str(path), *words(values), *more])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return path
+
+
+def alone(path, values):
+    result = CliRunner().invoke(app, ["run", "--clients", "3", "--out", str(path), *words(values)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("fiarse", "overlap")])
+def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops, pair):
+    if not MNIST.is_dir():
+        pytest.skip("no mnist here (HETFL_DATA)")
+    values = {**SMALL, "extract": pair[0], "aggregate": pair[1], "dataset": MNIST}
+    assert stops.equal(alone(tmp_path / "here", values), federated(tmp_path / "there", values))
+
+
+@pytest.mark.slow
+def test_a_node_comes_back_with_its_memory_and_a_stranger_is_refused(tmp_path):
+    options = resolve({**SMALL, "rounds": 4, "extract": "lgfedavg", "engine": "flower", "timeout": 60})
+    folder = Folder(tmp_path / "out").open()
+    folder.release()
+    home = export(options, tmp_path / "app")
+    with LocalFederation(tmp_path / "flower", 3, tls=True) as federation:
+        from hetfl.core.federation import make_key
+
+        make_key(tmp_path / "flower" / "stranger")
+        federation.join(1, "stranger")
+        for event in federation.events(home, tmp_path / "out"):
+            assert "failed" not in event, event
+            if "done" in event and event["done"]["round"] == 1:
+                federation.leave(1)
+                federation.join(1)
+        assert not federation.running("stranger")
+        assert "305" in federation.tail("stranger") or "activate" in federation.tail("stranger")
+    rows = (tmp_path / "out" / "clients.csv").read_text().splitlines()
+    last = [row for row in rows if row.startswith("4,1,")]
+    assert len(last) == 1
+    assert "memory of round" not in "".join(rows)
+    assert list((tmp_path / "flower" / "memory").rglob("1/*.safetensors"))
+    until = time.monotonic() + 10
+    while any(federation.running(name) for name in list(federation._running)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not any(federation.running(name) for name in federation._running)
