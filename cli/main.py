@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 
+FEDERATION = "federation.json"  # in a run folder: what hfl federate was asked for
 LISTS = ("wrap", "lr_milestones", "mean", "std")  # options that may be given several times or with commas
 
 # options that several commands have
@@ -122,6 +123,9 @@ def resume(
         render.summary(folder.read("summary.json"), path)
         return
     values = config.read(path / "config.toml")
+    if (path / FEDERATION).exists():
+        carried_out(config.resolve({**config.read(path / "app" / "hetfl_app" / "run.toml"), "out": path}), folder)
+        return
     if not values:
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
     options = config.resolve({**values, "out": path})
@@ -187,15 +191,26 @@ def federate(
     folder = Folder(options.out or fresh(options)).open(options.overwrite)
     folder.release()
     from hetfl.core.export import export as exported
-    from hetfl.core.federation import LocalFederation
 
     try:
-        home = exported(options, folder.path / "app", client_mod or [])
+        exported(options, folder.path / "app", client_mod or [])
     except UsageError:
         folder.discard()
         raise
-    with LocalFederation(folder.path / "flower", nodes, tls, allow) as federation, render.Live(options, folder.path) as watch:
-        summary = followed(federation.events(home, folder.path), watch)
+    folder.json(FEDERATION, {"nodes": nodes, "tls": tls, "allow": allow})
+    carried_out(options, folder)
+
+
+def carried_out(options: RunOptions, folder: Folder) -> None:
+    """Runs, or goes on with, the app of a run folder on a federation of its own."""
+    from hetfl.core.federation import LocalFederation
+
+    asked = folder.read(FEDERATION)
+    with (
+        LocalFederation(folder.path / "flower", asked["nodes"], asked["tls"], asked["allow"]) as federation,
+        render.Live(options, folder.path) as watch,
+    ):
+        summary = followed(federation.events(folder.path / "app", folder.path), watch)
     pictures(folder)
     render.summary(summary, folder.path)
 

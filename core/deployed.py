@@ -77,6 +77,9 @@ def drive(options: RunOptions, out: Path, diary: Diary, grid: Grid) -> None:
 
     folder = Folder(out)
     folder.lock()
+    if (out / "summary.json").exists():
+        diary.tell(ended=folder.read("summary.json"))
+        return
     folder.write("config.toml", (folder.path / "config.toml").read_text() if (folder.path / "config.toml").exists() else "")
     moment = Checkpoints(out / experiment.CHECKPOINTS, options.keep_checkpoints).load(diary.note)
     diary.tell(ended=experiment.run(options, folder, diary, moment, grid))

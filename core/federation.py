@@ -43,6 +43,7 @@ class LocalFederation:
 
     def __enter__(self) -> LocalFederation:
         self._home.mkdir(parents=True, exist_ok=True)
+        (self._home / "state.db").unlink(missing_ok=True)
         (self._home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": self._address()}}))
         try:
             self._superlink()

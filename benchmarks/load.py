@@ -1,0 +1,132 @@
+"""Many clients, and clients that come and go: `python benchmarks/load.py`.
+
+10,000 clients of a small model, 100 a round, on the local engine: peak memory and seconds by round. Then 50 nodes behind the remote
+grid of a federation (in one process, without Flower's transport and its waits), of which some leave and join at random every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from flwr.app import Message  # noqa: E402
+
+from benchmarks.speed.work import dataset  # noqa: E402
+from hetfl.core import experiment  # noqa: E402
+from hetfl.core.config import resolve  # noqa: E402
+from hetfl.core.grid import copied, node  # noqa: E402
+from hetfl.core.pool import Pool  # noqa: E402
+from hetfl.core.private import number  # noqa: E402
+from hetfl.core.record import Folder  # noqa: E402
+from hetfl.core.remote import Place, client_app  # noqa: E402
+from hetfl.core.rounds import Unwatched  # noqa: E402
+
+MANY = {
+    "extract": "heterofl", "aggregate": "overlap", "partition": "iid", "clients": 10_000, "fraction": 0.01, "own_test": 0,
+    "server_data": 0, "epochs": 1, "model": "mlp", "model_args": {"hidden": [64]}, "levels": "1:2,0.5:4,0.25:4", "eval_every": 1000,
+}  # fmt: skip
+
+
+def peak() -> float:
+    """Most memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def many(rounds: int, extract: str) -> dict[str, Any]:
+    """10,000 clients, 100 a round."""
+    options = resolve({**MANY, "extract": extract, "dataset": str(dataset(60_000)), "rounds": rounds})
+    with tempfile.TemporaryDirectory() as place:
+        folder, seen = Folder(Path(place) / "run").open(), list[float]()
+
+        class Watch(Unwatched):
+            def done(self, row: dict[str, Any]) -> None:
+                seen.append(peak())
+
+        experiment.run(options, folder, Watch())
+        lines = (folder.path / "metrics.csv").read_text().splitlines()
+        held = sum(p.stat().st_size for p in (folder.path / "checkpoints").rglob("*") if p.is_file())
+    at = lines[0].split(",").index("seconds")
+    seconds = [float(line.split(",")[at]) for line in lines[1:]]
+    return {"extract": extract, "rounds": rounds, "seconds": statistics.median(seconds[1:]), "peak MB after 1 round": seen[0],
+            "peak MB at the end": seen[-1], "checkpoint MB": held / 1e6}  # fmt: skip
+
+
+class Crowd:
+    """Nodes that come and go, as Flower's grid shows them; each answers at once, on a worker."""
+
+    def __init__(self, clients: int, place: Place, pool: Pool, seed: int) -> None:
+        self._app, self._pool, self._random, self._sent = client_app(lambda _: place), pool, random.Random(seed), 0
+        from hetfl.core.grid import context
+
+        self._contexts = {node(i): context(i, clients) for i in range(clients)}
+        self.there = set(self._contexts)
+        self.left = self.joined = 0
+
+    def churn(self, share: float) -> None:
+        """Some leave, and some of those that had left come back."""
+        gone = set(self._contexts) - self.there
+        leaving = {n for n in self.there if self._random.random() < share}
+        coming = {n for n in gone if self._random.random() < 0.5}
+        self.there = (self.there - leaving) | coming
+        self.left, self.joined = self.left + len(leaving), self.joined + len(coming)
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.there)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Replies, in any order; none from a node that leaves in the meantime."""
+        batch = list(messages)
+        for message in batch:
+            self._sent += 1
+            number(message, f"n{self._sent}")
+        lost = {m.metadata.dst_node_id for m in batch if m.metadata.message_type == "train" and self._random.random() < 0.05}
+        kept = [m for m in batch if m.metadata.dst_node_id not in lost]
+        replies = self._pool.map(lambda m: self._app(m, copied(self._contexts[m.metadata.dst_node_id])), kept)
+        for reply, message in zip(replies, kept, strict=True):
+            reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+        self._random.shuffle(replies)
+        return replies
+
+
+def crowd(rounds: int, share: float = 0.2) -> dict[str, Any]:
+    """50 nodes, a fifth of which leaves each round."""
+    options = resolve({**MANY, "dataset": str(dataset(6_000)), "clients": 50, "fraction": 1.0, "rounds": rounds, "engine": "flower",
+                       "extract": "lotteryfl", "wait": 5})  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        pool = Pool()
+        config = experiment.write(options.model_copy(update={"engine": "local", "out": None}))
+        nodes = Crowd(50, Place(config, Path(place) / "memory"), pool, 0)
+
+        class Watch(Unwatched):
+            def done(self, row: dict[str, Any]) -> None:
+                nodes.churn(share)
+
+        summary = experiment.run(options, Folder(Path(place) / "run").open(), Watch(), grid=nodes)  # type: ignore[arg-type]
+        rows = (Path(place) / "run" / "clients.csv").read_text().splitlines()
+    faults = [row for row in rows if "not connected" in row or "no answer" in row]
+    forgotten = sum("memory of round" in row for row in rows)
+    return {"rounds": summary["rounds"], "left": nodes.left, "came back": nodes.joined, "messages": len(rows) - 1,
+            "left out": len(faults), "memories lost": forgotten, "peak MB": peak()}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    given = parser.parse_args()
+    for work in (lambda: many(given.rounds, "heterofl"), lambda: many(given.rounds, "lotteryfl"), lambda: crowd(given.rounds)):
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in work().items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
