@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.core.config import RunOptions
 from hetfl.core.data import Examples
 from hetfl.core.device import arithmetic
+from hetfl.core.steps import Bench, beside, kept
 from hetfl.core.streams import stream
 from hetfl.core.train import BATCH_NORM, Score, optimizer_of, orders
 from hetfl.core.widths import State, tensors
@@ -132,27 +133,76 @@ def aligned(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Batch]:
         yield Batch(pad_sequence(ours, True), weights, [k for k, order in enumerate(orders) if len(order) == step + 1])
 
 
-def train(model: nn.Module, members: Sequence[Member], options: RunOptions, round: int) -> list[Trained]:
-    """Plain local training of all members, each as if by itself up to rounding; the same optimiser steps all of them."""
+def train(model: nn.Module, members: Sequence[Member], options: RunOptions, round: int, fixed: bool | None = None) -> list[Trained]:
+    """Plain local training of all members, each as if by itself up to rounding; the same optimiser steps all of them.
+
+    With `fixed` (default: on a GPU) every tensor stays in its place, so that the step is recorded once.
+    """
+    device = next(model.parameters()).device
     given = [orders(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
-    stack = Stack(model.train(), [m.state for m in members], frozen=False)
-    optimizer = optimizer_of(stack.parameters, options, round)
+    states, batches = [m.state for m in members], aligned(given, mean=True)
     done: dict[int, Trained] = {}
-    for batch in aligned(given, mean=True):
-        x, y = batch.of(members[0].train)
-        optimizer.zero_grad()
-        with arithmetic(options):
-            each = F.cross_entropy(stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-        losses = (each * batch.weights.to(each.device)).sum(1)
-        losses.sum().backward()
-        if options.clip:
-            clip(stack.parameters, options.clip)
-        optimizer.step()
-        if batch.ending:
-            states, last = stack.states(), losses.tolist()
-            more = len(done) + len(batch.ending) < len(members)  # who goes on changes these very tensors
-            done |= {k: Trained({n: t.clone() if more else t for n, t in states[k].items()}, last[k]) for k in batch.ending}
+    with beside(device):
+        step: Loose | Fixed
+        if fixed if fixed is not None else device.type == "cuda":
+            step = Fixed(model, states, options, round, max(len(rows) for order in given for rows in order))
+        else:
+            step = Loose(model, states, options, round)
+        for batch in batches:
+            losses = step(*batch.of(members[0].train), batch.weights.to(device))
+            if batch.ending:
+                now, last = step.stack.states(), losses.tolist()
+                more = step.stays or len(done) + len(batch.ending) < len(members)  # who goes on changes these very tensors
+                done |= {k: Trained({n: t.clone() if more else t for n, t in now[k].items()}, last[k]) for k in batch.ending}
     return [done[k] if k in done else Trained(m.state, 0.0) for k, m in enumerate(members)]
+
+
+class Loose:
+    """A step whose batches may have any size."""
+
+    stays = False
+
+    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int) -> None:
+        self.stack, self._options = Stack(model.train(), states, frozen=False), options
+        self._optimizer = optimizer_of(self.stack.parameters, options, round)
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        self._optimizer.zero_grad()
+        with arithmetic(self._options):
+            each = F.cross_entropy(self.stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        losses = (each * weights).sum(1)
+        losses.sum().backward()
+        if self._options.clip:
+            clip(self.stack.parameters, self._options.clip)
+        self._optimizer.step()
+        return losses
+
+
+class Fixed:
+    """The same in fixed places, a recorded step for each width of a batch: batch norms must not see padding."""
+
+    stays = True
+
+    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, widest: int) -> None:
+        self._widest = widest if uneven(model) else 0
+        lr = optimizer_of([torch.zeros(1)], options, round).param_groups[0]["lr"]
+        self._bench = kept(model, (len(states), lr), lambda: bench(model, states, options, round), states)
+
+    @property
+    def stack(self) -> Any:
+        return self._bench.stack
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return self._bench.step(self._widest or x.shape[1], x, y)(x, y, weights)
+
+
+def bench(model: nn.Module, states: Sequence[State], options: RunOptions, round: int) -> Bench:
+    stack = Stack(model.train(), states, frozen=False)
+    optimizer = optimizer_of(stack.parameters, options, round)
+    for group in optimizer.param_groups:
+        group["capturable"] = stack.parameters[0].is_cuda
+    finish = (lambda: clip(stack.parameters, options.clip)) if options.clip else (lambda: None)
+    return Bench(stack, optimizer, lambda: arithmetic(options), finish)
 
 
 def clip(parameters: Sequence[Tensor], most: float) -> None:
