@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import ipaddress
 import json
@@ -28,6 +29,7 @@ from hetfl.core.errors import RunError
 BIN = Path(sys.executable).parent
 HERE = "127.0.0.1"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+PDEATHSIG = 1  # of prctl
 READY = 60.0  # seconds for a SuperLink to begin
 
 
@@ -82,8 +84,9 @@ class LocalFederation:
     def _start(self, name: str, command: str, *words: str) -> None:
         with open(self._home / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
-                [str(BIN / command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env, start_new_session=True
-            )
+                [str(BIN / command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
 
     def register(self, name: str) -> None:
         """Makes a key for a node and has the SuperLink know it; nothing without TLS."""
@@ -150,6 +153,12 @@ class LocalFederation:
             for process in self._running.values():
                 end(process, sign)
             time.sleep(0.3)
+
+
+def die_with_parent() -> None:
+    """Has Linux end this process when the one that began it ends, however it ends."""
+    with suppress(Exception):
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes], sign: int) -> None:

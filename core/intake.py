@@ -23,6 +23,7 @@ Row = dict[str, Any]
 NOTHING = Reply({}, 0)
 MOST_EXAMPLES = 1 << 40
 MOST_METRICS = 64
+MOST_TEXT, LONGEST = 20_000, 500  # characters of a traceback, and of a line
 OURS = {"round", "client", "level", "bound by", "bytes down", "bytes up", "examples", "fault", "traceback", "parameters", "MACs",
         "memory", "change"}  # fmt: skip
 
@@ -117,7 +118,9 @@ class Intake:
         found = self._opened(message)
         if not isinstance(found, Profile):
             return found if isinstance(found, str) else "it is no answer to what was asked"
-        return found if 0 < found.width <= 1 else f"a width of {found.width:g} is not in (0, 1]"
+        if not 0 < found.width <= 1:
+            return f"a width of {found.width:g} is not in (0, 1]"
+        return found if len(found.binding) <= LONGEST else replace(found, binding=found.binding[:LONGEST])
 
     def scores(self, message: Message) -> dict[str, float]:
         """What a client measured; empty where it did not or cannot be believed."""
@@ -147,9 +150,11 @@ def bounds(reply: Reply) -> str | None:
         return f"it says that it has {reply.examples} examples"
     if reply.code not in ("", *payload.CODES):
         return f"its tensors travelled as '{reply.code}'"
-    if len(reply.metrics) > MOST_METRICS or reply.metrics.keys() & OURS:
-        odd = sorted(reply.metrics.keys() & OURS) or [f"{len(reply.metrics)} of them"]
-        return f"its metrics cannot be taken in ({', '.join(odd[:3])})"
+    odd = [
+        name for name, value in reply.metrics.items() if name in OURS or len(name) > LONGEST or not isinstance(value, int | float)
+    ]
+    if odd or len(reply.metrics) > MOST_METRICS:
+        return f"its metrics cannot be taken in ({', '.join(map(str, odd[:3])) or f'{len(reply.metrics)} of them'})"
     return None
 
 
@@ -172,10 +177,11 @@ def upload(plan: Plan, reply: Reply) -> int:
 
 
 def last_line(message: Message) -> str:
-    lines = (message.error.reason or "no reason given").strip().splitlines()
-    return lines[-1]
+    """What went wrong, in a line."""
+    lines = (message.error.reason or "").strip().splitlines()
+    return lines[-1][:LONGEST] if lines else "no reason given"
 
 
 def traced(message: Message | None) -> Row:
     """The client's own traceback, where it sent one."""
-    return {"traceback": message.error.reason} if message is not None and message.has_error() else {}
+    return {"traceback": (message.error.reason or "")[-MOST_TEXT:]} if message is not None and message.has_error() else {}

@@ -50,23 +50,24 @@ class Processes:
     def work(self, job: Job) -> list[Message]:
         """The reply; an error where the client raised, its process ended or it took longer than `timeout` and was ended."""
         ((message, context),) = job.calls
-        process = self._process()
         try:
-            reply, state = process.submit(answer, message, context).result(self._timeout)
+            reply, state = self._process().submit(answer, message, context).result(self._timeout)
         except BrokenProcessPool:
-            return [self._lost(process, message, DIED, "the client's process ended before it answered")]
+            return [self._lost(message, DIED, "the client's process ended before it answered")]
         except NotYetError:
-            return [self._lost(process, message, LATE, f"it gave no answer within {self._timeout:g} s, and its process was ended")]
+            return [self._lost(message, LATE, f"it gave no answer within {self._timeout:g} s, and its process was ended")]
         context.state = state
         return [reply]
 
-    def _lost(self, process: ProcessPoolExecutor, message: Message, code: int, why: str) -> Message:
+    def _lost(self, message: Message, code: int, why: str) -> Message:
         """An error for a client without whose process we go on."""
-        for one in list((process._processes or {}).values()):
-            one.kill()
-        process.shutdown(wait=False, cancel_futures=True)
-        self._all.remove(process)
-        self._own.process = None
+        process: ProcessPoolExecutor | None = getattr(self._own, "process", None)
+        if process is not None:
+            for one in list((process._processes or {}).values()):
+                one.kill()
+            process.shutdown(wait=False, cancel_futures=True)
+            self._all.remove(process)
+            self._own.process = None
         return Message(Error(code, why), reply_to=message)
 
     def _process(self) -> ProcessPoolExecutor:

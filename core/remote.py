@@ -21,7 +21,7 @@ from hetfl.core.errors import RunError, UsageError
 from hetfl.core.memory import Memory
 from hetfl.core.private import number
 from hetfl.core.processes import RAISED, app
-from hetfl.core.wire import Wire
+from hetfl.core.wire import MalformedError, Wire
 
 HELLO = f"{MessageType.QUERY}.hello"
 UNAVAILABLE = 5  # Flower's code for a node that is not there
@@ -56,8 +56,8 @@ class RemoteGrid:
         self._homes = {node: client for node, client in self._homes.items() if node in nodes}
         asked = [Message(Wire().seal(0), node, HELLO, group_id="hello") for node in sorted(nodes - self._homes.keys())]
         for reply in self._grid.send_and_receive(asked, timeout=GREETING) if asked else []:
-            if reply.has_content():
-                self._homes[reply.metadata.src_node_id] = int(Wire().open(reply.content)["client"])
+            if (client := introduced(reply)) is not None and client in range(self._clients):
+                self._homes[reply.metadata.src_node_id] = client
         return {client: node for node, client in sorted(self._homes.items())}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
@@ -89,6 +89,14 @@ class RemoteGrid:
 
     def close(self) -> None:
         """Flower's own affair."""
+
+
+def introduced(reply: Message) -> int | None:
+    """Which client a node says it is; None where it says nothing that can be understood."""
+    try:
+        return int(Wire().open(reply.content)["client"]) if reply.has_content() else None
+    except (MalformedError, LookupError, TypeError, ValueError, OverflowError):
+        return None
 
 
 # the client's side

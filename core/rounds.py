@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from hetfl.core import payload
 from hetfl.core.alarms import Alarms
 from hetfl.core.apps import Means
+from hetfl.core.config import RunOptions
 from hetfl.core.cost import Cost
 from hetfl.core.data import Examples
 from hetfl.core.errors import RunError, UsageError
@@ -74,6 +75,7 @@ class Rounds(Strategy):
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.control = self.first = server.state
+        refuse_too_many(self.options, clients)
         self.policy = policy(self.options.norm_policy, roles.norm_policy, server.has_public)
         self._sent: dict[int, Sent] = {}
         self._messages: list[Message] = []
@@ -435,8 +437,12 @@ def order(name: str) -> tuple[bool, float]:
 
 def sample(clients: int, fraction: float, generator: torch.Generator) -> list[int]:
     """The round's clients: ceil(fraction * clients) of them, without replacement, in id order."""
-    count = max(1, math.ceil(fraction * clients - 1e-9))
-    return sorted(torch.randperm(clients, generator=generator)[:count].tolist())
+    return sorted(torch.randperm(clients, generator=generator)[: sampled(clients, fraction)].tolist())
+
+
+def sampled(clients: int, fraction: float) -> int:
+    """How many clients take part in a round."""
+    return max(1, math.ceil(fraction * clients - 1e-9))
 
 
 def policy(given: str, wanted: str | None, public: bool) -> str:
@@ -462,6 +468,12 @@ def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> Non
     """A plugin's mistake, said before anything is sent."""
     if len(plans) != len(clients):
         raise RunError(f"the extraction gave {len(plans)} plans for {len(clients)} clients")
+
+
+def refuse_too_many(options: RunOptions, clients: int) -> None:
+    """A round cannot have more replies than clients."""
+    if options.min_clients > (count := sampled(clients, options.fraction)):
+        raise UsageError(f"--min-clients {options.min_clients} is more than the {count} clients of a round")
 
 
 def refuse_undeclared(sent: Iterable[Sent], roles: Roles) -> None:

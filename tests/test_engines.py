@@ -153,11 +153,7 @@ def test_processes_give_the_bits_of_threads():
     [
         {"extract": "fedconv", "aggregate": "kld"},
         {"extract": "hermes"},
-        {"extract": "lotteryfl"},
         {"extract": "lgfedavg"},
-        {"extract": "tailorfl"},
-        {"extract": "dac", "aggregate": "fiarse"},
-        {"extract": "fedmd"},
         {"extract": "heterofl", "norm_policy": "local", "model": "cnn", "model_args": {"widths": [8, 16]}},
     ],
 )

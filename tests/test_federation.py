@@ -108,11 +108,11 @@ def alone(path, values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("fiarse", "overlap")])
+@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("fiarse", "overlap"), ("hermes", "hermes")])
 def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops, pair):
     if not MNIST.is_dir():
         pytest.skip("no mnist here (HETFL_DATA)")
-    values = {**SMALL, "extract": pair[0], "aggregate": pair[1], "dataset": MNIST}
+    values = {**SMALL, "extract": pair[0], "aggregate": pair[1], "dataset": MNIST, "eval_every": 3}
     assert stops.equal(alone(tmp_path / "here", values), federated(tmp_path / "there", values))
 
 

@@ -280,3 +280,12 @@ def test_alarms_sound_once_until_they_go_away():
 def test_tuning_that_makes_the_hold_out_worse_is_said():
     made = ready(1, extract="fedconv", aggregate="overlap", set={"fedconv": {"lr": 100.0, "first_steps": 20, "steps": 20}})
     assert "loss on the hold-out rise" in made.rounds.rows[0].get("alarms", "")
+
+
+def test_more_replies_than_clients_cannot_be_asked_for(capsys, tmp_path):
+    from hetfl.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", str(tmp_path / "a")])
+    assert ended.value.code == 2
+    assert "--min-clients 5 is more than the 4 clients of a round" in capsys.readouterr().err
