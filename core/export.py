@@ -24,7 +24,7 @@ from hetfl.core.rounds import Unwatched, policy
 
 PACKAGE = "hetfl_app"
 MOST = 10 * 1024 * 1024  # bytes, Flower's limit for an app
-MODS = ("fixedclipping_mod", "LocalDpMod", "message_size_mod", "arrays_size_mod")
+MODS = ("LocalDpMod", "message_size_mod", "arrays_size_mod")
 HALF = '''"""The {half} of an experiment of hetfl; run.toml says which."""
 
 from pathlib import Path

@@ -34,7 +34,7 @@ class MalformedError(ValueError):
 
 
 class Wire:
-    """A desk at which payloads are written into their messages."""
+    """A desk at which payloads are written into their messages; no value is an empty text, which Flower's mods choke on."""
 
     def seal(self, content: object) -> RecordDict:
         """The content of a message that carries `content`."""
@@ -132,8 +132,8 @@ def masking(masks: State) -> Values:
 
 
 def write_down(down: Down) -> RecordDict:
-    values: Values = {"form": "down", "round": down.round, "held": down.held, "local": down.local, "model": down.model or ""}
-    values["remembers"] = down.remembers
+    values: Values = {"form": "down", "round": down.round, "held": down.held, "local": down.local}
+    values |= {"remembers": down.remembers, **({"model": down.model} if down.model else {})}
     values |= {} if down.sizes is None else {"sizes": json.dumps(down.sizes)}
     values |= {} if down.up is None else {"up": json.dumps(sorted(down.up))}
     return message({**values, **masking(down.masks), **group("extra", down.extras)}, payload.entries(down.state, down.masks))
@@ -145,7 +145,7 @@ def read_down(content: RecordDict) -> Down:
     return Down(
         int(values["round"]), payload.spread(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
-        values["model"] or None, masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
+        values.get("model"), masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
         bool(values["held"]), bool(values["local"]), int(values["remembers"]),
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def write_reply(reply: Reply) -> RecordDict:
     values: Values = {"form": "reply", "examples": int(reply.examples), "values": json.dumps(sorted(reply.packed))}
     values |= {f"metric/{name}": float(value) for name, value in reply.metrics.items()}
     state, scales = payload.coded(reply.state, reply.code)
-    values |= {"code": reply.code, **{f"scale/{name}": value for name, value in scales.items()}}
+    values |= {**({"code": reply.code} if reply.code else {}), **{f"scale/{name}": value for name, value in scales.items()}}
     return message({**values, **masking(reply.masks), **group("kept", reply.kept), **group("extra", reply.extras)}, state)
 
 
@@ -181,8 +181,8 @@ FORMS: dict[str, tuple[type, Callable[[Any], RecordDict], Callable[[RecordDict],
     "round": (int, lambda n: message({"form": "round", "round": n}), lambda c: int(config(c)["round"])),
     "profile": (
         Profile,
-        lambda p: message({"form": "profile", "width": float(p.width), "binding": p.binding}),
-        lambda c: Profile(float(config(c)["width"]), str(config(c)["binding"])),
+        lambda p: message({"form": "profile", "width": float(p.width), **({"binding": p.binding} if p.binding else {})}),
+        lambda c: Profile(float(config(c)["width"]), str(config(c).get("binding", ""))),
     ),
     "down": (Down, write_down, read_down),
     "reply": (Reply, write_reply, read_reply),

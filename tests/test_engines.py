@@ -223,3 +223,26 @@ def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr.supercore.run", None)
     with pytest.raises(UsageError, match=r"flwr .* lacks what hetfl needs of it .* install flwr 1\.41"):
         importlib.reload(private)
+
+
+def test_flowers_client_mods_work_on_submodels(tmp_path):
+    from flwr.app import Message
+
+    from hetfl.core.config import write
+    from hetfl.core.export import modes
+    from hetfl.core.grid import context, node
+    from hetfl.core.private import number
+    from hetfl.core.remote import Place, client_app
+
+    made = prepare(resolve({**TINY, "extract": "heterofl", "aggregate": "overlap", "levels": "0.5:1"}), Unwatched())
+    plan = made.server.select(lambda size: torch.arange((size + 1) // 2))
+    state, place = plan.take(made.server.state), Place(write(experiment.resolved(made), made.plugins.options()), tmp_path)
+    moved = []
+    for mods in ([], [["LocalDpMod", 0.01, 0.0, 8.0, 1e-5], ["message_size_mod"], ["arrays_size_mod"]]):
+        message = Message(Wire().seal(Down(1, state, plan.sizes)), node(0), "train", group_id="1")
+        number(message, "m")
+        reply = Wire().open(client_app(lambda _: place, modes(mods))(message, context(0, 4)).content)
+        moved.append(float(torch.stack([(reply.state[n] - state[n]).norm() for n in state]).norm()))
+    assert moved[0] > 0.02
+    assert moved[1] == pytest.approx(0.01, rel=1e-3)
+    assert list((tmp_path / "0").glob("*.safetensors"))

@@ -82,7 +82,7 @@ def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["export", "flower", "APP", "--extract", "fedcnv"], "did you mean 'fedconv'"),
-        (["export", "flower", "APP", "--client-mod", "fixedcliping_mod"], "did you mean 'fixedclipping_mod'"),
+        (["export", "flower", "APP", "--client-mod", "localdp"], "did you mean 'LocalDpMod'"),
         (["federate", "--nodes", "3", "--clients", "5"], "every node is a client"),
         (["run", "--engine", "flower"], "hfl federate"),
     ],
