@@ -67,7 +67,10 @@ class DP(Strategy):
             return {}
         if not self.noise:
             return {"epsilon": float("inf")}
-        return {"epsilon": epsilon(self.noise, self.delta, server.sampled, server.population, round)}
+        found = epsilon(self.noise, self.delta, server.sampled, server.population, round)
+        if round == server.options.rounds:
+            server.notes.append(f"dp: epsilon {found:.3g} at delta {self.delta:g} after {round} rounds, for one client replaced")
+        return {"epsilon": found}
 
 
 def unaccounted(server: Server, covered: Sequence[Covered]) -> str | None:
