@@ -8,18 +8,25 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from flwr.app import Message
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
-from hetfl.core import blueprint, ground
+from hetfl.core import blueprint, deployed, ground, remote
 from hetfl.core.config import read, resolve
-from hetfl.core.deployed import permitted, refuse
+from hetfl.core.deployed import client_app, permitted, refuse
 from hetfl.core.errors import UsageError
 from hetfl.core.export import export
 from hetfl.core.federation import LocalFederation, make_key
+from hetfl.core.grid import context, node
+from hetfl.core.private import identify, number
 from hetfl.core.record import Folder
 from hetfl.core.rounds import Unwatched
+from hetfl.core.types import Down
+from hetfl.core.wire import Wire
 
 MNIST = Path(os.environ.get("HETFL_DATA", "../shared/data")) / "mnist"
 SMALL = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
@@ -147,3 +154,37 @@ def test_a_node_comes_back_with_its_memory_and_a_stranger_is_refused(tmp_path):
     while any(federation.running(name) for name in list(federation._running)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not any(federation.running(name) for name in federation._running)
+
+
+def test_a_node_trains_on_its_own_data(tmp_path):
+    """The whole way of a training message on a node whose config names a folder of its own."""
+    random = np.random.default_rng(0)
+    (tmp_path / "mine").mkdir()
+    for part, count in (("train", 40), ("test", 10)):
+        x = random.integers(0, 255, (count, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "mine" / f"{part}.npz", x=x, y=np.arange(count) % 10)
+    options = resolve({**SMALL, "extract": "heterofl", "dataset": str(tmp_path / "mine"), "server_data": 0, "model": "mlp"})
+    folder = export(options, tmp_path / "app") / "hetfl_app"
+    outline = json.loads((folder / "outline.json").read_text())
+    outline["classes"].append("another")
+    identify(1)
+    app = client_app(folder)
+    made = ground.laid(options, Unwatched())
+    state = made.workshop.initial()
+    message = Message(Wire().seal(Down(1, state, dict(made.workshop.full))), node(2), "train", group_id="1")
+    number(message, "m")
+    there = context(2, 3)
+    there.node_config.update({"data": str(tmp_path / "mine"), "memory": str(tmp_path / "memory")})
+    reply = app(message, there)
+    assert not reply.has_error(), reply.error.reason
+    found = Wire().open(reply.content)
+    assert found.examples == 36
+    assert any(not torch.equal(found.state[n], state[n]) for n in state)
+    assert list((tmp_path / "memory").rglob("2/000001.safetensors"))
+    (folder / "outline.json").write_text(json.dumps(outline))
+    deployed.site.cache_clear()
+    remote.site.cache_clear()
+    refused = client_app(folder)(message, there)
+    assert "have the classes" in refused.error.reason
+    message.content.config_records["config"]["model"] = "os:system"
+    assert "no module is imported because a message names it" in app(message, there).error.reason
