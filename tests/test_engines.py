@@ -196,7 +196,7 @@ def test_a_process_that_dies_takes_no_more_than_its_client_with_it():
     finally:
         made.close()
     faults = [row["fault"] for row in made.rounds.client_rows if "fault" in row]
-    assert faults == ["the client's process ended before it answered"]
+    assert faults == ["its profile: the client's process ended before it answered"]
     assert made.rounds.rows[-1]["left out"] == 1
 
 
