@@ -215,7 +215,7 @@ def survive(stops, tmp_path, kills, seed, longest, *more):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, stops):
-    survive(stops, tmp_path, 1, time.time_ns(), 3.0)
+    survive(stops, tmp_path, 1, time.time_ns(), 3.0, "--extract", "heterofl")
 
 
 @pytest.mark.slow
