@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flwr.app import Context, Error, Message, MessageType
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from hetfl.core import cohorts
 from hetfl.core.apps import Site, place
 from hetfl.core.cohorts import Member, Trained
 from hetfl.core.data import Examples
+from hetfl.core.faults import raised
+from hetfl.core.grid import Call
 from hetfl.core.train import Score
 from hetfl.core.types import Down, Reply
 from hetfl.core.widths import tensors
 
-CLIENT_RAISED = 2  # Flower's code for an exception in a client
 SLIGHT = 1e7  # parameters x examples up to which several clients share a job
 SHARES = 8  # jobs that a worker gets at least, where there are enough clients
-
-Call = tuple[Message, Context]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ class Crew:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            return Message(Error(CLIENT_RAISED, "".join(traceback.format_exception(error))), reply_to=message)
+            return raised(message, error)
 
     def _cohort_replies(self, job: Job) -> list[Message]:
         """The replies of clients that train as one; none where that cannot be, and then each is to train by itself."""

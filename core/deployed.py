@@ -8,11 +8,9 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -80,7 +78,6 @@ def drive(options: RunOptions, out: Path, diary: Diary, grid: Grid) -> None:
     if (out / "summary.json").exists():
         diary.tell(ended=folder.read("summary.json"))
         return
-    folder.write("config.toml", (folder.path / "config.toml").read_text() if (folder.path / "config.toml").exists() else "")
     moment = Checkpoints(out / experiment.CHECKPOINTS, options.keep_checkpoints).load(diary.note)
     diary.tell(ended=experiment.run(options, folder, diary, moment, grid))
 
@@ -110,10 +107,8 @@ def default_memory() -> Path:
     return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "hetfl"
 
 
-@cache
 def site(config: str, node: str) -> ClientApp:
     """The run's ClientApp on a node. Raises UsageError for what the node does not allow."""
-    torch.set_num_threads(1)
     options, own = resolve(tomllib.loads(config)), json.loads(node)
     home = Path(own["home"])
     refuse(options, [part.strip() for part in own["allow"].split(",")], home)

@@ -183,19 +183,8 @@ class Recorder:
 
 def resolved(experiment: Experiment) -> RunOptions:
     """The options with every default that depended on the data or the plugins spelt out."""
-    options = experiment.options
-    names = {key.split(".")[0]: key.split(".")[1] for key in experiment.plugins.plugins}
-    model = options.model or experiment.federation.model
-    return options.model_copy(
-        update={
-            "aggregate": names["aggregate"],
-            "model": model,
-            "norm_policy": experiment.rounds.policy,
-            "cohorts": "on" if experiment.cohort > 1 else "off",
-            "levels": None,
-            **experiment.federation.preprocessing,
-        }
-    )
+    cohorts = "on" if experiment.cohort > 1 else "off"
+    return ground.settled(experiment.options, experiment.federation, experiment.plugins, experiment.rounds.policy, cohorts)
 
 
 def facts(experiment: Experiment) -> dict[str, Any]:

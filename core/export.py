@@ -57,17 +57,10 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
 
 def settled(common: Ground) -> RunOptions:
     """The options with all that is open spelt out, for clients that are each by themselves."""
-    options, plugins = common.options, common.plugins
-    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
-    return options.model_copy(
-        update={
-            "aggregate": names["aggregate"],
-            "model": options.model or common.federation.model,
-            "norm_policy": policy(options.norm_policy, plugins.norm_policy, common.federation.public is not None),
-            "cohorts": "off", "engine": "flower", "levels": None, "out": None,
-            **common.federation.preprocessing,
-        }
-    )  # fmt: skip
+    options, plugins, federation = common.options, common.plugins, common.federation
+    norms = policy(options.norm_policy, plugins.norm_policy, federation.public is not None)
+    found = ground.settled(options, federation, plugins, norms, "off")
+    return found.model_copy(update={"engine": "flower", "out": None})
 
 
 def outline(common: Ground, mods: Sequence[str]) -> dict[str, Any]:

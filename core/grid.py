@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from hetfl.core.faults import LATE
 from hetfl.core.pool import Pool
 from hetfl.core.private import Run, identify, number
 
 SERVER_NODE = 1
-LATE = 3  # Flower's code for a reply that is not there
 
 
 Call = tuple[Message, Context]

@@ -93,3 +93,11 @@ def adapted(options: RunOptions, federation: Federation, plugins: roles.Roles) -
 def sample(federation: Federation) -> Tensor:
     """Two examples."""
     return federation.test.x[federation.test.index[:2]].cpu()
+
+
+def settled(options: RunOptions, federation: Federation, plugins: roles.Roles, policy: str, cohorts: str) -> RunOptions:
+    """`options` with every default that depended on the data or the plugins spelt out."""
+    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
+    model = options.model or federation.model
+    found = {"aggregate": names["aggregate"], "model": model, "norm_policy": policy, "cohorts": cohorts, "levels": None}
+    return options.model_copy(update={**found, **federation.preprocessing})

@@ -125,7 +125,8 @@ class Intake:
     def scores(self, message: Message) -> dict[str, float]:
         """What a client measured; empty where it did not or cannot be believed."""
         found = self._opened(message) if message.has_content() else {}
-        return found if isinstance(found, dict) and all(math.isfinite(v) for v in found.values()) else {}
+        usable = isinstance(found, dict) and "accuracy" in found and all(math.isfinite(v) for v in found.values())
+        return dict(found) if usable else {}
 
     def statistics(self, expected: State, message: Message) -> Reply | None:
         """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""

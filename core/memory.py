@@ -6,7 +6,8 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, RecordDict
 
-from hetfl.core.checkpoint import packed, unpacked, write
+from hetfl.core.checkpoint import packed, unpacked
+from hetfl.core.record import write
 
 VERSIONS = 4  # that stay, beside the one in use
 

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import tomllib
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NotYetError
@@ -22,10 +21,8 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-LATE = 3  # Flower's code for a reply that is not there
-DIED = 8  # Flower's code for a client whose process has ended
-RAISED = 2  # … for an exception in a client
-Call = tuple[Message, Context]
+from hetfl.core.faults import DIED, LATE, raised
+from hetfl.core.grid import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +121,7 @@ def answer(message: Message, context: Context) -> tuple[Message, RecordDict]:
     try:
         return APPS[0](message, context), context.state
     except BaseException as error:
-        return Message(Error(RAISED, "".join(traceback.format_exception(error))), reply_to=message), context.state
+        return raised(message, error), context.state
 
 
 def follow(parent: int) -> None:

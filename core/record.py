@@ -67,12 +67,10 @@ class Folder:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Writes one file whole. Raises RunError when the disk is full or the folder not writable."""
-        target, draft = self.path / name, self.path / f".{name}.part"
+        target = self.path / name
         try:
-            draft.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(draft, target)
+            write(target, content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise RunError(f"'{target}' cannot be written: {reason(error)}; what was written before is intact") from error
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -109,6 +107,20 @@ class Folder:
         """Removes a folder that holds nothing but its config: the run was refused before it began."""
         if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml", LOCK}:
             shutil.rmtree(self.path)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        with open(draft, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def lines(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

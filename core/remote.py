@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from flwr.serverapp import Grid
 from hetfl.core import grid as flower
 from hetfl.core.apps import place
 from hetfl.core.errors import RunError, UsageError
+from hetfl.core.faults import UNAVAILABLE, raised
 from hetfl.core.memory import Memory
 from hetfl.core.private import number
-from hetfl.core.processes import RAISED, app
+from hetfl.core.processes import app
 from hetfl.core.wire import MalformedError, Wire
 
 HELLO = f"{MessageType.QUERY}.hello"
-UNAVAILABLE = 5  # Flower's code for a node that is not there
 PATIENCE = 3600.0  # seconds for an answer where the run sets no timeout
 GREETING = 60.0  # … for the answer to a hello
 
@@ -131,7 +130,7 @@ def client_app(where: Callable[[Context], Place], mods: list[Any] | None = None)
         try:
             return answered(where(context), message, context)
         except Exception as error:
-            return Message(Error(RAISED, "".join(traceback.format_exception(error))), reply_to=message)
+            return raised(message, error)
 
     def hello(message: Message, context: Context) -> Message:
         count = float(str(context.node_config.get("num-partitions", 0)))

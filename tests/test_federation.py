@@ -15,7 +15,7 @@ from flwr.app import Message
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
-from hetfl.core import blueprint, deployed, ground, remote
+from hetfl.core import blueprint, ground, remote
 from hetfl.core.config import read, resolve
 from hetfl.core.deployed import client_app, permitted, refuse
 from hetfl.core.errors import UsageError
@@ -182,7 +182,6 @@ def test_a_node_trains_on_its_own_data(tmp_path):
     assert any(not torch.equal(found.state[n], state[n]) for n in state)
     assert list((tmp_path / "memory").rglob("2/000001.safetensors"))
     (folder / "outline.json").write_text(json.dumps(outline))
-    deployed.site.cache_clear()
     remote.site.cache_clear()
     refused = client_app(folder)(message, there)
     assert "have the classes" in refused.error.reason

@@ -142,3 +142,10 @@ def test_any_config_is_sound_or_refused(rounds, values):
     config = {**dict(content.config_records["config"]), **{k: v for k, v in values.items() if k}}
     made = RecordDict({"arrays": content.array_records["arrays"], "config": ConfigRecord(config)})
     sound(take(intake, sent, made, message))
+
+
+def test_a_score_without_an_accuracy_is_none(rounds):
+    _, intake, _, message = rounds[0]
+    for said in ({"loss": 1.0}, {"accuracy": float("nan")}, {}):
+        assert intake.scores(Message(Wire().seal(said), reply_to=message)) == {}
+    assert intake.scores(Message(Wire().seal({"accuracy": 0.5}), reply_to=message)) == {"accuracy": 0.5}

@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hetfl.core.checkpoint.os.fsync", full)
+    monkeypatch.setattr("hetfl.core.record.os.fsync", full)
     with pytest.raises(RunError, match=r"No space left on device.*the one before is intact.*hfl resume"):
         store.save(Moment(2, {"server": {"w": torch.zeros(3)}}, {"server": {}}))
     monkeypatch.undo()
