@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 PAIRS = "fedconv:kld,heterofl:kld,fedconv:overlap,heterofl:overlap,fedrolex:overlap,full:fedavg"
+
 NAMES = ("global@test", "sent-0.25@test", "control@test")
 
 

@@ -23,22 +23,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+
 sys.path.insert(0, str(ROOT))
+
 PAGE, FOLDER = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"
+
 PYTHON = [sys.executable, "-W", "ignore", "-m"]
+
 CONTENDERS = {
     "floor": [*PYTHON, "benchmarks.speed.floor"],
     "hetfl": [*PYTHON, "benchmarks.speed.product"],
     "flower": [*PYTHON, "benchmarks.speed.flower"],
     "pfl": [*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.speed.apple"],
 }
+
 CONTENDERS |= {f"{name}-plain": CONTENDERS[name] for name in ("flower", "pfl")}  # with the loop of their tutorials
+
 PEERS = {"W": 6, "W-small": 6, "tiny-1000": 4}  # how many of the contenders run a workload; 2 (floor, hetfl) for the others
+
 WORKS = ("W", "W-small", "tiny-10", "tiny-100", "tiny-1000", "hetero", "W-1000")
+
 TARGETS = {
     ("W", "floor"): 1.1, ("W", "flower"): 1 / 1.3, ("W", "pfl"): 1.0, ("W-small", "floor"): 1.15, ("W-small", "flower"): 1 / 1.6,
     ("W-small", "pfl"): 1 / 1.15, ("tiny-1000", "floor"): 1.3, ("tiny-1000", "flower"): 1 / 15, ("hetero", "floor"): 1.15,
 }  # fmt: skip
+
 Result = dict[str, Any]
 
 

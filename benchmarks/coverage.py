@@ -22,22 +22,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from hetfl.core import factories
-from hetfl.core.factories import Inputs
-from hetfl.core.groups import compared, trace
-from hetfl.core.models import ZOO
-from hetfl.core.streams import stream
-from hetfl.core.survey import inputs_of
+from hetfl.data.inputs import Inputs
+from hetfl.models import factory
+from hetfl.models.zoo import ZOO
+from hetfl.profiling.inspection import inputs_of
+from hetfl.rng import stream
+from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.tracing.verify import compared
 
 ROOT = Path(__file__).parents[1]
+
 LARGEST = 130_000_000  # parameters
+
 SECONDS = 600
+
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
 GROUPED = {"num_key_value_heads": 4}
+
 PLAIN_TEXT = (
     "albert bert big_bird bloom camembert convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie falcon "
     "flaubert gpt2 gpt_neox mobilebert modernbert mpnet nystromformer openai-gpt opt phi roberta roformer xlm xlm-roberta yoso"
 ).split()
+
 OTHER_TEXT = {
     "fnet": {k: v for k, v in SMALL.items() if "attention" not in k},
     "funnel": {},
@@ -50,13 +57,18 @@ OTHER_TEXT = {
     "stablelm": SMALL | GROUPED,
     "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},
 }
+
 TEXT: dict[str, Any] = dict.fromkeys(PLAIN_TEXT, SMALL) | OTHER_TEXT
+
 PLAIN_PICTURES = "beit data2vec-vision dinov2 ijepa vit vit_msn".split()
+
 OTHER_PICTURES = (
     "bit convnext convnextv2 cvt efficientnet focalnet levit mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt "
     "pvt_v2 regnet resnet segformer swiftformer swin swinv2"
 ).split()
+
 PICTURES: dict[str, Any] = dict.fromkeys(PLAIN_PICTURES, SMALL) | {name: {} for name in OTHER_PICTURES}
+
 TIMM = (  # of every module of timm the architecture with the fewest parameters
     "beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext "
     "cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deit_tiny_patch16_224 densenet121 "
@@ -72,6 +84,7 @@ TIMM = (  # of every module of timm the architecture with the fewest parameters
     "visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 vitamin_small_224 volo_d1_224 "
     "ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224"
 ).split()
+
 LEFT_OUT = (
     "Left out: timm's deepseek_vit, gemma4_vit and qwen3_vit (built for 546 pixels and more), hieradet_sam2 (896 pixels), and "
     "transformers' encoder-decoders (bart, t5), which refuse examples without an end token."
@@ -108,7 +121,7 @@ def made(source: str, name: str) -> tuple[nn.Module, torch.Tensor]:
         inputs, args, full = Inputs((3, side(source, name), side(source, name)), 10), arguments(source, name), f"{source}:{name}"
     if name in TEXT:
         inputs = Inputs((16,), 10, 200)
-    return factories.build(full, args, inputs, 0), inputs.batch()
+    return factory.build(full, args, inputs, 0), inputs.batch()
 
 
 def side(source: str, name: str) -> int:

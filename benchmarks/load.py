@@ -17,20 +17,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Message
+
+from benchmarks.speed.work import dataset
+from hetfl import config as experiment
+from hetfl.config import resolve
+from hetfl.engines.flower_internals import number
+from hetfl.engines.local import copied, node
+from hetfl.engines.node import NodeConfig, client_app
+from hetfl.parallel import Pool
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.folder import RunFolder
+
 ROOT = Path(__file__).parents[1]
+
 sys.path.insert(0, str(ROOT))
-
-from flwr.app import Message  # noqa: E402
-
-from benchmarks.speed.work import dataset  # noqa: E402
-from hetfl.core import experiment  # noqa: E402
-from hetfl.core.config import resolve  # noqa: E402
-from hetfl.core.grid import copied, node  # noqa: E402
-from hetfl.core.pool import Pool  # noqa: E402
-from hetfl.core.private import number  # noqa: E402
-from hetfl.core.record import Folder  # noqa: E402
-from hetfl.core.remote import Place, client_app  # noqa: E402
-from hetfl.core.rounds import Unwatched  # noqa: E402
 
 MANY = {
     "extract": "heterofl", "aggregate": "overlap", "partition": "iid", "clients": 10_000, "fraction": 0.01, "own_test": 0,
@@ -47,13 +49,13 @@ def many(rounds: int, extract: str) -> dict[str, Any]:
     """10,000 clients, 100 a round."""
     options = resolve({**MANY, "extract": extract, "dataset": str(dataset(60_000)), "rounds": rounds})
     with tempfile.TemporaryDirectory() as place:
-        folder, seen = Folder(Path(place) / "run").open(), list[float]()
+        folder, seen = RunFolder(Path(place) / "run").open(), list[float]()
 
-        class Watch(Unwatched):
+        class Watch(NoCallback):
             def done(self, row: dict[str, Any]) -> None:
                 seen.append(peak())
 
-        experiment.run(options, folder, Watch())
+        runner.run(options, folder, Watch())
         lines = (folder.path / "metrics.csv").read_text().splitlines()
         held = sum(p.stat().st_size for p in (folder.path / "checkpoints").rglob("*") if p.is_file())
     at = lines[0].split(",").index("seconds")
@@ -65,9 +67,9 @@ def many(rounds: int, extract: str) -> dict[str, Any]:
 class Crowd:
     """Nodes that come and go, as Flower's grid shows them; each answers at once, on a worker."""
 
-    def __init__(self, clients: int, place: Place, pool: Pool, seed: int) -> None:
+    def __init__(self, clients: int, place: NodeConfig, pool: Pool, seed: int) -> None:
         self._app, self._pool, self._random, self._sent = client_app(lambda _: place), pool, random.Random(seed), 0
-        from hetfl.core.grid import context
+        from hetfl.engines.local import context
 
         self._contexts = {node(i): context(i, clients) for i in range(clients)}
         self.there = set(self._contexts)
@@ -106,13 +108,13 @@ def crowd(rounds: int, share: float = 0.2) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         pool = Pool()
         config = experiment.write(options.model_copy(update={"engine": "local", "out": None}))
-        nodes = Crowd(50, Place(config, Path(place) / "memory"), pool, 0)
+        nodes = Crowd(50, NodeConfig(config, Path(place) / "memory"), pool, 0)
 
-        class Watch(Unwatched):
+        class Watch(NoCallback):
             def done(self, row: dict[str, Any]) -> None:
                 nodes.churn(share)
 
-        summary = experiment.run(options, Folder(Path(place) / "run").open(), Watch(), grid=nodes)  # type: ignore[arg-type]
+        summary = runner.run(options, RunFolder(Path(place) / "run").open(), Watch(), grid=nodes)  # type: ignore[arg-type]
         rows = (Path(place) / "run" / "clients.csv").read_text().splitlines()
     faults = [row for row in rows if "not connected" in row or "no answer" in row]
     forgotten = sum("memory of round" in row for row in rows)

@@ -13,12 +13,16 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+
 NAMES = ("overlap", "fedavg", "fiarse", "tailorfl", "cluster", "hermes", "median", "trimmed-mean", "kld")
+
 WHY = (
     "`cluster` keeps a model for each budget and `hermes` every client's own values, at its own size: these are their branches.\n"
     "`median` and `trimmed-mean` have the largest tensor of all clients at a time, `kld` every tensor of all of them."
 )
+
 LIMIT = 14 << 30  # bytes of address space of a measurement
+
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -32,23 +36,25 @@ def measure(name: str, clients: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     import torch
 
-    from hetfl.core import models, registry
-    from hetfl.core.config import resolve
-    from hetfl.core.data import Examples, Public
-    from hetfl.core.groups import trace
-    from hetfl.core.merge import Update, Updates
-    from hetfl.core.plans import prefix
-    from hetfl.core.pool import Pool
-    from hetfl.core.roles import Roles
-    from hetfl.core.server import Server
-    from hetfl.core.types import Client, Profile
-    from hetfl.core.widths import tensors
-    from hetfl.core.workshop import Workshop
+    from hetfl import registry
+    from hetfl.aggregation.updates import Update, Updates
+    from hetfl.config import resolve
+    from hetfl.data.dataset import Examples, ServerData
+    from hetfl.hooks.manager import PluginManager
+    from hetfl.hooks.server import Server
+    from hetfl.hooks.values import Client
+    from hetfl.models import zoo as models
+    from hetfl.models.state import tensors
+    from hetfl.parallel import Pool
+    from hetfl.profiling.node import Profile
+    from hetfl.submodel.builder import SubmodelBuilder
+    from hetfl.submodel.plan import prefix
+    from hetfl.submodel.tracing.groups import trace
 
     model = models.ZOO["resnet18"](classes=10, channels=3)
     widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)
     data = Examples(torch.randn(64, 3, 32, 32), torch.arange(64) % 10, torch.arange(64))
-    server = Server(resolve({}), Workshop(model, widths), tensors(model), 10, Public(data, data), Pool(1))
+    server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, ServerData(data, data), Pool(1))
     updates, held = [], 0
     for client in range(clients):
         ratio = RATIOS[client * len(RATIOS) // clients]
@@ -59,7 +65,7 @@ def measure(name: str, clients: int) -> None:
         updates.append(Update(client, plan.put(trained), 10.0))
     plugin = registry.find("aggregate", name).load()()
     before = peak()
-    Roles({f"aggregate.{name}": plugin}).aggregate(server, Updates(updates, server.state), 1)
+    PluginManager({f"aggregate.{name}": plugin}).aggregate(server, Updates(updates, server.state), 1)
     print(held, peak() - before)
 
 

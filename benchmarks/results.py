@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hetfl.core.matrix import interval
+from hetfl.runs.leaderboard import interval
 
 Row = Mapping[str, str]
 

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from hetfl import config, presets, registry
 from hetfl.cli import render
-from hetfl.core import config, presets, registry
-from hetfl.core.config import RunOptions, flag
-from hetfl.core.errors import RunError, UsageError, nearest, unknown
-from hetfl.core.record import Folder
+from hetfl.cli.render import Board, Live
+from hetfl.config import RunOptions, flag
+from hetfl.errors import RunError, UsageError, nearest, unknown
+from hetfl.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from hetfl.core.matrix import Outcome
-    from hetfl.core.strategy import Strategy
+    from hetfl.hooks.base import Plugin
+    from hetfl.runs.cell import TrialResult
 
 app = typer.Typer(
     add_completion=False,
@@ -30,17 +31,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 FEDERATION = "federation.json"  # in a run folder: what hfl federate was asked for
+
 LISTS = ("wrap", "lr_milestones", "mean", "std")  # options that may be given several times or with commas
 
 # options that several commands have
 Model = Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")]
+
 Dataset = Annotated[str | None, typer.Option(help="build the model for this data set")]
+
 Shape = Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")]
+
 Classes = Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")]
+
 Vocab = Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")]
+
 ModelArgs = Annotated[list[str] | None, typer.Option(help="arguments of the model factory, name=value")]
+
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -87,15 +94,15 @@ def run(
     """Run one experiment and leave its results in a run folder."""
     options = config.resolve(gathered(file, given))
     check(options)
-    folder = Folder(options.out or fresh(options)).open(options.overwrite)
+    folder = RunFolder(options.out or fresh(options)).open(options.overwrite)
     started = False
     try:
         folder.write("config.toml", config.write(options))
-        with render.Live(options, folder.path) as watch:
-            from hetfl.core import experiment
+        with Live(options, folder.path) as watch:
+            from hetfl.runs import runner
 
             started = True
-            summary = experiment.run(options, folder, watch)
+            summary = runner.run(options, folder, watch)
         pictures(folder)
     except UsageError:
         folder.discard()
@@ -115,7 +122,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint; the result is that of a run never stopped."""
-    folder = Folder(path)
+    folder = RunFolder(path)
     if not (path / "config.toml").exists():
         raise UsageError(f"'{path}' is no run folder of hetfl: it holds no config.toml")
     if (path / "summary.json").exists():
@@ -131,10 +138,10 @@ def resume(
     options = config.resolve({**values, "out": path})
     folder.lock()
     try:
-        with render.Live(options, path) as watch:
-            from hetfl.core import experiment
+        with Live(options, path) as watch:
+            from hetfl.runs import runner
 
-            summary = experiment.went_on(options, folder, watch)
+            summary = runner.resume_run(options, folder, watch)
         pictures(folder)
     finally:
         folder.release()
@@ -142,6 +149,7 @@ def resume(
 
 
 export = typer.Typer(help="Take an experiment elsewhere.", no_args_is_help=True)
+
 app.add_typer(export, name="export")
 
 
@@ -157,7 +165,7 @@ def export_flower(
     options = elsewhere(given)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not options.overwrite)):
         raise UsageError(f"'{folder}' is not an empty folder; choose another or give --overwrite")
-    from hetfl.core.export import export as exported
+    from hetfl.engines.flower.export import export as exported
 
     try:
         exported(options, folder, client_mod or [])
@@ -188,9 +196,9 @@ def federate(
     if clients not in (None, nodes):
         raise UsageError(f"every node is a client: --nodes {nodes} and --clients {clients} cannot both be")
     options = elsewhere({**given, "clients": nodes})
-    folder = Folder(options.out or fresh(options)).open(options.overwrite)
+    folder = RunFolder(options.out or fresh(options)).open(options.overwrite)
     folder.release()
-    from hetfl.core.export import export as exported
+    from hetfl.engines.flower.export import export as exported
 
     try:
         exported(options, folder.path / "app", client_mod or [])
@@ -201,21 +209,21 @@ def federate(
     carried_out(options, folder)
 
 
-def carried_out(options: RunOptions, folder: Folder) -> None:
+def carried_out(options: RunOptions, folder: RunFolder) -> None:
     """Runs, or goes on with, the app of a run folder on a federation of its own."""
-    from hetfl.core.federation import LocalFederation
+    from hetfl.engines.flower.superlink import LocalFederation
 
     asked = folder.read(FEDERATION)
     with (
         LocalFederation(folder.path / "flower", asked["nodes"], asked["tls"], asked["allow"]) as federation,
-        render.Live(options, folder.path) as watch,
+        Live(options, folder.path) as watch,
     ):
         summary = followed(federation.events(folder.path / "app", folder.path), watch)
     pictures(folder)
     render.summary(summary, folder.path)
 
 
-def followed(events: Iterator[dict[str, Any]], watch: render.Live) -> dict[str, Any]:
+def followed(events: Iterator[dict[str, Any]], watch: Live) -> dict[str, Any]:
     """Shows what a run elsewhere tells of itself; its summary. Raises RunError where it failed."""
     for event in events:
         (kind, value), *_ = event.items()
@@ -294,7 +302,7 @@ def assignment(text: str, name: str) -> tuple[list[str], Any]:
         return key.split("."), value
 
 
-def pictures(folder: Folder) -> None:
+def pictures(folder: RunFolder) -> None:
     """Draws the curves and the partition; a run is complete without them."""
     from hetfl.cli import pictures
 
@@ -318,12 +326,14 @@ def inspect(
     """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
     checked = config.resolve({"heads": heads, "norm_policy": norm_policy})
     ratios = numbers(levels)
-    from hetfl.core import survey
+    from hetfl.profiling import inspection
 
-    inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
+    inputs = inspection.inputs_of(model, dataset, shape, classes, vocab)
     args = arguments(model_args)
     render.survey(
-        survey.survey(model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy)
+        inspection.inspect_model(
+            model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy
+        )
     )
 
 
@@ -344,11 +354,13 @@ def profile(
 ) -> None:
     """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
     ratios = numbers(levels)
-    from hetfl.core import survey
+    from hetfl.profiling import inspection
 
-    inputs = survey.inputs_of(model, dataset, shape, classes, vocab)
+    inputs = inspection.inputs_of(model, dataset, shape, classes, vocab)
     args = arguments(model_args)
-    render.offers(model, survey.afford(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share))
+    render.offers(
+        model, inspection.measure_widths(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share)
+    )
 
 
 def arguments(pairs: list[str] | None) -> dict[str, Any]:
@@ -388,7 +400,8 @@ def matrix(
     **given: Any,
 ) -> None:
     """Run many pairs over many settings and seeds, the controls always among them; what is in --out already is not run again."""
-    from hetfl.core import matrix as cross
+    from hetfl.runs import leaderboard
+    from hetfl.runs import sweep as cross
 
     swept = {} if alpha is None else {"alpha": [assignment(f"x={value}", "--alpha")[1] for value in alpha.split(",")]}
     for text in sweep or []:
@@ -401,18 +414,18 @@ def matrix(
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be written: {error.strerror}") from error
     cross.refuse_bad(found)
-    outcomes: list[cross.Outcome] = []
+    outcomes: list[TrialResult] = []
     try:
-        with render.Board(len(found), metric) as board:
+        with Board(len(found), metric) as board:
             for outcome in cross.run(found, out, jobs):
                 outcomes.append(outcome)
                 board.show(outcomes)
     finally:
-        cross.write(outcomes, metric, out)
+        leaderboard.write(outcomes, metric, out)
     finish(outcomes, metric, out)
 
 
-def finish(outcomes: list[Outcome], metric: str, out: Path) -> None:
+def finish(outcomes: list[TrialResult], metric: str, out: Path) -> None:
     """Shows what a matrix came to. Raises RunError where cells failed."""
     from hetfl.cli import pictures
 
@@ -435,7 +448,7 @@ def scale(
     **given: Any,
 ) -> None:
     """Measure what a round costs the server by the number of clients: seconds, memory, bytes; and draw the curve."""
-    from hetfl.core import scale as scaling
+    from hetfl.runs import scaling
 
     counts = sorted({int(part) for part in clients.split(",") if part.strip().isdigit()})
     if not counts or len(counts) != len(clients.split(",")) or counts[0] < 1:
@@ -444,7 +457,7 @@ def scale(
     if options.rounds < 2:
         raise UsageError("--rounds must be 2 or more here: the first round warms up and is not counted")
     check(options)
-    folder, rows = Folder(out), list[dict[str, Any]]()
+    folder, rows = RunFolder(out), list[dict[str, Any]]()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -495,7 +508,7 @@ def show(
 ) -> None:
     """Show a plugin's options and docs, or a run's summary again."""
     if Path(name).is_dir():
-        render.summary(Folder(Path(name)).read("summary.json"), Path(name))
+        render.summary(RunFolder(Path(name)).read("summary.json"), Path(name))
         return
     role, _, plain = name.rpartition(".")
     found = [e for e in registry.entries() if e.name == plain and role in ("", e.role)]
@@ -503,7 +516,7 @@ def show(
         names = {e.name for e in registry.entries()}
         raise unknown("plugin or run folder", name, names)
     for entry in found:
-        strategy: type[Strategy] = registry.find(entry.role, entry.name).load()
+        strategy: type[Plugin] = registry.find(entry.role, entry.name).load()
         render.plugin(entry, strategy)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hetfl.core.matrix import Outcome, label
-from hetfl.core.record import Folder
+from hetfl.runs.cell import TrialResult
+from hetfl.runs.folder import RunFolder
+from hetfl.runs.leaderboard import label
 
 
-def draw(folder: Folder) -> None:
+def draw(folder: RunFolder) -> None:
     """Writes curves.png and partition.png into the run folder."""
     import matplotlib
 
@@ -51,7 +52,7 @@ def partition(figure: Any, facts: dict[str, Any]) -> None:
     figure.colorbar(image, label="training examples")
 
 
-def growth(rows: Sequence[dict[str, Any]], folder: Folder) -> None:
+def growth(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
     """Writes scale.png: server seconds by phase, memory and bytes of a round over the number of clients."""
     import matplotlib
 
@@ -75,7 +76,7 @@ def growth(rows: Sequence[dict[str, Any]], folder: Folder) -> None:
     folder.write("scale.png", png(figure))
 
 
-def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
+def heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
     """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points."""
     import matplotlib
 
@@ -106,7 +107,7 @@ def heatmap(outcomes: Sequence[Outcome], out: Path, metric: str) -> None:
             look = {"ha": "center", "va": "center", "fontsize": 7, "color": "k" if value > bright else "w"}
             axes.text(columns.index(column), rows.index(row), f"{value:.0f}", **look)
     figure.colorbar(image, ax=figure.axes, label=f"{metric}, %")
-    Folder(out).write("heatmap.png", png(figure))
+    RunFolder(out).write("heatmap.png", png(figure))
 
 
 def png(figure: Any) -> bytes:

@@ -14,18 +14,21 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
-from hetfl.core.config import RunOptions
-from hetfl.core.presets import Preset
-from hetfl.core.registry import Entry
+from hetfl.config import RunOptions
+from hetfl.presets import Preset
+from hetfl.registry import Entry
 
 if TYPE_CHECKING:
-    from hetfl.core.matrix import Outcome
-    from hetfl.core.strategy import Strategy
-    from hetfl.core.survey import Offer, Survey
+    from hetfl.hooks.base import Plugin
+    from hetfl.profiling.inspection import ModelReport, WidthReport
+    from hetfl.runs.cell import TrialResult
 
 console = Console(highlight=False)
+
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
 SHOWN = 12
+
 SIZES = ("memory", "bytes down", "bytes up")
 
 
@@ -193,7 +196,7 @@ def preset(found: Preset) -> None:
     console.print(f"sha256 {found.digest}", soft_wrap=True)
 
 
-def plugin(entry: Entry, strategy: type[Strategy]) -> None:
+def plugin(entry: Entry, strategy: type[Plugin]) -> None:
     """One plugin: what it is, its options and what its presets set."""
     console.print(f"{entry.role} {entry.name} ({entry.source}) {entry.paper}".rstrip(), style="bold", soft_wrap=True)
     console.print(Text(cleandoc(strategy.__doc__ or entry.summary)))
@@ -210,7 +213,7 @@ def plugin(entry: Entry, strategy: type[Strategy]) -> None:
         console.print(deviations(rows))
 
 
-def survey(found: Survey) -> None:
+def survey(found: ModelReport) -> None:
     """What `hfl inspect` found."""
     widths, inputs = found.widths, found.inputs
     kind = f"{inputs.vocab} token ids" if inputs.vocab else "x".join(map(str, inputs.shape))
@@ -228,7 +231,7 @@ def survey(found: Survey) -> None:
     console.print(table(("level", "parameters", "MACs", "training memory", "payload", "sliced - masked"), rows, right=True))
 
 
-def offers(model: str, found: Sequence[Offer]) -> None:
+def offers(model: str, found: Sequence[WidthReport]) -> None:
     """What `hfl profile` measured, and the width that this machine affords."""
     rows = [
         (f"{o.ratio:g}", f"{o.cost.parameters:,}", f"{o.cost.macs:,}", size(o.cost.memory), f"{1000 * o.seconds:.2f} ms",
@@ -259,7 +262,7 @@ class Board:
         if self._screen:
             self._screen.stop()
 
-    def show(self, outcomes: Sequence[Outcome]) -> None:
+    def show(self, outcomes: Sequence[TrialResult]) -> None:
         done, new = len(outcomes), outcomes[-1]
         status = f"{done} of {self._cells} cells, {sum(o.cached for o in outcomes)} of them from before"
         if self._screen:
@@ -274,16 +277,16 @@ class Board:
                           soft_wrap=True, markup=False)  # fmt: skip
 
 
-def standings(outcomes: Sequence[Outcome], metric: str) -> Table:
+def standings(outcomes: Sequence[TrialResult], metric: str) -> Table:
     """Mean and 95 % interval over the seeds at every point, by mean rank."""
-    from hetfl.core import matrix
+    from hetfl.runs import leaderboard as board
 
     points = list(dict.fromkeys(o.cell.point for o in outcomes))
     rows = []
-    for s in matrix.leaderboard(outcomes, metric):
+    for s in board.leaderboard(outcomes, metric):
         told = [spread(*s.values[p]) if p in s.values else "" for p in points]
         rows.append((f"{s.rank:.1f}" if s.values else "", s.extract, s.aggregate, *told, s.why))
-    columns = ("rank", "extract", "aggregate", *(matrix.label(p) for p in points), "")
+    columns = ("rank", "extract", "aggregate", *(board.label(p) for p in points), "")
     return table(columns, rows)
 
 
@@ -291,7 +294,7 @@ def spread(mean: float, half: float, seeds: int) -> str:
     return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if seeds > 1 else "")
 
 
-def leaderboard(outcomes: Sequence[Outcome], metric: str, out: Path) -> None:
+def leaderboard(outcomes: Sequence[TrialResult], metric: str, out: Path) -> None:
     """What a matrix came to."""
     console.print()
     console.print(f"{metric}, %, mean over seeds and 95 % interval, by mean rank", style="bold", soft_wrap=True)
@@ -306,7 +309,7 @@ def scaled(row: dict[str, Any]) -> None:
 
 def growth(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """What a round costs the server, by the number of clients."""
-    from hetfl.core import scale
+    from hetfl.runs import scaling as scale
 
     phases = [name for name in scale.SERVER if max(r[f"{name} seconds"] for r in rows) >= 0.001]
     columns = ("clients", "server s", "ms a client", *phases, "MB down", "MB up", "peak MB")

@@ -1,1 +1,62 @@
-"""The core: hook specs, width groups, plans, the round. Plugins import from its modules; nothing here names a strategy."""
+"""Model-heterogeneous federated learning: any extraction pairs with any aggregation, on any nn.Module.
+
+What plugin authors need is here, and so is what people need in a script or a notebook. Each name is imported when it is first used,
+so that `import hetfl` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hetfl.aggregation.mean import mean, mean_with_absent
+    from hetfl.aggregation.updates import Merged, Update, Updates
+    from hetfl.errors import NotApplicable, RunError, UsageError
+    from hetfl.hooks.base import Field, Plugin, flatten_state, unflatten_state
+    from hetfl.hooks.hookspecs import hookimpl
+    from hetfl.hooks.server import Server
+    from hetfl.hooks.values import Client, Coverage, Exchange, ExtraSpec, ReceivedReply
+    from hetfl.models.state import State
+    from hetfl.profiling.node import Node, Profile
+    from hetfl.submodel.plan import OwnModel, Patch, Plan, Selection, prefix, window
+    from hetfl.submodel.widths import unit_count
+    from hetfl.training.task import Reply, Task
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "aggregation.mean": ("mean", "mean_with_absent"),
+    "aggregation.updates": ("Merged", "Update", "Updates"),
+    "errors": ("NotApplicable", "RunError", "UsageError"),
+    "hooks.base": ("Field", "Plugin", "flatten_state", "unflatten_state"),
+    "hooks.hookspecs": ("hookimpl",),
+    "hooks.server": ("Server",),
+    "hooks.values": ("Client", "Coverage", "Exchange", "ExtraSpec", "ReceivedReply"),
+    "models.state": ("State",),
+    "profiling.node": ("Node", "Profile"),
+    "submodel.plan": ("OwnModel", "Patch", "Plan", "Selection", "prefix", "window"),
+    "submodel.widths": ("unit_count",),
+    "training.task": ("Reply", "Task"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
+    "Plugin", "Field", "hookimpl", "flatten_state", "unflatten_state",
+    "Server", "Client", "Node", "Task", "ReceivedReply", "Update", "Updates", "Coverage", "State",
+    "Profile", "Plan", "Selection", "OwnModel", "Patch", "Reply", "Exchange", "ExtraSpec", "Merged",
+    "prefix", "window", "unit_count", "mean", "mean_with_absent",
+    "UsageError", "NotApplicable", "RunError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hetfl' has no attribute '{name}'")
+    found = getattr(importlib.import_module(f"hetfl.{_MODULE_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

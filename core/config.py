@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hetfl.core.errors import UsageError, nearest
+from hetfl.errors import UsageError, nearest
 
 
 class Options(BaseModel):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from hetfl.core import registry
-from hetfl.core.errors import UsageError, nearest
+from hetfl.errors import UsageError, nearest
+from hetfl.files import shipped
 
-PATH = registry.PATH.parent / "plugins" / "presets.toml"
+PATH = shipped("plugins/presets.toml", "plugins/presets.toml")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetfl.core.errors import UsageError, unknown
+from hetfl.errors import UsageError, unknown
+from hetfl.files import shipped
 
 if TYPE_CHECKING:
-    from hetfl.core.strategy import Strategy
+    from hetfl.hooks.base import Plugin
 
 ROLES = ("extract", "aggregate", "profile", "wrap")
-PATH = Path(__file__).parents[1] / "registry.toml"
+
+PATH = shipped("index/registry.toml", "registry.toml")
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ class Entry:
     memory: bool = False
     control: bool = False
 
-    def load(self) -> type[Strategy]:
-        """The plugin's class. Raises UsageError if it cannot be imported or is no Strategy."""
+    def load(self) -> type[Plugin]:
+        """The plugin's class. Raises UsageError if it cannot be imported or is no Plugin."""
         module, _, attribute = self.plugin.partition(":")
         try:
             found: Any = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} cannot be imported: {cause}") from error
-        from hetfl.core.strategy import Strategy
+        from hetfl.hooks.base import Plugin
 
-        if not (isinstance(found, type) and issubclass(found, Strategy)):
-            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} is not a hetfl Strategy class: {self.plugin}")
+        if not (isinstance(found, type) and issubclass(found, Plugin)):
+            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} is not a hetfl Plugin class: {self.plugin}")
         return found
 
 

@@ -1,23 +1,24 @@
-"""Writes data.md from core/sources.py: `python docs/datasets.py`."""
+"""Writes data.md from core/data/catalog.py: `python docs/datasets.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hetfl.core.sources import KNOWN, Known
+from hetfl.data.catalog import KNOWN, DatasetInfo
 
 PAGE = Path(__file__).with_name("data.md")
+
 COLUMNS = ("name", "where from", "input, label", "shape", "classes", "model", "preprocessing", "natural partition", "")
 
 
-def line(name: str, known: Known) -> str:
+def line(name: str, known: DatasetInfo) -> str:
     where = f"Hub `{known.hub}`" if known.hub else "embedded" if name == "digits" else f"a folder ({known.layout})"
     shape = "x".join(map(str, known.shape)) or "text"
     cells = [f"`{name}`", where, f"`{known.input}`, `{known.label}`", shape, str(known.classes), f"`{known.model}`"]
     return "| " + " | ".join([*cells, preprocessing(known), f"`{known.owner}`" if known.owner else "-", known.note]) + " |"
 
 
-def preprocessing(known: Known) -> str:
+def preprocessing(known: DatasetInfo) -> str:
     if known.text:
         return "words hashed to ids"
     if not known.mean:
@@ -34,8 +35,8 @@ def text() -> str:
 
 INTRODUCTION = """# Data
 
-`--dataset` takes a short name of the table (generated from core/sources.py by `python docs/datasets.py`), a Hub id, a folder or
-a file. Short names are looked for in the folder `$HETFL_DATA` before the Hub; a folder that bears a short name is treated as
+`--dataset` takes a short name of the table (generated from core/data/catalog.py by `python docs/datasets.py`), a Hub id, a folder
+or a file. Short names are looked for in the folder `$HETFL_DATA` before the Hub; a folder that bears a short name is treated as
 that data set. The Hub was not in reach when this was written: mnist, cifar10, cifar100, ag_news were read from copies of its
 files; fashion-mnist and cinic10 are not tried. Decoded data and partitions are cached in `~/.cache/hetfl` (`$HETFL_CACHE`).
 
@@ -89,7 +90,6 @@ only; nobody here has seen the originals.
 flwr-datasets deals them out. The server's public examples (`--server-data`) are set apart before, class-stratified; each client
 keeps `--own-test` of its examples for its own test.
 """
-
 
 if __name__ == "__main__":
     PAGE.write_text(text())

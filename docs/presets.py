@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hetfl.core.presets import presets
+from hetfl.presets import presets
 
 PAGE = Path(__file__).with_name("presets.md")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hetfl.core.registry import ROLES, Entry, builtins
+from hetfl.registry import ROLES, Entry, builtins
 
 PAGE = Path(__file__).with_name("strategies.md")
+
 BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean")
+
 PAGES = {"cluster": "dac", **dict.fromkeys(BASELINES, "baselines")}  # names without a page of their own
+
 COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory")
 
 

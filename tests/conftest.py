@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hetfl.core import experiment
-from hetfl.core.config import read, resolve
-from hetfl.core.cost import Cost
-from hetfl.core.record import Folder
-from hetfl.core.rounds import Unwatched
+from hetfl.config import read, resolve
+from hetfl.profiling.cost import Cost
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import experiment, runner
+from hetfl.runs.folder import RunFolder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,7 +32,7 @@ def simulate(monkeypatch):
     """A run on few digits, round by round: `simulate(extract=…)` gives the experiment; `steps` the rounds to do at once."""
 
     def start(steps=None, **values):
-        made = experiment.prepare(resolve({**TINY, **values}), Unwatched())
+        made = experiment.prepare(resolve({**TINY, **values}), NoCallback())
         made.rounds.meter = Unmetered()
         for round in range(1, (made.options.rounds if steps is None else steps) + 1):
             made.rounds.step(round, made.grid)
@@ -52,7 +52,7 @@ class Stopped(Exception):
     """The power went off."""
 
 
-class Stopping(Unwatched):
+class Stopping(NoCallback):
     def __init__(self, after):
         self.after, self.rows, self.notes = after, [], []
 
@@ -88,7 +88,7 @@ def equal(a, b):
 def go_on(path):
     watch = Stopping(None)
     options = resolve({**read(path / "config.toml"), "out": path})
-    experiment.went_on(options, Folder(path), watch)
+    runner.resume_run(options, RunFolder(path), watch)
     return watch
 
 

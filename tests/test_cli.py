@@ -13,6 +13,7 @@ import pytest
 from hetfl.cli.main import main
 
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "2", "--epochs", "1", "--pretrain-steps", "3"]
+
 QUICK = ["--extract", "heterofl", "--aggregate", "overlap", *TINY]
 
 
@@ -188,18 +189,18 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
-    from hetfl.core.record import Folder
+    from hetfl.runs.folder import RunFolder
 
-    whole = Folder.write
+    whole = RunFolder.write
 
     def write(self, name, content):
         if name == "weights.safetensors":
-            from hetfl.core.errors import RunError
+            from hetfl.errors import RunError
 
             raise RunError("no space left on device")
         whole(self, name, content)
 
-    monkeypatch.setattr(Folder, "write", write)
+    monkeypatch.setattr(RunFolder, "write", write)
     code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path / "o")
     assert code == 1
     assert "no space left" in err
@@ -207,7 +208,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failed_run_ends_with_1_and_debug_shows_where(tmp_path, capsys, monkeypatch):
-    from hetfl.core.rounds import Rounds
+    from hetfl.rounds.loop import Rounds
 
     def broken(self, *_):
         raise ZeroDivisionError("boom")
@@ -257,7 +258,7 @@ def test_listing_imports_nothing_heavy():
 
 
 def test_help_names_every_option():
-    from hetfl.core.config import RunOptions, flag
+    from hetfl.config import RunOptions, flag
 
     done = subprocess.run(
         [sys.executable, "-m", "hetfl.cli.main", "run", "--help"],

@@ -23,16 +23,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hetfl.core.config import DataOptions
-from hetfl.core.data import Federation, _fingerprint, load
-from hetfl.core.errors import UsageError
-from hetfl.core.partition import Deal, deal, spread
-from hetfl.core.sources import KNOWN, find
-from hetfl.core.text import hashed
+from hetfl.config import DataOptions
+from hetfl.data.catalog import KNOWN, find
+from hetfl.data.dataset import FederatedDataset
+from hetfl.data.loading import _fingerprint, load
+from hetfl.data.partition import Split, deal, spread
+from hetfl.data.tokens import hashed
+from hetfl.errors import UsageError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
+
 REPO = Path(__file__).parents[1]
+
 KINDS = ("iid", "dirichlet", "pathological", "shard", "natural")
+
 IMAGES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
 
 
@@ -85,18 +89,15 @@ def png(value: int, size=(4, 4), mode="L") -> dict:
     return {"bytes": data.getvalue(), "path": None}
 
 
-def parts(federation: Federation) -> list:
+def parts(federation: FederatedDataset) -> list:
     public = [federation.public.tune, federation.public.holdout] if federation.public else []
     return [part for client in federation.clients for part in (client.train, client.test)] + public + [federation.test]
 
 
-def same(one: Federation, other: Federation) -> bool:
+def same(one: FederatedDataset, other: FederatedDataset) -> bool:
     pairs = zip(parts(one), parts(other), strict=True)
     equal = all(torch.equal(a.index, b.index) and all(map(torch.equal, a.all(), b.all())) for a, b in pairs)
     return equal and torch.equal(one.counts, other.counts) and one.fingerprint == other.fingerprint
-
-
-# Who holds what.
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -224,9 +225,6 @@ def test_batches_cover_every_example_once(numbered):
     assert torch.equal((x[:, 0] * std + 149.5).round().long().remainder(4), y)
 
 
-# The same options, the same bits.
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_options_same_bits_with_and_without_cache(numbered, cache, monkeypatch, kind):
     options = DataOptions(dataset=str(numbered), partition=kind, clients=5, alpha=1)
@@ -258,10 +256,10 @@ def test_fingerprint_is_of_who_holds_what(numbered, tmp_path):
 
 
 def test_fingerprint_covers_every_part_of_a_deal():
-    def dealt(**change) -> Deal:
+    def dealt(**change) -> Split:
         whole = {"train": ([0], [1]), "own": ([2], [3]), "tune": [4], "holdout": [5], "test": [6]} | change
         tensors = {name: tuple(map(torch.tensor, v)) if name in ("train", "own") else torch.tensor(v) for name, v in whole.items()}
-        return Deal(**tensors)
+        return Split(**tensors)
 
     changes = (
         {"train": ([1], [0])},
@@ -308,7 +306,7 @@ def test_damaged_cache_is_rebuilt(cache, harm):
 def test_warm_load_imports_no_data_library(cache):
     load(DataOptions())
     code = (
-        "import sys; from hetfl.core.data import load; from hetfl.core.config import DataOptions; load(DataOptions());"
+        "import sys; from hetfl.data.loading import load; from hetfl.config import DataOptions; load(DataOptions());"
         "print([m for m in ('datasets', 'flwr_datasets', 'PIL', 'pyarrow', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -334,13 +332,10 @@ def test_cold_load_is_silent_and_offline(cache, capfd, monkeypatch, numbered):
     assert len(said) == 3
 
 
-# What the numbers are.
-
-
 def test_digits_are_scaled_by_sixteen():
     federation = load(DataOptions(server_data=0, own_test=0, clients=1, partition="iid"))
     x, _ = federation.clients[0].train.all()
-    table = pq.read_table(REPO / "core" / "digits" / "train.parquet")
+    table = pq.read_table(REPO / "core" / "data" / "digits" / "train.parquet")
     with Image.open(io.BytesIO(table["image"][0].as_py()["bytes"])) as image:
         values = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(8, 8)
     assert values.max() == 16
@@ -383,9 +378,6 @@ def test_short_names_are_looked_for_on_the_shelf(tmp_path, monkeypatch):
     assert find("ylecun/mnist").known is KNOWN["mnist"]
     monkeypatch.delenv("HETFL_DATA")
     assert find("mnist").hub == "ylecun/mnist"
-
-
-# The Hub, which tests never reach.
 
 
 def hub(monkeypatch, answer, splits=None):
@@ -438,9 +430,6 @@ NOT_FOUND = huggingface_hub.errors.RepositoryNotFoundError(
 def test_hub_failures_are_one_sentence(cache, monkeypatch, answer, sentence):
     hub(monkeypatch, answer, {"unseen": None})
     refused({"dataset": "a/b"}, sentence)
-
-
-# Bad input.
 
 
 def refused(values: dict, sentence: str) -> None:
@@ -496,6 +485,7 @@ def test_options_that_cannot_be_met(values, sentence):
 
 
 PLAIN = rows(0, 40)
+
 NUMBERS = datasets.Features({"features": datasets.List(datasets.Value("float32")), "label": datasets.Value("int64")})
 
 
@@ -580,9 +570,6 @@ def test_deal_is_the_same_for_every_order_of_calls():
     assert all(map(torch.equal, first.train + first.own, second.train + second.own))
 
 
-# Real data.
-
-
 def sample(name: str, folder: Path, count: int) -> str:
     """The first rows of both splits of a real data set."""
     source = Path(real(name))
@@ -593,7 +580,7 @@ def sample(name: str, folder: Path, count: int) -> str:
     return str(folder)
 
 
-def everyone(federation: Federation) -> list[int]:
+def everyone(federation: FederatedDataset) -> list[int]:
     return torch.cat([part.all()[1] for part in parts(federation)[:-1]]).bincount().tolist()
 
 

@@ -12,27 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hetfl.core import cohorts, exams, experiment, train
-from hetfl.core.blocks import Index
-from hetfl.core.cohorts import Member
-from hetfl.core.config import resolve
-from hetfl.core.data import Examples
-from hetfl.core.errors import UsageError
-from hetfl.core.grid import by_request, node
-from hetfl.core.merge import Mean, Update, Updates, gather
-from hetfl.core.models import ZOO
-from hetfl.core.plans import Patch
-from hetfl.core.pool import AHEAD, Pool
-from hetfl.core.record import Folder
-from hetfl.core.roles import Roles
-from hetfl.core.streams import stream
-from hetfl.core.widths import copied, load, tensors
-from hetfl.core.workshop import laid_out
+from hetfl.aggregation.mean import MeanAggregator, gather
+from hetfl.aggregation.updates import Update, Updates
+from hetfl.config import resolve
+from hetfl.data.dataset import Examples
+from hetfl.engines.local import by_request, node
+from hetfl.errors import UsageError
+from hetfl.hooks.manager import PluginManager
+from hetfl.models.state import copy_state, load_state, tensors
+from hetfl.models.zoo import ZOO
+from hetfl.parallel import AHEAD, Pool
+from hetfl.rng import stream
+from hetfl.rounds import evaluation as exams
+from hetfl.runs import summary
+from hetfl.runs.folder import RunFolder
+from hetfl.submodel.blocks import Index
+from hetfl.submodel.builder import to_fast_layout
+from hetfl.submodel.plan import Patch
+from hetfl.training import evaluation, local, vectorized
+from hetfl.training.vectorized import Member
 
 quick = settings(deadline=None, max_examples=25)
-
-
-# the pool
 
 
 @quick
@@ -76,9 +76,6 @@ def test_replies_are_taken_in_client_order_whatever_the_arrival(arrival, silent,
     assert [client for client, _ in by_request(sent, iter(replies))] == [i for i in range(6) if i not in silent]
 
 
-# sums
-
-
 @quick
 @given(st.data())
 def test_a_block_is_added_to_where_its_index_says(data):
@@ -105,9 +102,9 @@ FOLDS = [("overlap", {}), ("overlap", {"weighting": "samples"}), ("fedavg", {}),
 
 @pytest.mark.parametrize(("name", "options"), FOLDS)
 def test_taking_updates_one_by_one_is_taking_them_together(name, options):
-    from hetfl.core import registry
+    from hetfl import registry
 
-    roles = Roles({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
+    roles = PluginManager({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
     old = {"w": torch.randn(6, 4), "seen": torch.tensor(2)}
     rows = [torch.tensor([0, 1, 2]), torch.tensor([5, 1]), torch.arange(6)]
     updates = [
@@ -125,34 +122,31 @@ def test_taking_updates_one_by_one_is_taking_them_together(name, options):
 
 def test_a_running_aggregation_holds_no_reply(simulate, monkeypatch):
     """While a client's update is added, those before it are gone."""
-    alive, seen, whole = [], weakref.WeakSet(), Mean.add
+    alive, seen, whole = [], weakref.WeakSet(), MeanAggregator.add
 
     def add(self, update):
         seen.add(update)
         alive.append(len(seen))
         whole(self, update)
 
-    monkeypatch.setattr(Mean, "add", add)
+    monkeypatch.setattr(MeanAggregator, "add", add)
     simulate(extract="heterofl", aggregate="overlap", clients=12, levels="1", steps=1, pretrain_steps=0)
     assert len(alive) == 12
     assert max(alive) <= 2
 
 
-# cohorts
-
-
 def alone(model, member, options):
     """One client's training by itself, as train.fit does it."""
-    load(model, member.state).train()
-    optimizer = train.make_optimizer(model, options, 1)
-    for rows in train.orders(member.train, options, stream(0, "batches", 1, member.client), model):
+    load_state(model, member.state).train()
+    optimizer = local.make_optimizer(model, options, 1)
+    for rows in local.batch_rows(member.train, options, stream(0, "batches", 1, member.client), model):
         optimizer.zero_grad()
         last = nn.functional.cross_entropy(model(member.train.x[rows]), member.train.y[rows])
         last.backward()
         if options.clip:
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
-    return copied(model), last.item()
+    return copy_state(model), last.item()
 
 
 NETS = {
@@ -171,8 +165,8 @@ NETS = {
 )  # fmt: skip
 def test_a_cohort_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
     torch.manual_seed(0)
-    model = laid_out(NETS[net]())
-    if not cohorts.uneven(model):
+    model = to_fast_layout(NETS[net]())
+    if not vectorized.has_batch_statistics(model):
         counts = counts[:1] * len(counts)
     x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
     if net == "cnn":  # biases before a batch norm have no gradient but rounding, which Adam would blow up
@@ -181,8 +175,8 @@ def test_a_cohort_trains_as_its_clients_would_alone(net, fixed, counts, epochs, 
     options = resolve(values)
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
-    cohorts.train(model, members[::-1], options, 1, fixed)  # what another cohort leaves behind is to be gone
-    together = cohorts.train(model, members, options, 1, fixed)
+    vectorized.train(model, members[::-1], options, 1, fixed)  # what another cohort leaves behind is to be gone
+    together = vectorized.train(model, members, options, 1, fixed)
     for member, trained in zip(members, together, strict=True):
         wanted, loss = alone(model, member, options)
         assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)
@@ -196,8 +190,8 @@ def test_a_cohort_scores_as_its_clients_would_alone():
     x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
     states = [{n: t + 0.1 * i if t.is_floating_point() else t for n, t in tensors(model).items()} for i in range(3)]
     data = [Examples(x, y, torch.arange(n)) for n in (1, 9, 40)]
-    for state, own, score in zip(states, data, cohorts.evaluate(model, states, data, 8), strict=True):
-        wanted = train.evaluate(load(NETS["cnn"](), state), own, 8)
+    for state, own, score in zip(states, data, vectorized.evaluate(model, states, data, 8), strict=True):
+        wanted = evaluation.evaluate(load_state(NETS["cnn"](), state), own, 8)
         assert score.examples == wanted.examples
         assert score.accuracy == pytest.approx(wanted.accuracy)
         assert score.loss == pytest.approx(wanted.loss, rel=1e-4)
@@ -231,28 +225,22 @@ def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
 def test_auto_is_a_rule_on_device_parameters_and_batch():
     small, large, conv = NETS["mlp"](), ZOO["mlp"](classes=10, channels=1, size=28), NETS["fedconv-cnn"]()
     auto = resolve({})
-    assert cohorts.size(small, auto, (1, 6, 6), False) == cohorts.MOST
-    assert cohorts.size(small, auto, (1, 6, 6), True) == 1
-    assert cohorts.size(large, auto, (1, 28, 28), False) == 1
-    assert cohorts.size(conv, auto, (1, 6, 6), False) > 1
-    assert cohorts.size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
-    assert cohorts.size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
-    assert cohorts.size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
-
-
-# tables
+    assert vectorized.group_size(small, auto, (1, 6, 6), False) == vectorized.MOST
+    assert vectorized.group_size(small, auto, (1, 6, 6), True) == 1
+    assert vectorized.group_size(large, auto, (1, 28, 28), False) == 1
+    assert vectorized.group_size(conv, auto, (1, 6, 6), False) > 1
+    assert vectorized.group_size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
+    assert vectorized.group_size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
+    assert vectorized.group_size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
 
 
 def test_rows_are_appended_until_a_column_is_new(tmp_path):
-    folder, rows = Folder(tmp_path), [{"round": 1}]
+    folder, rows = RunFolder(tmp_path), [{"round": 1}]
     for more in ({"round": 2}, {"round": 3, "x": 0.5}, {"round": 4}):
         folder.table("t.csv", rows)
         rows.append(more)
     folder.table("t.csv", rows)
     assert (tmp_path / "t.csv").read_text() == "round,x\n1,\n2,\n3,0.5\n4,\n"
-
-
-# devices and arithmetic
 
 
 @pytest.mark.parametrize("cohorts", ["off", "on"])
@@ -282,12 +270,9 @@ def test_a_gpu_comes_to_about_the_same(simulate, values):
         assert torch.allclose(there.server.state[name], tensor, atol=0.05)
 
 
-# tests and tuning
-
-
 def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
     """A level that is the whole model, and what a client was sent and the round before tested, are not tested again."""
-    seen, whole = [], exams.examine
+    seen, whole = [], evaluation.examine
 
     def examine(model, data, part):
         seen.append(sum(p.numel() for p in model.parameters()))
@@ -317,9 +302,9 @@ def test_early_stopping_keeps_the_best_step_and_says_what_it_saved(simulate):
     assert epochs > 0
     assert made.rounds.rows[0]["server steps saved"] == steps
     assert made.rounds.rows[0]["server steps"] == 400 - steps
-    assert any(f"saved {steps} of" in note for note in experiment.spared(made))
+    assert any(f"saved {steps} of" in note for note in summary.early_stopping_note(made))
     whole = simulate(
         extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 0}}, steps=1
     )
     assert whole.rounds.rows[0]["server steps"] == 400
-    assert not experiment.spared(whole)
+    assert not summary.early_stopping_note(whole)

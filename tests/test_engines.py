@@ -11,19 +11,24 @@ from flwr.app import ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetfl.core import experiment, payload
-from hetfl.core.config import resolve
-from hetfl.core.experiment import prepare
-from hetfl.core.record import Folder
-from hetfl.core.rounds import Unwatched
-from hetfl.core.types import Down, Profile, Reply
-from hetfl.core.wire import MalformedError, Wire, decoded, encoded
+from hetfl.config import resolve
+from hetfl.profiling.node import Profile
+from hetfl.rounds.messages import Instruction
+from hetfl.rounds.records import MalformedError, RecordCodec, decoded, encoded
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import experiment, runner
+from hetfl.runs.experiment import prepare
+from hetfl.runs.folder import RunFolder
+from hetfl.submodel import encoding
+from hetfl.training.task import Reply
 
 TINY = {
     "limit": 200, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False,
     "cohorts": "off", "workers": 2,
 }  # fmt: skip
+
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.int8])
+
 quick = settings(deadline=None, max_examples=40)
 
 
@@ -69,11 +74,11 @@ def masked():
 def test_what_a_client_is_sent_comes_back_as_it_was():
     state, masks = masked()
     for down in (
-        Down(3, state, {"g": 4}, None, masks, {"x": torch.ones(2)}, {"a", "c"}, True, True),
-        Down(1, state, None, "mlp"),
-        Down(1, {}, {}),
+        Instruction(3, state, {"g": 4}, None, masks, {"x": torch.ones(2)}, {"a", "c"}, True, True),
+        Instruction(1, state, None, "mlp"),
+        Instruction(1, {}, {}),
     ):
-        back = Wire().open(Wire().seal(down))
+        back = RecordCodec().open(RecordCodec().seal(down))
         assert (back.round, back.sizes, back.model, back.up, back.held, back.local) == (
             down.round, down.sizes, down.model, down.up, down.held, down.local,
         )  # fmt: skip
@@ -85,24 +90,24 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
 def test_replies_profiles_scores_and_rounds_come_back_as_they_were():
     state, masks = masked()
     reply = Reply(state, 7, {"loss": 0.5}, {"x": torch.ones(2)}, {"g": torch.tensor([0, 2])}, masks)
-    back = Wire().open(Wire().seal(Wire().pack(reply, masks)))
+    back = RecordCodec().open(RecordCodec().seal(RecordCodec().pack(reply, masks)))
     assert back.packed == {"a"}
-    assert same(payload.spread(back.state, masks), state)
+    assert same(encoding.fill_masked(back.state, masks), state)
     assert (back.examples, back.metrics) == (7, {"loss": 0.5})
     assert same(back.extras, reply.extras)
     assert same(back.kept, reply.kept)
     assert same(back.masks, masks)
     for small in (Profile(0.5, "memory"), {"accuracy": 0.25}, {}, 4):
-        assert Wire().open(Wire().seal(small)) == small
+        assert RecordCodec().open(RecordCodec().seal(small)) == small
 
 
 def test_payloads_are_as_large_as_they_are_said_to_be():
     state, masks = masked()
-    content = Wire().seal(Down(1, state, {"g": 1}, None, masks, {"x": torch.ones(2)}))
+    content = RecordCodec().seal(Instruction(1, state, {"g": 1}, None, masks, {"x": torch.ones(2)}))
     arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
     beside = sum(len(name.encode()) + len(v) for name, v in content.config_records["config"].items() if isinstance(v, bytes))
-    assert arrays + beside == payload.size(state, masks) + payload.size({"extra/x": torch.ones(2)})
-    assert payload.size(state, masks, positions=False) == arrays
+    assert arrays + beside == encoding.payload_bytes(state, masks) + encoding.payload_bytes({"extra/x": torch.ones(2)})
+    assert encoding.payload_bytes(state, masks, positions=False) == arrays
     assert ArrayRecord(state).count_bytes() > arrays
 
 
@@ -120,14 +125,14 @@ def test_payloads_are_as_large_as_they_are_said_to_be():
 )
 def test_a_spoilt_message_is_refused_in_a_sentence(spoil):
     state, masks = masked()
-    content = Wire().seal(Wire().pack(Reply(state, 7, masks=masks), masks))
+    content = RecordCodec().seal(RecordCodec().pack(Reply(state, 7, masks=masks), masks))
     spoil(content)
     with pytest.raises(MalformedError, match=r"^\w.*"):
-        Wire().open(content)
+        RecordCodec().open(content)
 
 
 def ran(engine, **values):
-    made = prepare(resolve({**TINY, **values, "engine": engine}), Unwatched())
+    made = prepare(resolve({**TINY, **values, "engine": engine}), NoCallback())
     try:
         made.rounds.start(made.grid)
     finally:
@@ -163,7 +168,7 @@ def test_every_kind_of_strategy_gives_the_same_in_processes(values):
 
 def folder_of(stops, path, engine, rounds=None, **values):
     options = resolve({**TINY, "rounds": 3, **values, "engine": engine})
-    experiment.run(options, Folder(path).open(), stops.Stopping(rounds))
+    runner.run(options, RunFolder(path).open(), stops.Stopping(rounds))
     return path
 
 
@@ -187,7 +192,7 @@ def test_flowers_simulation_gives_the_bits_of_the_local_engine(tmp_path, stops, 
 
 @pytest.mark.slow
 def test_a_process_that_dies_takes_no_more_than_its_client_with_it():
-    made = prepare(resolve({**TINY, "extract": "heterofl", "engine": "processes", "workers": 1}), Unwatched())
+    made = prepare(resolve({**TINY, "extract": "heterofl", "engine": "processes", "workers": 1}), NoCallback())
     try:
         made.rounds.step(1, made.grid)
         for pid in made.grid._crew._all[0]._processes:
@@ -204,7 +209,7 @@ def test_private_names_of_flower_stay_in_one_module_and_this_version_has_them():
     from importlib.metadata import version
     from pathlib import Path
 
-    from hetfl.core import private
+    from hetfl.engines import flower_internals as private
 
     assert version("flwr").startswith(private.TESTED), f"hetfl is tested with flwr {private.TESTED}"
     root = Path(private.__file__).parents[1]
@@ -217,8 +222,8 @@ def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):
     import importlib
     import sys
 
-    from hetfl.core import private
-    from hetfl.core.errors import UsageError
+    from hetfl.engines import flower_internals as private
+    from hetfl.errors import UsageError
 
     monkeypatch.setitem(sys.modules, "flwr.supercore.run", None)
     with pytest.raises(UsageError, match=r"flwr .* lacks what hetfl needs of it .* install flwr 1\.41"):
@@ -228,20 +233,20 @@ def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):
 def test_flowers_client_mods_work_on_submodels(tmp_path):
     from flwr.app import Message
 
-    from hetfl.core.config import write
-    from hetfl.core.export import modes
-    from hetfl.core.grid import context, node
-    from hetfl.core.private import number
-    from hetfl.core.remote import Place, client_app
+    from hetfl.config import write
+    from hetfl.engines.flower.export import modes
+    from hetfl.engines.flower_internals import number
+    from hetfl.engines.local import context, node
+    from hetfl.engines.node import NodeConfig, client_app
 
-    made = prepare(resolve({**TINY, "extract": "heterofl", "aggregate": "overlap", "levels": "0.5:1"}), Unwatched())
+    made = prepare(resolve({**TINY, "extract": "heterofl", "aggregate": "overlap", "levels": "0.5:1"}), NoCallback())
     plan = made.server.select(lambda size: torch.arange((size + 1) // 2))
-    state, place = plan.take(made.server.state), Place(write(experiment.resolved(made), made.plugins.options()), tmp_path)
+    state, place = plan.take(made.server.state), NodeConfig(write(experiment.resolved(made), made.plugins.options()), tmp_path)
     moved = []
     for mods in ([], [["LocalDpMod", 0.01, 0.0, 8.0, 1e-5], ["message_size_mod"], ["arrays_size_mod"]]):
-        message = Message(Wire().seal(Down(1, state, plan.sizes)), node(0), "train", group_id="1")
+        message = Message(RecordCodec().seal(Instruction(1, state, plan.sizes)), node(0), "train", group_id="1")
         number(message, "m")
-        reply = Wire().open(client_app(lambda _: place, modes(mods))(message, context(0, 4)).content)
+        reply = RecordCodec().open(client_app(lambda _: place, modes(mods))(message, context(0, 4)).content)
         moved.append(float(torch.stack([(reply.state[n] - state[n]).norm() for n in state]).norm()))
     assert moved[0] > 0.02
     assert moved[1] == pytest.approx(0.01, rel=1e-3)

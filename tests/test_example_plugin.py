@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hetfl.core import registry
-from hetfl.core.errors import UsageError
+from hetfl import registry
+from hetfl.errors import UsageError
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "example-plugin"
+
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3"]
 
 

@@ -15,20 +15,23 @@ from flwr.app import Message
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
-from hetfl.core import blueprint, ground, remote
-from hetfl.core.config import read, resolve
-from hetfl.core.deployed import client_app, permitted, refuse
-from hetfl.core.errors import UsageError
-from hetfl.core.export import export
-from hetfl.core.federation import LocalFederation, make_key
-from hetfl.core.grid import context, node
-from hetfl.core.private import identify, number
-from hetfl.core.record import Folder
-from hetfl.core.rounds import Unwatched
-from hetfl.core.types import Down
-from hetfl.core.wire import Wire
+from hetfl.config import read, resolve
+from hetfl.engines import node as remote
+from hetfl.engines.flower.client_app import client_app, is_allowed, refuse_not_allowed
+from hetfl.engines.flower.export import export
+from hetfl.engines.flower.superlink import LocalFederation, make_key
+from hetfl.engines.flower_internals import identify, number
+from hetfl.engines.local import context, node
+from hetfl.errors import UsageError
+from hetfl.rounds import setup
+from hetfl.rounds.messages import Instruction
+from hetfl.rounds.records import RecordCodec
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs.folder import RunFolder
+from hetfl.submodel import serialization
 
 MNIST = Path(os.environ.get("HETFL_DATA", "../shared/data")) / "mnist"
+
 SMALL = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
 
 
@@ -43,18 +46,18 @@ def words(values):
 def test_width_groups_travel_as_json_and_nodes_build_no_whole_model(name, args):
     text = name in ("lstm", "encoder")
     options = resolve({"dataset": "digits", "model": name if not text else "mlp", "limit": 60, "clients": 2})
-    common = ground.laid(options, Unwatched())
-    plain = json.loads(json.dumps(blueprint.drawn(common.workshop.widths)))
-    widths = blueprint.read(plain)
-    assert blueprint.drawn(widths) == blueprint.drawn(common.workshop.widths)
-    there = ground.outlined(options, common.federation, widths)
-    assert all(p.is_meta for p in there.workshop.model.parameters())
+    common = setup.build_setup(options, NoCallback())
+    plain = json.loads(json.dumps(serialization.to_json(common.builder.widths)))
+    widths = serialization.from_json(plain)
+    assert serialization.to_json(widths) == serialization.to_json(common.builder.widths)
+    there = setup.build_node_setup(options, common.federation, widths)
+    assert all(p.is_meta for p in there.builder.model.parameters())
     kept = widths.prefix(0.5)
     sizes = {name: len(units) for name, units in kept.items()}
-    ours, theirs = common.workshop.module(sizes), there.workshop.module(sizes)
+    ours, theirs = common.builder.module(sizes), there.builder.module(sizes)
     assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
     assert repr(ours) == repr(theirs)
-    first, again = common.workshop.initial(sizes), there.workshop.initial(sizes)
+    first, again = common.builder.initial(sizes), there.builder.initial(sizes)
     assert all((first[n] == again[n]).all() for n in first)
 
 
@@ -76,13 +79,13 @@ def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
     )
     folder = export(resolve({**SMALL, "extract": "heterofl", "model": "mynet:make"}), tmp_path / "app")
     assert (folder / "hetfl_app" / "mynet.py").exists()
-    assert permitted("mynet:make", [], folder / "hetfl_app")
-    assert not permitted("os:system", [], folder / "hetfl_app")
-    assert not permitted("timm:resnet18", [], folder / "hetfl_app")
-    assert permitted("timm:resnet18", ["timm"], folder / "hetfl_app")
-    assert permitted("resnet18", [], folder / "hetfl_app")
+    assert is_allowed("mynet:make", [], folder / "hetfl_app")
+    assert not is_allowed("os:system", [], folder / "hetfl_app")
+    assert not is_allowed("timm:resnet18", [], folder / "hetfl_app")
+    assert is_allowed("timm:resnet18", ["timm"], folder / "hetfl_app")
+    assert is_allowed("resnet18", [], folder / "hetfl_app")
     with pytest.raises(UsageError, match="does not allow the model"):
-        refuse(resolve({"model": "elsewhere:make"}), [], folder / "hetfl_app")
+        refuse_not_allowed(resolve({"model": "elsewhere:make"}), [], folder / "hetfl_app")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_p
 @pytest.mark.slow
 def test_a_node_comes_back_with_its_memory_and_a_stranger_is_refused(tmp_path):
     options = resolve({**SMALL, "rounds": 5, "extract": "lgfedavg", "engine": "flower", "timeout": 60, "eval_every": 5})
-    folder = Folder(tmp_path / "out").open()
+    folder = RunFolder(tmp_path / "out").open()
     folder.release()
     home = export(options, tmp_path / "app")
     with LocalFederation(tmp_path / "flower", 3, tls=True) as federation:
@@ -169,15 +172,15 @@ def test_a_node_trains_on_its_own_data(tmp_path):
     outline["classes"].append("another")
     identify(1)
     app = client_app(folder)
-    made = ground.laid(options, Unwatched())
-    state = made.workshop.initial()
-    message = Message(Wire().seal(Down(1, state, dict(made.workshop.full))), node(2), "train", group_id="1")
+    made = setup.build_setup(options, NoCallback())
+    state = made.builder.initial()
+    message = Message(RecordCodec().seal(Instruction(1, state, dict(made.builder.full))), node(2), "train", group_id="1")
     number(message, "m")
     there = context(2, 3)
     there.node_config.update({"data": str(tmp_path / "mine"), "memory": str(tmp_path / "memory")})
     reply = app(message, there)
     assert not reply.has_error(), reply.error.reason
-    found = Wire().open(reply.content)
+    found = RecordCodec().open(reply.content)
     assert found.examples == 36
     assert any(not torch.equal(found.state[n], state[n]) for n in state)
     assert list((tmp_path / "memory").rglob("2/000001.safetensors"))

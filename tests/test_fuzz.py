@@ -12,12 +12,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hetfl.core.config import resolve
-from hetfl.core.experiment import prepare
-from hetfl.core.intake import Intake
-from hetfl.core.private import number
-from hetfl.core.rounds import Unwatched
-from hetfl.core.wire import Wire
+from hetfl.config import resolve
+from hetfl.engines.flower_internals import number
+from hetfl.rounds.records import RecordCodec
+from hetfl.rounds.reporting import NoCallback
+from hetfl.rounds.validation import ReplyValidator
+from hetfl.runs.experiment import prepare
 
 TINY = {
     "limit": 150, "clients": 2, "rounds": 1, "epochs": 1, "pretrain_steps": 0, "levels": "0.5:1", "control": False,
@@ -27,14 +27,14 @@ TINY = {
 
 def round_of(extract, aggregate):
     """What a server sent in a round, its intake, and a good reply as it travels."""
-    made = prepare(resolve({**TINY, "extract": extract, "aggregate": aggregate}), Unwatched())
+    made = prepare(resolve({**TINY, "extract": extract, "aggregate": aggregate}), NoCallback())
     rounds = made.rounds
     rounds._now.row["round"] = 1
     messages = list(rounds.configure_train(1, ArrayRecord(), ConfigRecord(), made.grid))
     replies = list(made.grid.send_and_receive(messages))
-    sent, wire = rounds._sent[0], Wire()
+    sent, wire = rounds._sent[0], RecordCodec()
     content = wire.seal(wire.pack(rounds.desk.open(replies[0].content), sent.plan.masks))
-    intake = Intake(made.server, made.plugins, wire, rounds._travels)
+    intake = ReplyValidator(made.server, made.plugins, wire, rounds._travels)
     number(messages[0], "m")
     return sent, intake, content, messages[0]
 
@@ -69,7 +69,6 @@ def test_the_good_reply_is_taken(rounds):
 
 
 ODD = [float("nan"), float("inf"), -1, 0, 2**62, -(2**62), "", "x" * 300, b"", b"\x93NUMPY", True, 1.5, json.dumps({"a": [-1]})]
-
 
 FIELDS = ["mask/0.weight", "kept/0", "extra/x", "scale/0.weight", "shapes", "code", "values"]
 
@@ -147,5 +146,5 @@ def test_any_config_is_sound_or_refused(rounds, values):
 def test_a_score_without_an_accuracy_is_none(rounds):
     _, intake, _, message = rounds[0]
     for said in ({"loss": 1.0}, {"accuracy": float("nan")}, {}):
-        assert intake.scores(Message(Wire().seal(said), reply_to=message)) == {}
-    assert intake.scores(Message(Wire().seal({"accuracy": 0.5}), reply_to=message)) == {"accuracy": 0.5}
+        assert intake.scores(Message(RecordCodec().seal(said), reply_to=message)) == {}
+    assert intake.scores(Message(RecordCodec().seal({"accuracy": 0.5}), reply_to=message)) == {"accuracy": 0.5}

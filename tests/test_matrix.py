@@ -8,10 +8,13 @@ import math
 
 import pytest
 
+from hetfl import presets, registry
 from hetfl.cli.main import main
-from hetfl.core import matrix, presets, registry, roles
-from hetfl.core.config import resolve
-from hetfl.core.errors import UsageError
+from hetfl.config import resolve
+from hetfl.errors import UsageError
+from hetfl.hooks import loading
+from hetfl.runs import cell as matrix
+from hetfl.runs import leaderboard, sweep
 
 SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,1"]
 
@@ -79,37 +82,37 @@ def test_bad_matrices_are_refused_before_anything_runs(tmp_path, capsys, words, 
 def test_pairs_and_controls():
     controls = [e.name for e in registry.builtins() if e.control]
     assert controls == ["serveralone", "standalone", "exclusive"]
-    found = matrix.pairs(["all"], ["all"])
+    found = sweep.pairs(["all"], ["all"])
     extractions = [e for e in registry.entries("extract") if not e.control]
     assert len(found) == len(extractions) * len(registry.entries("aggregate")) + 3
-    assert ("fedconv", "kld") in matrix.pairs(["fedconv"], ["natural"])
+    assert ("fedconv", "kld") in sweep.pairs(["fedconv"], ["natural"])
 
 
 def test_options_reach_only_the_pairs_that_have_them():
     base = {"set": {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}}
-    found = matrix.cells(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    found = sweep.cells(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert found[0].options.set == {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "kld": {"lr": 0.1}}
     assert found[1].options.set == {"levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}
     assert found[0].options.server_data == 0.2
     assert found[0].key != found[1].key
-    same = matrix.cells(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    same = sweep.cells(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert same[0].key == found[0].key
 
 
 def cell(extract, point, seed):
-    return matrix.Cell(point, resolve({"extract": extract, "aggregate": "overlap", "seed": seed}))
+    return matrix.Trial(point, resolve({"extract": extract, "aggregate": "overlap", "seed": seed}))
 
 
 def outcome(extract, point, seed, value):
-    return matrix.Outcome(cell(extract, point, seed), "ok", {"global@test": value})
+    return matrix.TrialResult(cell(extract, point, seed), "ok", {"global@test": value})
 
 
 def test_leaderboard():
     one, two = (("alpha", 0.1),), (("alpha", 1.0),)
     rows = [outcome("a", one, s, v) for s, v in enumerate((0.5, 0.7))] + [outcome("a", two, 0, 0.4)]
     rows += [outcome("b", one, s, 0.9) for s in (0, 1)] + [outcome("b", two, 0, 0.3)]
-    refused = matrix.Outcome(cell("c", one, 0), "not applicable", {"why": "no"})
-    board = matrix.leaderboard([*rows, refused], "global@test")
+    refused = matrix.TrialResult(cell("c", one, 0), "not applicable", {"why": "no"})
+    board = leaderboard.leaderboard([*rows, refused], "global@test")
     assert [s.extract for s in board] == ["a", "b", "c"]
     assert [s.rank for s in board] == [1.5, 1.5, math.inf]
     mean, half, seeds = board[0].values[one]
@@ -122,7 +125,7 @@ def test_leaderboard():
 @pytest.mark.parametrize("preset", presets.presets().values(), ids=lambda p: p.name)
 def test_every_preset_is_a_run(preset):
     options = resolve({**preset.values, "preset": preset.name})
-    roles.load(options)
+    loading.load_plugins(options)
     assert preset.about
     assert len(preset.digest) == 64
 

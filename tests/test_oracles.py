@@ -12,25 +12,31 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hetfl.core import cost
-from hetfl.core.config import resolve
-from hetfl.core.exits import every, with_exits
-from hetfl.core.groups import trace
-from hetfl.core.merge import Update, Updates, blend, mean
-from hetfl.core.models import MLP, FedConvCNN, MobileNetV2
-from hetfl.core.personal import pruned
-from hetfl.core.plans import Patch, Selection, grow, prefix
-from hetfl.core.roles import Roles
-from hetfl.core.server import Server
-from hetfl.core.train import descend
-from hetfl.core.types import Client, Profile
-from hetfl.core.units import gated, readers
-from hetfl.core.widths import build, tensors, within
-from hetfl.plugins import cluster, dac, fedmd, fiarse, hermes, lgfedavg, lotteryfl, robust, scalefl, tailorfl
-from hetfl.plugins.fedavg import FedAvg
-from hetfl.plugins.overlap import Overlap
+from hetfl.aggregation.mean import mean, mean_with_absent
+from hetfl.aggregation.updates import Update, Updates
+from hetfl.config import resolve
+from hetfl.hooks.manager import PluginManager
+from hetfl.hooks.server import Server
+from hetfl.hooks.values import Client
+from hetfl.models.early_exit import every, with_exits
+from hetfl.models.state import tensors
+from hetfl.models.zoo import MLP, FedConvCNN, MobileNetV2
+from hetfl.plugins.aggregations import cluster, robust
+from hetfl.plugins.aggregations.fedavg import FedAvg
+from hetfl.plugins.aggregations.overlap import Overlap
+from hetfl.plugins.methods import dac, fedmd, fiarse, hermes, lgfedavg, lotteryfl, scalefl, tailorfl
+from hetfl.plugins.methods.pruning import prune_share
+from hetfl.profiling import cost as cost_
+from hetfl.profiling.node import Profile
+from hetfl.submodel.plan import Patch, Selection, grow, prefix
+from hetfl.submodel.slicing import build
+from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.units import gated, readers
+from hetfl.submodel.widths import within
+from hetfl.training.local import descend
 
 quick = settings(deadline=None, max_examples=25)
+
 T = torch.tensor
 
 
@@ -61,18 +67,16 @@ def merged(plugin, updates, server=None):
     """What an aggregation plugin makes of `updates`, whether it takes them together or one by one."""
     server = server or server_with()
     server.state = updates.old
-    return Roles({"aggregate.it": plugin}).aggregate(server, updates, 1)
+    return PluginManager({"aggregate.it": plugin}).aggregate(server, updates, 1)
 
 
 def schedule(rate, target, clamp=False):
     """The nominal remaining shares of a client that prunes while more than `target` remains."""
     now = 1.0
     while now > target:
-        now = pruned(now, rate, target, clamp)
+        now = prune_share(now, rate, target, clamp)
         yield now
 
-
-# FIARSE
 
 W = T([0.9, -0.5, 0.3, -0.2, 0.1, 0.05])
 
@@ -131,9 +135,6 @@ def test_fiarse_masks_nest_and_do_not_depend_on_scale(a, b, scale, seed):
     assert bool(((bias == 0) | ((bias > 1) & (bias <= 1.5))).all())
 
 
-# DAC
-
-
 def test_dac_entropy():
     """spec dac O1"""
     for gates, value in (((0.0, 0.0), 0.693147), ((1.0, 1.0), 0.693147), ((1.0, 0.0), 0.582203), ((5.0, 0.0), 0.040180)):
@@ -186,7 +187,7 @@ def test_dac_costs():
     def prices(h):
         small = build(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
         conv = sum(p.numel() for p in small.parameters() if p.ndim > 1)
-        return conv, cost.parameters(small) - conv, cost.macs(small, x)
+        return conv, cost_.parameters(small) - conv, cost_.macs(small, x)
 
     assert prices(8) == (136, 40, 8704)
     assert prices(6) == (102, 32, 6528)
@@ -237,9 +238,6 @@ def test_dac_clusters_are_isolated():
     assert close(plugin.source(server, server.clients[1])["v"], [2.0])
 
 
-# LotteryFL
-
-
 def test_lottery_prune():
     """spec lotteryfl O1"""
     w = T([0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.9, -1.0])
@@ -267,9 +265,6 @@ def test_lottery_aggregation():
     updates = over([9.0, 9, 9], update(1, [1.0, 2, 0], mask=[1, 1, 0]), update(2, [3.0, 0, 0], mask=[1, 0, 0]))
     assert mean(updates, [1.0, 1.0])["v"].tolist() == [2, 2, 9]
     assert mean(over([5.0], update(1, [1.0]), update(2, [3.0])), [1.0, 1.0])["v"].tolist() == [2]
-
-
-# Hermes
 
 
 def test_hermes_figure_5():
@@ -323,9 +318,6 @@ def test_hermes_disjoint_and_identical_masks():
     assert every_one.branches["client 1"]["v"].values.tolist() == [1]
 
 
-# TailorFL
-
-
 def test_tailor_ratio():
     """spec tailorfl O1: capacity is the width squared"""
     found = [tailorfl.ratio(capacity**0.5, 1 / 16) for capacity in (1, 0.5, 0.25, 0.1, 1 / 64)]
@@ -373,8 +365,6 @@ def test_tailor_regulariser():
     assert close(u["a"].grad, [0.25] * 3)
 
 
-# FedMD
-
 SCORES = [T([[2.0, 0], [0, 1]]), T([[0.0, 2], [1, 0]]), T([[1.0, 1], [2, 2]])]
 
 
@@ -408,9 +398,8 @@ def test_fedmd_stratified():
     assert fedmd.stratified(public, 100, torch.Generator()).tolist() == list(range(40))
 
 
-# ScaleFL
-
 Z = (T([[1.0, 0]]), T([[2.0, 0]]))
+
 Y = T([0])
 
 
@@ -483,14 +472,11 @@ def test_exits_of_a_model_end_where_they_should():
     assert len(model.names(1)) < len(model.names(2)) < len(model.names(model.depth))
 
 
-# baselines
-
-
 def test_fedavg_means():
     """spec baselines O1"""
     updates = over([0.0, 0], update(1, [1.0, 2], 10.0), update(2, [3.0, 6], 30.0))
-    assert blend(updates, updates.weights)["v"].tolist() == [2.5, 5]
-    assert blend(updates, [1.0, 1.0])["v"].tolist() == [2, 4]
+    assert mean_with_absent(updates, updates.weights)["v"].tolist() == [2.5, 5]
+    assert mean_with_absent(updates, [1.0, 1.0])["v"].tolist() == [2, 4]
 
 
 def test_fedavg_of_one_client_is_a_central_step():
@@ -506,7 +492,7 @@ def test_fedavg_of_one_client_is_a_central_step():
         model=model, masks={}, draws=False, stream=lambda purpose: torch.Generator(), options=resolve({"clip": 0})
     )
     descend(task, torch.optim.SGD(model.parameters(), 0.1), [(x, y)], lambda a, b: F.cross_entropy(model(a), b))
-    merged = blend(Updates([Update(1, {n: Patch(t) for n, t in tensors(model).items()}, 4.0)], tensors(model)), [4.0])
+    merged = mean_with_absent(Updates([Update(1, {n: Patch(t) for n, t in tensors(model).items()}, 4.0)], tensors(model)), [4.0])
     assert all(close(merged[n], t.detach()) for n, t in central.named_parameters())
 
 
@@ -582,10 +568,10 @@ def test_digest_steps_bring_clients_closer_to_the_consensus():
         assert fedmd.LOSSES["mse"](client(x), agreed).item() < before
 
 
-# shapes
-
 torch.manual_seed(0)
+
 CNN = FedConvCNN(10, 1, 8)
+
 STATE, WIDTHS = tensors(CNN), trace(CNN, torch.randn(2, 1, 8, 8))
 
 

@@ -9,23 +9,28 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from hetfl.core import experiment, models, registry
-from hetfl.core.config import resolve
-from hetfl.core.errors import UsageError
-from hetfl.core.merge import Updates
-from hetfl.core.record import Folder
-from hetfl.core.roles import Roles
-from hetfl.core.rounds import Rounds, Unwatched
+from hetfl import registry
+from hetfl.aggregation.updates import Updates
+from hetfl.config import resolve
+from hetfl.errors import UsageError
+from hetfl.hooks.manager import PluginManager
+from hetfl.models import zoo
+from hetfl.rounds.loop import Rounds
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.folder import RunFolder
 
 EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
+
 AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
+
 SMALL = {"limit": 300, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "partition": "iid"}
 
 
 def run(out, **values):
     """The final weights and the summary of a run."""
-    folder = Folder(out).open()
-    summary = experiment.run(resolve({**SMALL, **values}), folder, Unwatched())
+    folder = RunFolder(out).open()
+    summary = runner.run(resolve({**SMALL, **values}), folder, NoCallback())
     return load((out / "weights.safetensors").read_bytes()), summary
 
 
@@ -68,7 +73,7 @@ TINY = {
 @pytest.mark.parametrize(("extract", "aggregate"), list(itertools.product(EXTRACTIONS, AGGREGATIONS)))
 def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract, aggregate, tmp_path, monkeypatch):
     moves, updates = [], []
-    recover, whole = Roles.recover, Rounds.aggregate_train
+    recover, whole = PluginManager.recover, Rounds.aggregate_train
 
     def recovered(self, *given):
         updates.extend(found := recover(self, *given))
@@ -83,7 +88,7 @@ def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract
             covered = {name: all_of_them.column(name)[1].amax(0) > 0 for name in all_of_them.averaged()}
             moves.append({name: (self.server.state[name] != before[name], covered[name]) for name in covered})
 
-    monkeypatch.setattr(Roles, "recover", recovered)
+    monkeypatch.setattr(PluginManager, "recover", recovered)
     monkeypatch.setattr(Rounds, "aggregate_train", watched)
     values = {**TINY, **tuned(extract, aggregate, 2)}
     one, summary = run(tmp_path / "1", workers=1, **values)
@@ -124,7 +129,7 @@ def test_the_seed_matters_and_the_partition_seed_is_apart(tmp_path):
 
 
 def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
-    from hetfl.core import train
+    from hetfl.training import local as train
 
     whole = train.fit
 
@@ -141,7 +146,7 @@ def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
 
 @pytest.mark.parametrize("spoil", ["nan", "shape", "extra"])
 def test_a_bad_reply_is_left_out(tmp_path, monkeypatch, spoil):
-    from hetfl.core import train
+    from hetfl.training import local as train
 
     whole = train.fit
 
@@ -163,7 +168,7 @@ def test_a_bad_reply_is_left_out(tmp_path, monkeypatch, spoil):
 
 
 def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch):
-    from hetfl.core import train
+    from hetfl.training import local as train
 
     def fit(task):
         raise RuntimeError("down")
@@ -178,7 +183,7 @@ def test_dropout_draws_from_the_clients_own_stream(tmp_path, monkeypatch):
     def net(classes, channels, size):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5), nn.Linear(24, classes))
 
-    monkeypatch.setitem(models.ZOO, "dropnet", net)
+    monkeypatch.setitem(zoo.ZOO, "dropnet", net)
     values = {"extract": "heterofl", "aggregate": "overlap", "model": "dropnet"}
     one, _ = run(tmp_path / "1", workers=1, **values)
     torch.manual_seed(123)
@@ -239,9 +244,9 @@ def test_trained_dilators_run_and_differ(tmp_path):
 
 
 def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
-    from hetfl.core.errors import RunError
+    from hetfl.errors import RunError
 
-    monkeypatch.setattr("hetfl.core.roles.Roles.brief", lambda *_: {"secret": torch.zeros(2)})
+    monkeypatch.setattr("hetfl.hooks.manager.PluginManager.client_extras", lambda *_: {"secret": torch.zeros(2)})
     with pytest.raises(RunError, match="extra 'secret' is undeclared"):
         run(tmp_path / "a", extract="full", aggregate="fedavg")
 

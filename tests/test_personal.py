@@ -7,14 +7,16 @@ import re
 import pytest
 import torch
 
-from hetfl.core import payload, train
-from hetfl.core.apps import Site, place
-from hetfl.core.errors import UsageError
-from hetfl.core.exits import every
-from hetfl.core.merge import mean
-from hetfl.core.plans import Foreign, Selection
-from hetfl.core.widths import tensors
-from hetfl.plugins import lotteryfl
+from hetfl.aggregation.mean import mean
+from hetfl.errors import UsageError
+from hetfl.models.early_exit import every
+from hetfl.models.state import tensors
+from hetfl.plugins.methods import lotteryfl
+from hetfl.rounds import validation
+from hetfl.rounds.client import ClientRuntime, client_id
+from hetfl.submodel import encoding
+from hetfl.submodel.plan import OwnModel, Selection
+from hetfl.training import local as train
 
 
 def states(made):
@@ -110,10 +112,10 @@ def test_fedmd_sends_scores_and_no_parameters(simulate):
     """spec fedmd O4 and properties"""
     made = simulate(extract="fedmd", aggregate="fedmd", set={"fedmd": {"public_epochs": 1}}, server_data=0.3)
     rows, classes = len(made.server.public.tune), made.server.classes
-    array = payload.size({"scores": torch.zeros(rows, classes)})
-    assert array - payload.size({"scores": torch.zeros(0, classes)}) == rows * classes * 4
+    array = encoding.payload_bytes({"scores": torch.zeros(rows, classes)})
+    assert array - encoding.payload_bytes({"scores": torch.zeros(0, classes)}) == rows * classes * 4
     assert all(row["bytes up"] == array for row in made.rounds.client_rows)
-    assert payload.size({"s": torch.zeros(5000, 16)}) - payload.size({"s": torch.zeros(1, 16)}) == 4999 * 16 * 4
+    assert encoding.payload_bytes({"s": torch.zeros(5000, 16)}) - encoding.payload_bytes({"s": torch.zeros(1, 16)}) == 4999 * 16 * 4
     assert "personal@own" in made.rounds.rows[-1]
 
 
@@ -121,7 +123,7 @@ def test_fedmd_of_foreign_architectures(simulate):
     models = {"fedmd": {"models": {"0.5": "fedconv-cnn"}, "public_epochs": 1}}
     options = {"extract": {"fedmd": {"models": {"0.5": "fedconv-cnn"}}}}
     made = simulate(extract="fedmd", aggregate="fedmd", set=options)
-    assert isinstance(made.rounds._sent[1].plan, Foreign)
+    assert isinstance(made.rounds._sent[1].plan, OwnModel)
     clustered = simulate(extract="fedmd", aggregate="cluster", set=options)
     branch = clustered.server.branches["level 0.5"]
     assert any(name.startswith("fedconv-cnn:") for name in branch)
@@ -239,7 +241,7 @@ def test_tailor_keeps_capacity_and_shares_its_lower_groups(simulate):
 
 def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
     """spec dac properties"""
-    from hetfl.plugins.dac import lengths, price
+    from hetfl.plugins.methods.dac import lengths, price
 
     made = simulate(extract="dac", aggregate="cluster", levels="1,0.7,0.4", steps=1, set={"dac": {"epochs": 1}})
     plugin = made.plugins.plugins["extract.dac"]
@@ -278,27 +280,24 @@ def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     """spec scalefl O5"""
     made = simulate(extract="scalefl", aggregate="overlap", levels="0.5", model="fedconv-cnn", model_args={})
     depth = made.rounds._sent[0].plan.depth
-    deeper = set(made.server.state) - made.server.workshop.model.names(depth)
+    deeper = set(made.server.state) - made.server.builder.model.names(depth)
     assert deeper
     assert all(torch.equal(made.server.state[n], made.rounds.first[n]) for n in deeper)
     assert not same(made.server.state, made.rounds.first)
-    with every(made.server.workshop.module()):
+    with every(made.server.builder.module()):
         pass
 
 
 def test_a_model_may_bring_its_own_exits(simulate, monkeypatch):
-    from hetfl.core import models
-    from hetfl.core.exits import with_exits
+    from hetfl.models import zoo as models
+    from hetfl.models.early_exit import with_exits
 
     def net(classes, channels, size):
         return with_exits(models.FedConvCNN(classes, channels, size), torch.randn(2, channels, size, size), classes, 2, 0)
 
     monkeypatch.setitem(models.ZOO, "exitnet", net)
     made = simulate(extract="scalefl", aggregate="overlap", model="exitnet", model_args={})
-    assert made.server.workshop.model.depth == 2
-
-
-# replies that say they cut more
+    assert made.server.builder.model.depth == 2
 
 
 @pytest.mark.parametrize(
@@ -316,15 +315,15 @@ def test_a_model_may_bring_its_own_exits(simulate, monkeypatch):
     ],
 )
 def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks, fault):
-    whole = Site.train
+    whole = ClientRuntime.train
 
     def answer(self, message, context):
         reply = whole(self, message, context)
-        if place(context) == 0:
+        if client_id(context) == 0:
             reply.kept, reply.masks = kept, masks
         return reply
 
-    monkeypatch.setattr(Site, "train", answer)
+    monkeypatch.setattr(ClientRuntime, "train", answer)
     made = simulate(extract="full", aggregate="overlap", cohorts="off", steps=1)
     (row,) = [r for r in made.rounds.client_rows if "fault" in r]
     assert row["client"] == 0
@@ -333,13 +332,13 @@ def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks
 
 def test_a_mask_wider_than_sent_is_refused():
     both, one = torch.tensor([True, True]), torch.tensor([True, False])
-    assert "wider" in payload.unmasked({"w": both}, {"w": one}, {"w": torch.zeros(2)})
-    assert payload.unmasked({"w": one}, {"w": both}, {"w": torch.zeros(2)}) is None
+    assert "wider" in validation.mask_fault({"w": both}, {"w": one}, {"w": torch.zeros(2)})
+    assert validation.mask_fault({"w": one}, {"w": both}, {"w": torch.zeros(2)}) is None
 
 
 def test_a_tensor_that_nobody_sent_keeps_its_value():
-    from hetfl.core.merge import Update, Updates
-    from hetfl.core.plans import Patch
+    from hetfl.aggregation.updates import Update, Updates
+    from hetfl.submodel.plan import Patch
 
     old = {"a": torch.zeros(2), "b": torch.ones(2), "n": torch.tensor(3)}
     updates = Updates([Update(0, {"a": Patch(torch.tensor([4.0, 4]))}, 1.0), Update(1, {}, 1.0)], old)

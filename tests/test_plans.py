@@ -8,18 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hetfl.core.config import resolve
-from hetfl.core.experiment import prepare
-from hetfl.core.groups import trace
-from hetfl.core.merge import Update, Updates, blend, mean
-from hetfl.core.models import MLP, FedConvCNN
-from hetfl.core.plans import Patch, Selection, grow, prefix, window
-from hetfl.core.rounds import Unwatched
-from hetfl.core.widths import tensors
-from hetfl.plugins import filters
-from hetfl.plugins.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr, tiled
+from hetfl.aggregation.mean import mean, mean_with_absent
+from hetfl.aggregation.updates import Update, Updates
+from hetfl.config import resolve
+from hetfl.models.state import tensors
+from hetfl.models.zoo import MLP, FedConvCNN
+from hetfl.plugins.methods.fedconv import filters as filters_
+from hetfl.plugins.methods.fedconv.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr, tiled
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs.experiment import prepare
+from hetfl.submodel.plan import Patch, Selection, grow, prefix, window
+from hetfl.submodel.tracing.groups import trace
 
 ratios = st.floats(0.05, 1.0)
+
 quick = settings(deadline=None, max_examples=25)
 
 
@@ -30,6 +32,7 @@ def fixture():
 
 
 STATE, WIDTHS, MODEL = fixture()
+
 NAMES = [n for n, _ in MODEL.named_parameters()]
 
 
@@ -112,7 +115,7 @@ def test_overlap_oracles():
 
 def test_fedavg_lets_absentees_vote_for_the_old_value():
     a, b = update(0, [4, 4]), update(1, [2], [0])
-    assert merged([8, 8], a, b, weights=[1, 3], merge=blend) == [2.5, 7]
+    assert merged([8, 8], a, b, weights=[1, 3], merge=mean_with_absent) == [2.5, 7]
 
 
 @quick
@@ -123,7 +126,7 @@ def test_means_do_not_depend_on_client_order_and_stay_inside(clients):
     for i, (ratio, n, start) in enumerate(clients):
         where = window(ratio, start)(12)
         ups.append(Update(i, {"v": Patch(torch.rand(len(where), generator=torch.Generator().manual_seed(i)), {0: where})}, n))
-    for merge in (mean, blend):
+    for merge in (mean, mean_with_absent):
         forward, backward = Updates(ups, old), Updates(ups[::-1], old)
         a = merge(forward, forward.weights)["v"]
         assert torch.equal(a, merge(backward, backward.weights)["v"])
@@ -225,20 +228,20 @@ def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
 @pytest.mark.parametrize("few", [True, False])
 def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, few):
     """The fused step against the formula of spec fedconv 2.2 written out, by windows and by spectra."""
-    monkeypatch.setattr(filters, "MOST_ENTRIES", 1 << 20 if few else 0)
+    monkeypatch.setattr(filters_, "MOST_ENTRIES", 1 << 20 if few else 0)
     g = torch.Generator().manual_seed(0)
-    block = filters.Block("w", filters.Part(torch.arange(7), 4), filters.Part(torch.arange(6), 5), 3)
+    block = filters_.Block("w", filters_.Part(torch.arange(7), 4), filters_.Part(torch.arange(6), 5), 3)
     x = torch.randn(3, 7, 6, generator=g)
     weights = [torch.randn(*s, generator=g).requires_grad_() for s in ((3,), (3,), (3,), (3, 4, 2))]
 
     def plain(p, q, gain, v):
-        k = filters.kernel(gain, v)
+        k = filters_.kernel(gain, v)
         y = F.conv2d(x[None], k[:, None], groups=3)[0]
         return (1 + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None]
 
-    bundle, keep = filters.Bundle([0], [(3, 4, 2)]), torch.ones(3)
+    bundle, keep = filters_.Bundle([0], [(3, 4, 2)]), torch.ones(3)
     ours, theirs = (
-        filters.filtered(*weights[:3], weights[3].flatten(), keep, bundle, [filters.Correlation(block, x)])[0],
+        filters_.filtered(*weights[:3], weights[3].flatten(), keep, bundle, [filters_.Correlation(block, x)])[0],
         plain(*weights),
     )
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -250,7 +253,7 @@ def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, f
 def test_spreading_gradients_are_autograds():
     g = torch.Generator().manual_seed(0)
     x, k = (torch.randn(2, *s, generator=g).requires_grad_() for s in ((4, 5), (3, 2)))
-    ours = filters.spreading(x, k, (6, 6))
+    ours = filters_.spreading(x, k, (6, 6))
     theirs = F.conv_transpose2d(x[None], k[:, None], groups=2)[0]
     assert torch.allclose(ours, theirs, atol=1e-5)
     direction = torch.randn(ours.shape, generator=g)
@@ -261,7 +264,7 @@ def test_spreading_gradients_are_autograds():
 @pytest.mark.parametrize(("objective", "dilate"), [("distill", "update"), ("ce", "weights")])
 def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objective, dilate):
     """Early stopping included: what one client's tuning comes to does not depend on who is beside it."""
-    from hetfl.plugins import fedconv
+    from hetfl.plugins.methods.fedconv import strategy as fedconv
 
     tuning = {"steps": 2, "first_steps": 2, "start": "random", "dilator_steps": 40, "patience": 1, "dilator_lr": 0.01}
     options = resolve({
@@ -271,7 +274,7 @@ def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objectiv
     found = []
     for most in (1, 16):
         monkeypatch.setattr(fedconv, "TOGETHER", most)
-        made = prepare(options, Unwatched())
+        made = prepare(options, NoCallback())
         made.rounds.start(made.grid)
         made.server.pool.close()
         found.append((made.server.state, sorted(made.server.saved)))

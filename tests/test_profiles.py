@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetfl.core import capacity, cost
-from hetfl.core.cost import Cost
-from hetfl.core.types import Node
-from hetfl.core.widths import build
-from hetfl.plugins.budget import Budget
-from hetfl.plugins.devices import Devices, table
-from hetfl.plugins.measure import Measure
-from hetfl.plugins.trace import Trace
+from hetfl.plugins.profiles.budget import Budget
+from hetfl.plugins.profiles.devices import Devices, table
+from hetfl.plugins.profiles.measure import Measure
+from hetfl.plugins.profiles.schedule import Trace
+from hetfl.profiling import capacity, cost
+from hetfl.profiling.cost import Cost
+from hetfl.profiling.node import Node
+from hetfl.submodel.slicing import build
 
 
 def priced(ratio):
@@ -27,7 +27,7 @@ def test_fedconvs_testbed_has_its_ratios():
     """field notes 4: A4000 and 1080 Ti 1, P500 and TX2 0.75, Nano 0.5, Raspberry Pi 0.25"""
     found = [Devices().profile(node(client, 20)).width for client in range(20)]
     assert found == [1.0] * 4 + [0.75] * 8 + [0.5] * 4 + [0.25] * 4
-    assert "Jetson Nano has 0.236 TFLOP/s" in Devices(fleet="nano").profile(node()).binding
+    assert "Jetson Nano has 0.236 TFLOP/s" in Devices(fleet="nano").profile(node()).bottleneck
 
 
 def test_a_devices_memory_binds_too():
@@ -57,7 +57,7 @@ def test_every_class_says_where_its_figures_come_from():
 def test_budgets(options, width, binding):
     found = Budget(**options).profile(node())
     assert found.width == width
-    assert found.binding == binding
+    assert found.bottleneck == binding
 
 
 def test_budgets_are_dealt_over_clients():
@@ -70,17 +70,17 @@ def test_budget_reads_the_sliced_module(simulate):
         extract="heterofl", aggregate="overlap", profile="budget", levels=None, set={"budget": {"parameters": "300"}}, steps=1
     )
     width = float(made.rounds.client_rows[0]["level"])
-    widths, model = made.server.widths, made.server.workshop.model
+    widths, model = made.server.widths, made.server.builder.model
     counted = {r: cost.parameters(build(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
     assert width == max(r for r, p in counted.items() if p <= 300)
-    assert made.rounds.client_rows[0]["bound by"].startswith("parameters: ")
+    assert made.rounds.client_rows[0]["bottleneck"].startswith("parameters: ")
 
 
 def test_measure_asks_the_machine_once():
     plugin = Measure(deadline=0.06)
     assert plugin.profile(node(seconds=0.01)).width == 0.5
     assert plugin.profile(node(seconds=9.0)).width == 0.5
-    assert plugin.profile(node(client=1, seconds=0.01)).binding.startswith("deadline: 0.075 of 0.06 s at width 0.75")
+    assert plugin.profile(node(client=1, seconds=0.01)).bottleneck.startswith("deadline: 0.075 of 0.06 s at width 0.75")
 
 
 def test_a_trace_of_battery_and_load(tmp_path):
@@ -89,7 +89,7 @@ def test_a_trace_of_battery_and_load(tmp_path):
     plugin = Trace(file=file)
     assert [plugin.profile(node(0, 3, r)).width for r in (1, 2, 3, 4)] == [1, 1, 0.5, 0.5]
     assert [plugin.profile(node(1, 3, r)).width for r in (1, 2)] == [0.5, 0.25]
-    assert plugin.profile(node(0, 3, 3)).binding == "width 1, battery 0.6, load 0.1"
+    assert plugin.profile(node(0, 3, 3)).bottleneck == "width 1, battery 0.6, load 0.1"
     assert plugin.profile(node(2, 3, 1)).width == 1
 
 
@@ -135,11 +135,11 @@ def test_masks_save_no_compute(simulate):
     """A device that holds a masked model computes all of it (spec fiarse 5.6)."""
     made = simulate(extract="fiarse", aggregate="fiarse", steps=1)
     plan = made.rounds._sent[1].plan
-    assert plan.sizes == made.server.workshop.full
-    from hetfl.core.rounds import spent
+    assert plan.sizes == made.server.builder.full
+    from hetfl.rounds.reporting import device_costs
 
-    real = Cost(*(cost.measure(made.server.workshop.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
-    row = spent(real, made.rounds._sent[1])
+    real = Cost(*(cost.measure(made.server.builder.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
+    row = device_costs(real, made.rounds._sent[1])
     assert row["MACs"] == real.macs
     assert row["memory"] == real.memory
     assert 0.2 < row["parameters"] / real.parameters < 0.3

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from hetfl import registry
 from hetfl.cli.main import main
-from hetfl.core import registry
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
+
 BRIEF = "--limit 120 --rounds 2 --epochs 1 --server-data 0.2 --pretrain-steps 4 --eval-batch-size 64".split()
+
 FEW = ["--clients", "4", "--alpha", "10"]
+
 SETS = {
     "mnist": ["--model", "cnn", *FEW],
     "cifar10": ["--model", "resnet18", *FEW],
@@ -23,8 +26,8 @@ SETS = {
     "wiar_height": ["--partition", "natural"],
 }
 
-
 OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and e.name not in ("heterofl", "fedconv")]
+
 OPTIONS = {"dac": ["dac.epochs=1", "dac.stall=0.3"], "lotteryfl": ["lotteryfl.threshold=0"], "hermes": ["hermes.threshold=0"]}
 
 

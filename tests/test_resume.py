@@ -16,17 +16,18 @@ import torch
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
-from hetfl.core import experiment
-from hetfl.core.checkpoint import Checkpoints, Moment
-from hetfl.core.config import read, resolve
-from hetfl.core.errors import RunError
-from hetfl.core.record import Folder
-from hetfl.core.rounds import Unwatched
+from hetfl.config import read, resolve
+from hetfl.errors import RunError
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner as experiment
+from hetfl.runs.checkpoint import Checkpoints, Snapshot
+from hetfl.runs.folder import RunFolder
 
 TINY = {
     "limit": 200, "clients": 4, "rounds": 4, "epochs": 1, "pretrain_steps": 20, "levels": "1:2,0.5:2", "fraction": 0.75,
     "workers": 2,
 }  # fmt: skip
+
 HARD = [
     {"extract": "fedconv", "aggregate": "kld"},
     {"extract": "fedconv", "aggregate": "overlap", "set": {"fedconv": {"dilator_steps": 5, "start": "random"}}},
@@ -43,12 +44,12 @@ HARD = [
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stops, values):
     """Every kind of state there is: filters, branches, masks, homes, prunings, consensus."""
     options = resolve({**TINY, **values})
-    experiment.run(options, Folder(tmp_path / "whole").open(), Unwatched())
+    experiment.run(options, RunFolder(tmp_path / "whole").open(), NoCallback())
     with pytest.raises(stops.Stopped):
-        experiment.run(options, Folder(tmp_path / "part").open(), stops.Stopping(1))
+        experiment.run(options, RunFolder(tmp_path / "part").open(), stops.Stopping(1))
     options = resolve({**read(tmp_path / "part" / "config.toml"), "out": tmp_path / "part"})
     with pytest.raises(stops.Stopped):
-        experiment.went_on(options, Folder(tmp_path / "part"), stops.Stopping(3))
+        experiment.resume_run(options, RunFolder(tmp_path / "part"), stops.Stopping(3))
     watch = stops.go_on(tmp_path / "part")
     assert any("after round 3" in note for note in watch.notes)
     assert stops.equal(tmp_path / "whole", tmp_path / "part")
@@ -57,9 +58,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stops, values):
 @pytest.fixture
 def stopped(tmp_path, stops):
     options = resolve({**TINY, "extract": "heterofl", "keep_checkpoints": 2})
-    experiment.run(options, Folder(tmp_path / "whole").open(), Unwatched())
+    experiment.run(options, RunFolder(tmp_path / "whole").open(), NoCallback())
     with pytest.raises(stops.Stopped):
-        experiment.run(options, Folder(tmp_path / "part").open(), stops.Stopping(3))
+        experiment.run(options, RunFolder(tmp_path / "part").open(), stops.Stopping(3))
     return tmp_path
 
 
@@ -111,14 +112,14 @@ def test_a_run_without_a_whole_checkpoint_begins_from_its_config(stopped, stops)
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
     store = Checkpoints(tmp_path, 2)
-    store.save(Moment(1, {"server": {"w": torch.ones(3)}}, {"server": {}}))
+    store.save(Snapshot(1, {"server": {"w": torch.ones(3)}}, {"server": {}}))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hetfl.core.record.os.fsync", full)
+    monkeypatch.setattr("hetfl.files.os.fsync", full)
     with pytest.raises(RunError, match=r"No space left on device.*the one before is intact.*hfl resume"):
-        store.save(Moment(2, {"server": {"w": torch.zeros(3)}}, {"server": {}}))
+        store.save(Snapshot(2, {"server": {"w": torch.zeros(3)}}, {"server": {}}))
     monkeypatch.undo()
     found = Checkpoints(tmp_path, 2).load(print)
     assert found.round == 1
@@ -136,7 +137,7 @@ def test_tensors_come_back_in_their_order_and_kind(tmp_path):
         "y": base.expand(2, 3, 4),
         "0:1": base[0:0],
     }
-    Checkpoints(tmp_path).save(Moment(1, {"g": group}))
+    Checkpoints(tmp_path).save(Snapshot(1, {"g": group}))
     back = Checkpoints(tmp_path).load(print).tensors["g"]
     assert list(back) == list(group)
     assert all(torch.equal(back[n], group[n]) and back[n].dtype == group[n].dtype for n in group)
@@ -144,9 +145,9 @@ def test_tensors_come_back_in_their_order_and_kind(tmp_path):
 
 def test_what_changes_in_place_is_written_again(tmp_path):
     store, weights = Checkpoints(tmp_path), torch.ones(3)
-    store.save(Moment(1, {"g": {"w": weights}}))
+    store.save(Snapshot(1, {"g": {"w": weights}}))
     weights.add_(1)
-    store.save(Moment(2, {"g": {"w": weights}}))
+    store.save(Snapshot(2, {"g": {"w": weights}}))
     assert Checkpoints(tmp_path).load(print).tensors["g"]["w"].tolist() == [2, 2, 2]
 
 
@@ -175,7 +176,7 @@ def test_resume_on_the_command_line(tmp_path, capsys):
 
 
 def test_two_processes_do_not_share_a_run(tmp_path, capsys):
-    holder = Folder(tmp_path / "a").open()
+    holder = RunFolder(tmp_path / "a").open()
     holder.write("config.toml", 'extract = "heterofl"\n')
     with pytest.raises(SystemExit) as ended:
         main(["resume", str(tmp_path / "a")])

@@ -10,19 +10,22 @@ import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from hetfl.core import capacity, payload
-from hetfl.core.config import resolve
-from hetfl.core.data import Examples
-from hetfl.core.errors import UsageError
-from hetfl.core.norms import statistics
-from hetfl.core.roles import Roles, load
-from hetfl.core.strategy import Strategy, hookimpl
-from hetfl.core.streams import seed_of, stream
-from hetfl.core.train import tune
-from hetfl.plugins.fedconv import FedConv, rate
-from hetfl.plugins.heterofl import masked, scaled
-from hetfl.plugins.kld import KLD
-from hetfl.plugins.levels import Levels, spelt
+from hetfl.config import resolve
+from hetfl.data.dataset import Examples
+from hetfl.errors import UsageError
+from hetfl.hooks.base import Plugin
+from hetfl.hooks.hookspecs import hookimpl
+from hetfl.hooks.loading import load_plugins
+from hetfl.hooks.manager import PluginManager
+from hetfl.models.normalization import measure_statistics
+from hetfl.plugins.aggregations.kld import KLD
+from hetfl.plugins.methods.fedconv.strategy import FedConv, rate
+from hetfl.plugins.methods.heterofl import masked, scaled
+from hetfl.plugins.profiles.levels import Levels, spelt
+from hetfl.profiling import capacity
+from hetfl.rng import seed_of, stream
+from hetfl.submodel import encoding
+from hetfl.training.tuning import tune
 
 
 def test_masked_cross_entropy():
@@ -62,7 +65,7 @@ def test_static_batch_norm_statistics():
     """spec heterofl 6.7: batches [0, 2] then [4, 8]: mean 3.5, var 5.0"""
     model = nn.Sequential(nn.BatchNorm1d(1))
     batches = [(torch.tensor([[0.0], [2.0]]), torch.zeros(2)), (torch.tensor([[4.0], [8.0]]), torch.zeros(2))]
-    state, count = statistics(model, batches)
+    state, count = measure_statistics(model, batches)
     assert count == 2
     assert state["0.running_mean"].item() == 3.5
     assert state["0.running_var"].item() == 5.0
@@ -92,7 +95,7 @@ def test_fixed_levels():
 
 
 def test_redrawn_levels_change_and_repeat():
-    from hetfl.core.types import Node
+    from hetfl.profiling.node import Node
 
     levels = Levels(mix="1,0.5", redraw=True)
     drawn = [[levels.profile(Node(c, 8, r, 0)).width for c in range(8)] for r in (1, 2, 1)]
@@ -133,10 +136,10 @@ def test_tuning_never_ends_worse_than_it_began_by_the_hold_out():
 
 def test_an_option_may_not_bear_a_hooks_name():
     with pytest.raises(TypeError, match="bears a hook's name"):
-        type("Bad", (Strategy,), {"__annotations__": {"extract": int}, "extract": 3, "__module__": __name__})
+        type("Bad", (Plugin,), {"__annotations__": {"extract": int}, "extract": 3, "__module__": __name__})
 
 
-class Misspelt(Strategy):
+class Misspelt(Plugin):
     @hookimpl
     def aggregate(self, server, updatez):
         return None
@@ -144,7 +147,7 @@ class Misspelt(Strategy):
 
 def test_a_misspelt_hook_argument_is_refused():
     with pytest.raises(UsageError, match="updatez"):
-        Roles({"aggregate.misspelt": Misspelt()})
+        PluginManager({"aggregate.misspelt": Misspelt()})
 
 
 def test_equal_options_are_two_plugins():
@@ -152,7 +155,7 @@ def test_equal_options_are_two_plugins():
     assert len({Levels(), Levels()}) == 2
 
 
-class Outer(Strategy):
+class Outer(Plugin):
     log: list[str] = []
 
     @hookimpl(wrapper=True)
@@ -170,17 +173,17 @@ class Core(Outer):
 
 
 def test_wraps_stand_outside_in_and_the_extraction_innermost(monkeypatch):
-    from hetfl.core import train
+    from hetfl.training import local as train
 
     monkeypatch.setattr(train, "fit", lambda task: task)
-    roles = Roles({"extract.core": Core(), "wrap.outer": Outer(), "wrap.inner": Inner()})
+    roles = PluginManager({"extract.core": Core(), "wrap.outer": Outer(), "wrap.inner": Inner()})
     assert roles.fit([]) == ["Outer", "Inner", "Core"]
 
 
 def test_ambiguous_and_foreign_options():
     with pytest.raises(UsageError, match="no chosen plugin is named 'fedconv'"):
-        load(resolve({"extract": "heterofl", "set": {"fedconv": {"steps": 1}}}))
-    roles = load(resolve({"extract": "heterofl", "set": {"extract": {"heterofl": {"scaler": True}}}}))
+        load_plugins(resolve({"extract": "heterofl", "set": {"fedconv": {"steps": 1}}}))
+    roles = load_plugins(resolve({"extract": "heterofl", "set": {"extract": {"heterofl": {"scaler": True}}}}))
     assert roles.plugins["extract.heterofl"].scaler
 
 
@@ -191,19 +194,19 @@ def test_streams_are_named():
 
 def test_bytes_are_those_of_the_encoded_payload():
     state = {"w": torch.zeros(3, 4, 5), "b": torch.zeros(7), "seen": torch.tensor(3), "mask": torch.ones(9, dtype=torch.bool)}
-    assert payload.size(state) == ArrayRecord(state).count_bytes()
+    assert encoding.payload_bytes(state) == ArrayRecord(state).count_bytes()
 
 
 def test_declared_extras_are_bounded():
-    from hetfl.core.types import Extra
+    from hetfl.hooks.values import ExtraSpec
 
-    assert Extra(4).admits(torch.zeros(4))
-    assert not Extra(4).admits(torch.zeros(5))
-    assert not Extra(4).admits(torch.zeros(4, dtype=torch.int64))
+    assert ExtraSpec(4).admits(torch.zeros(4))
+    assert not ExtraSpec(4).admits(torch.zeros(5))
+    assert not ExtraSpec(4).admits(torch.zeros(4, dtype=torch.int64))
 
 
 def test_a_run_without_public_data_says_so():
-    from hetfl.core.server import Server
+    from hetfl.hooks.server import Server
 
     server = object.__new__(Server)
     server._public = None

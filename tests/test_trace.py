@@ -13,14 +13,16 @@ from safetensors.torch import load as read
 from torch import nn
 from torch.nn import functional as F
 
-from hetfl.core import experiment
-from hetfl.core.config import resolve
-from hetfl.core.errors import UsageError
-from hetfl.core.groups import chosen, compared, trace
-from hetfl.core.models import CNN, LSTM, CNN1d, Encoder, FedConvHAR, GoogLeNet, MobileNetV2
-from hetfl.core.record import Folder
-from hetfl.core.rounds import Unwatched
-from hetfl.core.widths import build, tensors
+from hetfl.config import resolve
+from hetfl.errors import UsageError
+from hetfl.models.state import tensors
+from hetfl.models.zoo import CNN, LSTM, CNN1d, Encoder, FedConvHAR, GoogLeNet, MobileNetV2
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.folder import RunFolder
+from hetfl.submodel.slicing import build
+from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.tracing.verify import chosen, compared
 
 
 class Heads(nn.Module):
@@ -136,6 +138,7 @@ class Start(nn.Module):
 
 
 MODULES = {"heads": Heads, "torchs": Torchs, "recurrent": Recurrent, "odd": Odd, "tied": Tied, "mixer": Mixer, "start": Start}
+
 ZOO = {
     "fedconv-har": (lambda: FedConvHAR(5, 1, 30), (1, 30, 30)),
     "googlenet": (lambda: GoogLeNet(10, 3, shrink=8), (3, 16, 16)),
@@ -264,9 +267,9 @@ def test_any_module_trains_with_any_extraction(held_out, tmp_path, extract, name
     options = {"fedconv": {"steps": 2, "first_steps": 2}} if extract == "fedconv" else {}
     found = []
     for workers in (1, 2):
-        folder = Folder(tmp_path / str(workers)).open()
+        folder = RunFolder(tmp_path / str(workers)).open()
         chosen = {"extract": extract, "aggregate": "overlap", "model": f"held_out:{name}", "levels": "1:1,0.5:1,0.25:1"}
-        experiment.run(resolve({**values, **chosen, "set": options, "workers": workers}), folder, Unwatched())
+        runner.run(resolve({**values, **chosen, "set": options, "workers": workers}), folder, NoCallback())
         found.append(read((folder.path / "weights.safetensors").read_bytes()))
     assert all(bool(torch.isfinite(t).all()) for t in found[0].values())
     assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())

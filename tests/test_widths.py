@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from hetfl.core.blocks import put, take
-from hetfl.core.errors import UsageError
-from hetfl.core.groups import trace
-from hetfl.core.models import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
-from hetfl.core.widths import build, count, load, tensors
+from hetfl.errors import UsageError
+from hetfl.models.state import load_state, tensors
+from hetfl.models.zoo import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
+from hetfl.submodel.blocks import put, take
+from hetfl.submodel.slicing import build
+from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.widths import unit_count
 
 
 class Strange(nn.Module):
@@ -113,7 +115,7 @@ def test_cut_is_masked(name, seed):
     small = {n: take(t, index.get(n, {})) for n, t in state.items()}
     masked = {n: put(small[n], index.get(n, {}), torch.zeros_like(t)) for n, t in state.items()}
     with torch.no_grad():
-        ours = load(build(widths, model, kept), small).eval()(x)
+        ours = load_state(build(widths, model, kept), small).eval()(x)
         theirs = torch.func.functional_call(model, masked, (x,))
     assert widths.groups
     assert (ours - theirs).abs().max() <= 1e-5 * (1 + theirs.abs().max())
@@ -151,7 +153,7 @@ def test_slice_shapes():
     assert small.get_submodule("0").weight.shape == (16, 3, 3, 3)
     assert small.get_submodule("1").conv1.weight.shape == (16, 16, 3, 3)
     assert small.get_submodule("13").weight.shape == (10, 128)
-    assert [count(64, 2.0**-i) for i in range(5)] == [64, 32, 16, 8, 4]
+    assert [unit_count(64, 2.0**-i) for i in range(5)] == [64, 32, 16, 8, 4]
 
 
 def test_a_size_fixed_in_the_code_is_frozen_and_the_rest_is_cut():

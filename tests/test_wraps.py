@@ -10,18 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetfl.core import payload
-from hetfl.core.alarms import Alarms
-from hetfl.core.config import resolve
-from hetfl.core.errors import RunError
-from hetfl.core.experiment import prepare
-from hetfl.core.merge import Merged
-from hetfl.core.plans import Patch
-from hetfl.core.rounds import Unwatched
-from hetfl.core.strategy import Strategy, hookimpl
-from hetfl.core.types import Covered, Reply
-from hetfl.plugins.clip import clipped, norm
-from hetfl.plugins.dp import DP, coverage, epsilon
+from hetfl.aggregation.updates import Merged
+from hetfl.config import resolve
+from hetfl.errors import RunError
+from hetfl.hooks.base import Plugin
+from hetfl.hooks.hookspecs import hookimpl
+from hetfl.hooks.values import Coverage
+from hetfl.plugins.wrappers.clip import clipped, norm
+from hetfl.plugins.wrappers.dp import DP, coverage, epsilon
+from hetfl.rounds.alarms import Alarms
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs.experiment import prepare
+from hetfl.submodel import encoding
+from hetfl.submodel.plan import Patch
+from hetfl.training.task import Reply
 
 PAIRS = [("heterofl", "overlap"), ("fedconv", "kld"), ("fiarse", "hermes"), ("lotteryfl", "overlap"), ("fedmd", "fedmd"),
          ("dac", "median"), ("lgfedavg", "fedavg")]  # fmt: skip
@@ -29,7 +31,7 @@ PAIRS = [("heterofl", "overlap"), ("fedconv", "kld"), ("fiarse", "hermes"), ("lo
 
 def ready(steps=2, **values):
     base = {"limit": 200, "clients": 4, "rounds": 3, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False}
-    made = prepare(resolve({**base, **values}), Unwatched())
+    made = prepare(resolve({**base, **values}), NoCallback())
     for round in range(1, steps + 1):
         made.rounds.step(round, made.grid)
     return made
@@ -64,27 +66,27 @@ def test_what_is_quantised_comes_back_within_half_a_step(code, seed, size):
         "n": torch.tensor(4),
         "z": torch.zeros(2),
     }
-    sent, scales = payload.coded(state, code)
-    back = payload.restored(sent, scales)
+    sent, scales = encoding.encode_tensors(state, code)
+    back = encoding.decode_tensors(sent, scales)
     step = scales["a"] / 2 if code == "int8" else float(state["a"].abs().max()) * 2**-11
     assert (back["a"] - state["a"]).abs().max() <= step * 1.001 + 1e-6
     assert back["a"].dtype == torch.float32
     assert torch.equal(back["z"], state["z"])
     assert back["n"] == 4
-    assert payload.size(state, code=code) < payload.size(state)
+    assert encoding.payload_bytes(state, code=code) < encoding.payload_bytes(state)
 
 
 def test_quantised_bytes_are_those_of_the_message():
-    from hetfl.core.wire import Wire
+    from hetfl.rounds.records import RecordCodec
 
     state = {"a": torch.randn(50, 7), "n": torch.tensor(4)}
     for code in ("fp16", "int8"):
-        content = Wire().seal(Reply(state, 3, code=code))
+        content = RecordCodec().seal(Reply(state, 3, code=code))
         arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
         scales = sum(8 + len(key.encode()) for key in content.config_records["config"] if key.startswith("scale/"))
-        assert arrays + scales == payload.size(state, code=code)
-        back = Wire().open(content)
-        assert torch.equal(back.state["a"], payload.rounded(state, {}, code)["a"])
+        assert arrays + scales == encoding.payload_bytes(state, code=code)
+        back = RecordCodec().open(content)
+        assert torch.equal(back.state["a"], encoding.as_received(state, {}, code)["a"])
 
 
 def test_noise_follows_the_coverage():
@@ -93,10 +95,10 @@ def test_noise_follows_the_coverage():
     server = made.server
     server.state = {"w": torch.zeros(4000, 3)}
     columns = [[0, 1], [0], [0]]
-    covered = [Covered(i, {"w": Patch(torch.empty(0), {1: torch.tensor(c)})}, False) for i, c in enumerate(columns)]
+    covered = [Coverage(i, {"w": Patch(torch.empty(0), {1: torch.tensor(c)})}, False) for i, c in enumerate(columns)]
     assert torch.equal(coverage(server, covered)["w"].expand(4000, 3)[0], torch.tensor([3.0, 1.0, 0.0]))
     server.averages, server.sampled, server.population = True, 3, 3
-    found = DP(norm=2.0, noise=1.5).conclude(server, Merged(server.state), covered, 1)
+    found = DP(norm=2.0, noise=1.5).finalize(server, Merged(server.state), covered, 1)
     spread = found.state["w"].std(0)
     assert spread[0] == pytest.approx(1.0, rel=0.1)
     assert spread[1] == pytest.approx(3.0, rel=0.1)
@@ -117,10 +119,7 @@ def test_epsilon_is_reported_only_where_the_mechanism_is_the_accountants():
     assert any("no epsilon can be given" in note for note in unknown.server.notes)
 
 
-# clients that misbehave
-
-
-class Bad(Strategy):
+class Bad(Plugin):
     """Spoils the replies of client 1."""
 
     @hookimpl(wrapper=True)
@@ -181,10 +180,11 @@ FAULTS = {
 
 
 def with_bad(monkeypatch, spoil, **values):
-    from hetfl.core import roles
+    from hetfl.hooks.manager import PluginManager
+    from hetfl.rounds import setup
 
-    load = roles.load
-    monkeypatch.setattr(roles, "load", lambda options: roles.Roles({**load(options).plugins, "wrap.bad": Bad()}))
+    load = setup.loading.load_plugins
+    monkeypatch.setattr(setup.loading, "load_plugins", lambda options: PluginManager({**load(options).plugins, "wrap.bad": Bad()}))
     SPOILT[:] = [spoil] if spoil else []
     base = {"extract": "heterofl", "aggregate": "overlap", "cohorts": "off"}
     return ready(0, **{**base, **values})
@@ -258,9 +258,9 @@ def test_a_merge_that_is_no_number_is_not_taken(monkeypatch):
     made = with_bad(monkeypatch, None)
     before = made.server.state
     monkeypatch.setattr(
-        made.rounds.roles, "conclude", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()})
+        made.rounds.roles, "finalize", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()})
     )
-    monkeypatch.setattr(type(made.rounds.roles), "concludes", property(lambda self: True))
+    monkeypatch.setattr(type(made.rounds.roles), "finalizes", property(lambda self: True))
     made.rounds.step(1, made.grid)
     assert made.server.state is before
     assert "NaN or infinity" in made.rounds.rows[0]["alarms"]

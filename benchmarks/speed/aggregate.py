@@ -26,22 +26,25 @@ def medians(works: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str,
 
 
 def main() -> None:
-    from hetfl.core import models, registry
-    from hetfl.core.config import resolve
-    from hetfl.core.groups import trace
-    from hetfl.core.merge import Update
-    from hetfl.core.plans import Plan, prefix
-    from hetfl.core.pool import Pool
-    from hetfl.core.roles import Roles
-    from hetfl.core.server import Server
-    from hetfl.core.widths import count, load, tensors
-    from hetfl.core.workshop import Workshop
+    from hetfl import registry
+    from hetfl.aggregation.updates import Update
+    from hetfl.config import resolve
+    from hetfl.hooks.manager import PluginManager
+    from hetfl.hooks.server import Server
+    from hetfl.models import zoo as models
+    from hetfl.models.state import load_state as load
+    from hetfl.models.state import tensors
+    from hetfl.parallel import Pool
+    from hetfl.submodel.builder import SubmodelBuilder
+    from hetfl.submodel.plan import Plan, prefix
+    from hetfl.submodel.tracing.groups import trace
+    from hetfl.submodel.widths import unit_count as count
 
     torch.set_num_threads(1)
     model = models.ZOO["resnet18"](classes=10, channels=3)
     widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)
-    server = Server(resolve({}), Workshop(model, widths), tensors(model), 10, None, Pool(1))
-    roles = Roles({"aggregate.overlap": registry.find("aggregate", "overlap").load()()})
+    server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, None, Pool(1))
+    roles = PluginManager({"aggregate.overlap": registry.find("aggregate", "overlap").load()()})
     generator = torch.Generator().manual_seed(0)
 
     def some(ratio: float) -> Callable[[int], torch.Tensor]:
@@ -59,7 +62,7 @@ def main() -> None:
                 fold.add(Update(i, plan.put(state), 1.0))
             fold.result()
 
-        modules = [server.workshop.module(plan.sizes) for plan in plans]
+        modules = [server.builder.module(plan.sizes) for plan in plans]
 
         def extract(plans: Any = plans, modules: Any = modules) -> None:
             for plan, module in zip(plans, modules, strict=True):

@@ -17,20 +17,25 @@ CASES: tuple[tuple[str, dict[str, Any], int, int], ...] = (
     ("mlp", {"hidden": []}, 28, 32), ("mlp", {"hidden": [32]}, 28, 32), ("mlp", {"hidden": [200, 200]}, 28, 64),
     ("fedconv-cnn", {}, 8, 64), ("fedconv-cnn", {}, 28, 64),
 )  # fmt: skip
+
 CLIENTS, ROWS = 64, 2000
 
 
 def measure(net: str, args: dict[str, Any], size: int, examples: int) -> dict[str, Any]:
-    from hetfl.core import cohorts, models, train
-    from hetfl.core.config import resolve
-    from hetfl.core.data import Examples
-    from hetfl.core.streams import stream
-    from hetfl.core.widths import copied, load, tensors
-    from hetfl.core.workshop import laid_out
+    from hetfl.config import resolve
+    from hetfl.data.dataset import Examples
+    from hetfl.models import zoo as models
+    from hetfl.models.state import copy_state as copied
+    from hetfl.models.state import load_state as load
+    from hetfl.models.state import tensors
+    from hetfl.rng import stream
+    from hetfl.submodel.builder import to_fast_layout
+    from hetfl.training import local as train
+    from hetfl.training import vectorized as cohorts
 
     known = {"classes": 10, "channels": 1, "size": size}
     given = {k: v for k, v in known.items() if k in inspect.signature(models.ZOO[net]).parameters}
-    model = laid_out(models.ZOO[net](**given, **args)).train()
+    model = to_fast_layout(models.ZOO[net](**given, **args)).train()
     x, y, options = torch.randn(ROWS, 1, size, size), torch.arange(ROWS) % 10, resolve({"lr": 0.01, "epochs": 1})
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [cohorts.Member(i, state, Examples(x, y, torch.randperm(ROWS)[:examples].sort().values)) for i in range(CLIENTS)]

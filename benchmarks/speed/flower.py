@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from benchmarks.speed.work import WORKS, norm, plain, report
 
 WORK = WORKS[os.environ.get("HETFL_WORK", "W")]
+
 MODELS: dict[str, torch.nn.Module] = {}
+
 client_app, server_app = ClientApp(), ServerApp()
 
 

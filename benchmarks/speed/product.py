@@ -29,14 +29,14 @@ class Watch:
 
 
 def main() -> None:
-    from hetfl.core import experiment
-    from hetfl.core.config import resolve
-    from hetfl.core.record import Folder
+    from hetfl.config import resolve
+    from hetfl.runs import runner
+    from hetfl.runs.folder import RunFolder
 
     work, watch = asked(), Watch()
     with tempfile.TemporaryDirectory() as place:
-        folder = Folder(Path(place) / "run").open()
-        experiment.run(resolve(work.values), folder, watch)
+        folder = RunFolder(Path(place) / "run").open()
+        runner.run(resolve(work.values), folder, watch)
         from safetensors.torch import load_file
 
         state = load_file(folder.path / "weights.safetensors")

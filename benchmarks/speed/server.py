@@ -11,34 +11,36 @@ from torch.nn import functional as F
 from benchmarks.speed.work import report
 
 RATIOS = (0.75, 0.5, 0.25)
+
 IMAGES, BATCH = 500, 64
 
 
 def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) -> dict[str, Any]:
-    from hetfl.core import models
-    from hetfl.core.config import resolve
-    from hetfl.core.data import Examples, Public
-    from hetfl.core.groups import trace
-    from hetfl.core.plans import prefix
-    from hetfl.core.pool import Pool
-    from hetfl.core.server import Server
-    from hetfl.core.types import Client, Profile
-    from hetfl.core.widths import tensors
-    from hetfl.core.workshop import Workshop
-    from hetfl.plugins.fedconv import FedConv
-    from hetfl.plugins.filters import Compressor, Filters, tiled
+    from hetfl.config import resolve
+    from hetfl.data.dataset import Examples, ServerData
+    from hetfl.hooks.server import Server
+    from hetfl.hooks.values import Client
+    from hetfl.models import zoo as models
+    from hetfl.models.state import tensors
+    from hetfl.parallel import Pool
+    from hetfl.plugins.methods.fedconv.filters import Compressor, Filters, tiled
+    from hetfl.plugins.methods.fedconv.strategy import FedConv
+    from hetfl.profiling.node import Profile
+    from hetfl.submodel.builder import SubmodelBuilder
+    from hetfl.submodel.plan import prefix
+    from hetfl.submodel.tracing.groups import trace
 
     torch.set_num_threads(1)
     model = models.ZOO[net](classes=10, channels=shape[0], **args)
     widths = trace(model, torch.randn(2, *shape), verify=False)
     x, y, cut = torch.randn(IMAGES, *shape), torch.arange(IMAGES) % 10, IMAGES * 3 // 4
-    public = Public(Examples(x, y, torch.arange(cut)), Examples(x, y, torch.arange(cut, IMAGES)))
-    server = Server(resolve({}), Workshop(model, widths), tensors(model), 10, public, Pool(1))
+    public = ServerData(Examples(x, y, torch.arange(cut)), Examples(x, y, torch.arange(cut, IMAGES)))
+    server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, public, Pool(1))
 
     def plain() -> None:
         server.answers(server.state, x)  # the teacher
         for ratio in RATIOS:
-            small = server.workshop.module(server.select(prefix(ratio)).sizes).eval()
+            small = server.builder.module(server.select(prefix(ratio)).sizes).eval()
             for step in range(steps + 1):
                 if step % 10 == 0 or step == steps:
                     with torch.no_grad():

@@ -18,10 +18,11 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from hetfl.core.config import RunOptions
-    from hetfl.core.data import Federation
+    from hetfl.config import RunOptions
+    from hetfl.data.dataset import FederatedDataset
 
 SIZE = 28
+
 CLASSES = 10
 
 
@@ -53,13 +54,13 @@ class Work:
 
     @cached_property
     def options(self) -> RunOptions:
-        from hetfl.core.config import resolve
+        from hetfl.config import resolve
 
         return resolve(self.values)
 
     @cached_property
-    def federation(self) -> Federation:
-        from hetfl.core import data
+    def federation(self) -> FederatedDataset:
+        from hetfl.data import loading as data
 
         return data.load(self.options)
 
@@ -75,15 +76,15 @@ class Work:
 
     def module(self, args: dict[str, Any] | None = None) -> torch.nn.Module:
         """The untrained model, as hetfl builds it; with `args`, by these arguments."""
-        from hetfl.core.ground import built
+        from hetfl.rounds.setup import build_model
 
         options = self.options if args is None else self.options.model_copy(update={"model_args": args})
-        return built(options, self.federation, self.model)
+        return build_model(options, self.federation, self.model)
 
     def chosen(self, round: int) -> list[int]:
         """The clients of a round, as hetfl samples them."""
-        from hetfl.core.rounds import sample
-        from hetfl.core.streams import stream
+        from hetfl.rng import stream
+        from hetfl.rounds.loop import sample
 
         return sample(self.clients, self.options.fraction, stream(0, "sample", round))
 
@@ -91,7 +92,7 @@ class Work:
         """A client's examples in the order in which it sees them."""
         import torch
 
-        from hetfl.core.streams import stream
+        from hetfl.rng import stream
 
         index = self.federation.clients[client].train.index
         return index[torch.randperm(len(index), generator=stream(0, "batches", round, client))]
@@ -103,10 +104,12 @@ class Work:
 
 
 SMALL = {"widths": [16, 32], "hidden": 128, "kernel": 3}
+
 HETERO = {
     "extract": "heterofl", "aggregate": "overlap", "levels": "1:2,0.5:2,0.25:2,0.125:2,0.0625:2", "eval_every": 1,
     "set": {"heterofl": {"static_bn": True}},
 }  # fmt: skip
+
 WORKS = {
     work.name: work
     for work in (

@@ -7,15 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hetfl.core.merge import Merged, Updates, mean
-from hetfl.core.plans import Plan
-from hetfl.core.server import Server
-from hetfl.core.strategy import Field, Strategy, hookimpl
-from hetfl.core.types import Client
-from hetfl.core.widths import count
+from hetfl import Client, Field, Merged, Plan, Plugin, Server, Updates, hookimpl, mean, unit_count
 
 
-class Alternate(Strategy):
+class Alternate(Plugin):
     """Keeps evenly spaced channels of every layer; at width 0.5, every second one."""
 
     shift: int = Field(0, ge=0, description="channels that the pattern moves each round")
@@ -27,11 +22,11 @@ class Alternate(Strategy):
 
 def spaced(size: int, width: float, shift: int) -> Tensor:
     """The kept channels of a layer of `size` channels, in ascending order."""
-    kept = count(size, width)
+    kept = unit_count(size, width)
     return ((torch.arange(kept) * size // kept + shift) % size).sort().values
 
 
-class Midpoint(Strategy):
+class Midpoint(Plugin):
     """Per entry, half way between the extremes of the clients that cover it; what nobody covers keeps its old value."""
 
     @hookimpl

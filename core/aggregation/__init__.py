@@ -1,0 +1,1 @@
+"""Updates in global coordinates, and their means."""

@@ -1,0 +1,102 @@
+"""Examples in memory, and who holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetfl.data.inputs import Inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Some rows of a resident tensor: batches are taken by index, so all clients share one copy."""
+
+    x: Tensor  # (N, *shape): float32, normalised, or int64 token ids
+    y: Tensor  # int64 (N,)
+    index: Tensor  # int64, the rows that are ours, ascending
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches x (size, *shape), y (size,), each example once, shuffled by `generator`; the last may be short."""
+        for rows in self.rows(size, generator):
+            yield self.x[rows], self.y[rows]
+
+    def rows(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The same batches as positions in `x` and `y`."""
+        index = self.index if generator is None else self.index.index_select(0, torch.randperm(len(self), generator=generator))
+        return index.split(size) if len(index) else ()
+
+    def split(self, every: int = 5) -> tuple[Examples, Examples]:
+        """Two parts that never change: all but each `every`-th example, and these; fewer than `every` stand in both."""
+        if len(self) < every:
+            return self, self
+        held = torch.arange(len(self)) % every == every - 1
+        return Examples(self.x, self.y, self.index[~held]), Examples(self.x, self.y, self.index[held])
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Every example: x (len, *shape), y (len,)."""
+        return self.x[self.index], self.y[self.index]
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """What one client has; `train` and its own `test` never overlap, `test` may be empty."""
+
+    train: Examples
+    test: Examples
+    counts: Tensor  # int64 (classes,) of train
+
+    @property
+    def labels(self) -> Tensor:
+        """Bool (classes,): the classes present in `train`."""
+        return self.counts > 0
+
+
+@dataclass(frozen=True, eq=False)
+class ServerData:
+    """The server's labelled data: `tune` to train on, `holdout` only to choose steps."""
+
+    tune: Examples
+    holdout: Examples
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedDataset:
+    """Who holds which examples of a data set. No example is in two of the clients' parts, `public` and `test`."""
+
+    dataset: str
+    classes: tuple[str, ...]
+    clients: tuple[ClientData, ...]
+    public: ServerData | None
+    test: Examples
+    fingerprint: str  # equal iff the same people hold the same examples
+    counts: Tensor  # int64 (clients, classes) of the clients' train examples
+    inputs: Inputs  # what a model is to be built for
+    model: str  # the one to take where none is named
+    preprocessing: dict[str, Any]  # the data options that were left open, as they were found
+
+    def on(self, device: str) -> FederatedDataset:
+        """The same with all examples resident on `device`; who holds which stays where it is."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved: dict[int, Tensor] = {}
+
+        def there(part: Examples) -> Examples:
+            x, y = (moved.setdefault(id(t), t.to(device)) for t in (part.x, part.y))
+            return Examples(x, y, part.index)
+
+        clients = tuple(replace(c, train=there(c.train), test=there(c.test)) for c in self.clients)
+        public = self.public and ServerData(there(self.public.tune), there(self.public.holdout))
+        return replace(self, clients=clients, public=public, test=there(self.test))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return self.inputs.shape

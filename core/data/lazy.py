@@ -1,0 +1,25 @@
+"""Libraries that are imported only when data are read."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def library(name: str) -> Any:
+    """The module `name`, imported at first need: these take seconds, and some warn while they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings and progress bars of the data libraries off the user's terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

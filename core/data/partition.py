@@ -1,0 +1,177 @@
+"""Who holds which rows: global test, the server's public cut, the clients' parts (by flwr-datasets) and their tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetfl.config import DataOptions
+from hetfl.data.lazy import library, quiet
+from hetfl.errors import UsageError
+from hetfl.rng import seed_of, stream
+
+_TEST_SHARE = 0.2  # of the train split, where a data set comes without a test split
+
+_SMALLEST = 2  # examples of a Dirichlet client: one to train on and one to test on
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Row numbers, ascending; no two tensors share a row of the train split."""
+
+    train: tuple[Tensor, ...]  # int64 (rows,) for each client
+    own: tuple[Tensor, ...]  # int64 (rows,) for each client, its own test; may be empty
+    tune: Tensor
+    holdout: Tensor
+    test: Tensor  # rows of the test split where there is one, else of the train split
+
+
+def deal(options: DataOptions, y: Tensor, test_y: Tensor | None = None, ids: Tensor | None = None) -> Split:
+    """Deal the rows of a train split with labels `y` (N,), and of its test split with labels `test_y` if it has one.
+
+    `ids` (N,) number the owner of each row and are needed for a natural partition. Every draw belongs to a stream of
+    `options.partition_seed`. Raises UsageError where the options cannot be met by these rows.
+    """
+    test, rows = _global_test(options, y, test_y)
+    rows = _first(rows, options.limit, stream(options.partition_seed, "limit"))
+    tune, holdout, left = _public(options, y, rows)
+    clients = [left[part] for part in _parts(options, y[left], None if ids is None else ids[left])]
+    cuts = [_own_test(options, rows, client) for client, rows in enumerate(clients)]
+    return Split(tuple(train for train, _ in cuts), tuple(own for _, own in cuts), tune, holdout, test)
+
+
+def spread(y: Tensor, generator: torch.Generator) -> Tensor:
+    """A random order (N,) whose every beginning has the classes of `y` (N,) in proportion, after one of each first."""
+    order = torch.randperm(len(y), generator=generator)
+    labels = y[order]
+    counts = torch.bincount(labels)
+    rank = torch.empty_like(labels)
+    rank[labels.argsort(stable=True)] = torch.arange(len(y)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    position = torch.where(rank == 0, -1.0, (rank.double() + 0.5) / counts[labels])
+    return order[position.argsort(stable=True)]
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    return rows.sort().values
+
+
+def _first(rows: Tensor, limit: int | None, generator: torch.Generator) -> Tensor:
+    return rows if limit is None else _sorted(rows[torch.randperm(len(rows), generator=generator)[:limit]])
+
+
+def _global_test(options: DataOptions, y: Tensor, test_y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of the global test, and the rows of the train split that are left."""
+    if test_y is not None:
+        test, rest = torch.arange(len(test_y)), torch.arange(len(y))
+    else:
+        order = spread(y, stream(options.partition_seed, "test"))
+        size = max(1, round(_TEST_SHARE * len(y)))
+        test, rest = order[:size], order[size:]
+    return _sorted(_first(test, options.limit, stream(options.partition_seed, "limit-test"))), _sorted(rest)
+
+
+def _public(options: DataOptions, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The server's rows to tune on, its holdout, and the clients' rows."""
+    size = _public_size(options, len(rows))
+    order = rows[spread(y[rows], stream(options.partition_seed, "public"))]
+    held = min(max(1, round(options.server_holdout * size)), size - 1) if size else 0
+    public = order[:size][spread(y[order[:size]], stream(options.partition_seed, "holdout"))]
+    return _sorted(public[: size - held]), _sorted(public[size - held :]), _sorted(order[size:])
+
+
+def _public_size(options: DataOptions, examples: int) -> int:
+    asked = options.server_data
+    size = round(asked * examples) if asked < 1 else int(asked)
+    of = f"--server-data {asked:g} of {examples} training examples"
+    if asked and size < 2:
+        raise UsageError(f"{of} is {size} for the server, which needs 2 (one to tune on, one to hold out); 0 is none")
+    if size and size >= examples:
+        raise UsageError(f"{of} leaves the clients nothing: give the server fewer (a share below 1 or a count)")
+    return size
+
+
+def _own_test(options: DataOptions, rows: Tensor, client: int) -> tuple[Tensor, Tensor]:
+    order = rows[torch.randperm(len(rows), generator=stream(options.partition_seed, "own-test", client=client))]
+    size = min(round(options.own_test * len(rows)), len(rows) - 1)
+    return _sorted(order[size:]), _sorted(order[:size])
+
+
+def _parts(options: DataOptions, y: Tensor, ids: Tensor | None) -> list[Tensor]:
+    """Positions in `y` of each client's examples."""
+    _check(options, y)
+    order = torch.randperm(len(y), generator=stream(options.partition_seed, "clients"))  # the IID parts are blocks
+    columns = {"idx": order.numpy(), "label": y[order].numpy()} | ({} if ids is None else {"id": ids[order].numpy()})
+    try:
+        return _load_parts(_partitioner(options, len(y)), columns)
+    except ValueError as error:
+        raise UsageError(_unmet(options, len(y))) from error
+
+
+def _load_parts(partitioner: Any, columns: dict[str, Any]) -> list[Tensor]:
+    with quiet():
+        partitioner.dataset = library("datasets").Dataset.from_dict(columns).with_format("numpy")
+        count = partitioner.num_partitions
+        parts = [_sorted(torch.as_tensor(partitioner.load_partition(i)[:]["idx"]).long()) for i in range(count)]
+    together = torch.cat(parts)
+    if len(torch.unique(together)) < len(together):  # numpy's Dirichlet draws end in NaN for an absurd alpha
+        raise ValueError("a row was dealt twice")
+    return parts
+
+
+def _partitioner(options: DataOptions, examples: int) -> Any:
+    module = library("flwr_datasets.partitioner")
+    clients, k, seed = options.clients, options.classes_per_client, seed_of(options.partition_seed, "partition")
+    match options.partition:
+        case "iid":
+            return module.IidPartitioner(clients)
+        case "dirichlet":
+            return module.DirichletPartitioner(clients, "label", options.alpha, _SMALLEST, shuffle=False, seed=seed)
+        case "pathological":  # "first-deterministic" is the paper's, and uses every class where it can
+            return module.PathologicalPartitioner(clients, "label", k, "first-deterministic", shuffle=False, seed=seed)
+        case "shard":
+            return module.ShardPartitioner(clients, "label", num_shards_per_partition=k, shuffle=False, seed=seed)
+        case "quantity":
+            return module.SizePartitioner(_sizes(options, examples))
+        case "natural":
+            return module.NaturalIdPartitioner("id")
+
+
+def _sizes(options: DataOptions, examples: int) -> list[int]:
+    """Sizes of clients that differ as a Dirichlet draw of concentration alpha does; each client has at least 2."""
+    clients, spare = options.clients, examples - _SMALLEST * options.clients
+    if spare < 0:
+        raise UsageError(f"{examples} examples are too few for {clients} clients of at least {_SMALLEST}: lower --clients")
+    generator = library("numpy.random").default_rng(seed_of(options.partition_seed, "sizes"))
+    ends = (generator.dirichlet([options.alpha] * clients).cumsum() * spare).round().astype(int).tolist()
+    return [_SMALLEST + end - start for start, end in pairwise([0, *ends[:-1], spare])]
+
+
+def _check(options: DataOptions, y: Tensor) -> None:
+    """Refuse what can be told before the draw."""
+    clients, k, n = options.clients, options.classes_per_client, len(y)
+    if n == 0 or (options.partition != "natural" and clients > n):
+        raise UsageError(f"--clients {clients} is more than the {n} training examples there are for clients")
+    if options.partition == "pathological" and k > (present := len(torch.unique(y))):
+        raise UsageError(f"--classes-per-client {k} is more than the {present} classes among the clients' examples")
+    if options.partition == "shard" and clients * k > n:
+        raise UsageError(
+            f"{clients} clients of {k} shards need {clients * k} examples, but clients have {n}: "
+            "lower --clients or --classes-per-client"
+        )
+
+
+def _unmet(options: DataOptions, examples: int) -> str:
+    clients = options.clients
+    if options.partition == "dirichlet":
+        return (
+            f"a Dirichlet partition with --alpha {options.alpha:g} leaves some of the {clients} clients fewer than "
+            f"{_SMALLEST} of {examples} examples: raise --alpha, lower --clients or use more data"
+        )
+    return (
+        f"{examples} examples cannot be dealt to {clients} clients of {options.classes_per_client} classes each: "
+        "lower --clients or --classes-per-client, or use more data"
+    )

@@ -1,0 +1,1 @@
+"""A run as an app of a real Flower federation."""

@@ -1,0 +1,100 @@
+"""The two halves of an exported app: the ServerApp that drives the run, and the ClientApp of a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+
+from hetfl.config import RunOptions, resolve
+from hetfl.data import loading as data
+from hetfl.data.dataset import ClientData, FederatedDataset
+from hetfl.engines import node as remote
+from hetfl.engines.node import NodeConfig
+from hetfl.errors import UsageError
+from hetfl.hooks import loading
+from hetfl.rounds import setup
+from hetfl.rounds.client import client_app as inner
+from hetfl.rounds.records import RecordCodec
+from hetfl.submodel import serialization
+
+RUN, OUTLINE, EVENTS = "run.toml", "outline.json", "events.jsonl"
+
+
+def client_app(home: Path) -> ClientApp:
+    """The ClientApp of the app in folder `home`. What a node has of its own is in its node config:
+
+    `partition-id`, `num-partitions`; `data`, a folder of its own examples (default: its part of the run's data set); `memory`, the
+    folder in which its client remembers; `allow`, plugins and models beside the built-in ones that it will load, with commas.
+    """
+    from hetfl.engines.flower.export import modes
+
+    outline = json.loads((home / OUTLINE).read_text())
+
+    def where(context: Context) -> NodeConfig:
+        memory = Path(str(context.node_config.get("memory") or default_memory())) / outline["key"]
+        given = {name: str(context.node_config.get(name, "")) for name in ("data", "allow", "num-partitions", "partition-id")}
+        return NodeConfig((home / RUN).read_text(), memory, json.dumps({**given, "home": str(home)}))
+
+    return remote.client_app(where, mods=modes(outline["mods"]))
+
+
+def default_memory() -> Path:
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "hetfl"
+
+
+def site(config: str, node: str) -> ClientApp:
+    """The run's ClientApp on a node. Raises UsageError for what the node does not allow."""
+    options, own = resolve(tomllib.loads(config)), json.loads(node)
+    home = Path(own["home"])
+    refuse_not_allowed(options, [part.strip() for part in own["allow"].split(",")], home)
+    outline = json.loads((home / OUTLINE).read_text())
+    federation = node_data(options, own["data"], int(own["partition-id"]), int(own["num-partitions"]))
+    if list(federation.classes) != outline["classes"]:
+        raise UsageError(f"this node's data have the classes {', '.join(federation.classes)}, not {', '.join(outline['classes'])}")
+    return inner(setup.build_node_setup(options, federation, serialization.from_json(outline["widths"])).site(RecordCodec()))
+
+
+def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) -> None:
+    """Raises UsageError for plugins and models that are neither built in nor allowed here; before any is imported."""
+    for entry in loading.choose_entries(options):
+        if entry.source != "built-in" and not {entry.name, f"{entry.role}.{entry.name}", entry.source.split()[0]} & set(allowed):
+            raise UsageError(f"this node does not allow the {entry.role} plugin '{entry.name}' of {entry.source} (--allow)")
+    if options.model and not is_allowed(options.model, allowed, home):
+        raise UsageError(f"this node does not allow the model '{options.model}' (--allow)")
+
+
+def is_allowed(model: str, allowed: Sequence[str], home: Path) -> bool:
+    """Whether a node builds the model `model`: of the zoo, within the app itself, or allowed by its module or library."""
+    module, colon, _ = model.partition(":")
+    inside = (home / Path(*module.split("."))).with_suffix(".py").exists()
+    return not colon or inside or module in allowed or module.split(".")[0] in allowed or model in allowed
+
+
+class SameForAll(Sequence[ClientData]):
+    """The clients as one of them sees them: all have what it has."""
+
+    def __init__(self, own: ClientData, clients: int) -> None:
+        self._own, self._clients = own, clients
+
+    def __len__(self) -> int:
+        return self._clients
+
+    def __getitem__(self, client: Any) -> Any:
+        return self._own
+
+
+def node_data(options: RunOptions, folder: str, client: int, clients: int) -> FederatedDataset:
+    """The data of a node: those in `folder`, or its part of the run's data set."""
+    if not folder:
+        return data.load(options)
+    mine = {"dataset": folder, "clients": 1, "partition": "iid", "server_data": 0.0, "limit": None}
+    found = data.load(options.model_copy(update=mine))
+    return replace(found, clients=SameForAll(found.clients[client if client < len(found.clients) else 0], clients))  # type: ignore[arg-type]

@@ -1,0 +1,233 @@
+"""A whole Flower federation on one machine, SuperLink, SuperNodes, certificates and keys: begun for a run, stopped after it."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from hetfl.engines.flower.client_app import EVENTS
+from hetfl.errors import RunError
+
+BIN = Path(sys.executable).parent
+
+HERE = "127.0.0.1"
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+
+PDEATHSIG = 1  # of prctl
+
+READY = 60.0  # seconds for a SuperLink to begin
+
+
+class LocalFederation:
+    """`nodes` SuperNodes and their SuperLink, in folder `home`; use as a context."""
+
+    def __init__(self, home: Path, nodes: int, tls: bool, allow: str = "") -> None:
+        self._home, self._nodes, self._tls, self._allow = home.absolute(), nodes, tls, allow
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._port = free_port()
+        path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])  # Flower's programs start one another by name
+        self.env = {**os.environ, **QUIET, "FLWR_HOME": str(self._home), "PATH": path}
+
+    def __enter__(self) -> LocalFederation:
+        self._home.mkdir(parents=True, exist_ok=True)
+        (self._home / "state.db").unlink(missing_ok=True)
+        (self._home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": self._address()}}))
+        try:
+            self._superlink()
+            for node in range(self._nodes):
+                self.register(f"node{node}")
+            for node in range(self._nodes):
+                self.join(node)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _address(self) -> dict[str, Any]:
+        """How `flwr` reaches the SuperLink."""
+        if not self._tls:
+            return {"address": f"{HERE}:{self._port}", "insecure": True}
+        make_certificates(self._home)
+        return {"address": f"{HERE}:{self._port}", "root-certificates": str(self._home / "ca.crt")}
+
+    def _superlink(self) -> None:
+        words = ["--host", HERE, "--port", str(self._port), "--disable-runtime-dependency-installation"]
+        if self._tls:
+            named = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
+            words += [word for flag, name in named.items() for word in (flag, str(self._home / name))]
+            words += ["--enable-supernode-auth", "--database", str(self._home / "state.db")]
+        self._start("superlink", "flower-superlink", *words, *([] if self._tls else ["--insecure"]))
+        until = time.monotonic() + READY
+        while not answers(self._port):
+            if time.monotonic() > until or self._running["superlink"].poll() is not None:
+                raise RunError(f"the SuperLink did not begin: {self.tail('superlink')}")
+            time.sleep(0.1)
+
+    def _start(self, name: str, command: str, *words: str) -> None:
+        with open(self._home / f"{name}.log", "ab") as log:
+            self._running[name] = subprocess.Popen(
+                [str(BIN / command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+    def register(self, name: str) -> None:
+        """Makes a key for a node and has the SuperLink know it; nothing without TLS."""
+        if not self._tls:
+            return
+        make_key(self._home / name)
+        self.flwr("supernode", "register", str(self._home / f"{name}.pub"), "here", "--name", name)
+
+    def join(self, node: int, name: str | None = None) -> None:
+        """Starts SuperNode `node`, which holds that partition; one that ran before comes back with its memory."""
+        name = name or f"node{node}"
+        config = {"partition-id": node, "num-partitions": self._nodes, "memory": str(self._home / "memory"), "allow": self._allow}
+        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        words = ["--superlink", f"{HERE}:{self._port}", "--host", HERE, "--port", str(free_port()), "--node-config", pairs]
+        if self._tls:
+            words += ["--root-certificates", str(self._home / "ca.crt"), "--auth-supernode-private-key", str(self._home / name)]
+        self._start(name, "flower-supernode", *words, *([] if self._tls else ["--insecure"]))
+
+    def leave(self, node: int, sign: int = signal.SIGKILL) -> None:
+        """Ends SuperNode `node` and its processes, as a crash would."""
+        end(self._running.pop(f"node{node}"), sign)
+
+    def running(self, name: str) -> bool:
+        """Whether a process of ours is still there."""
+        return name in self._running and self._running[name].poll() is None
+
+    def flwr(self, *words: str) -> str:
+        """Runs a command of Flower's. Raises RunError with what it said."""
+        done = subprocess.run([str(BIN / "flwr"), *words], capture_output=True, text=True, env=self.env, check=False, timeout=120)
+        if done.returncode:
+            raise RunError(f"flwr {' '.join(words[:2])} failed: {' '.join((done.stdout + done.stderr).split())[-400:]}")
+        return done.stdout
+
+    def events(self, app: Path, out: Path) -> Iterator[dict[str, Any]]:
+        """Runs an exported app to its end; what its server tells, as it tells it. Raises RunError where it fails."""
+        events = out / EVENTS
+        events.unlink(missing_ok=True)
+        self._start("run", "flwr", "run", str(app), "here", "--stream", "--run-config", f'out="{out.absolute()}"')
+        seen, over = 0, False
+        while True:
+            over = over or not self.running("run")
+            lines = events.read_text().splitlines(keepends=True) if events.exists() else []
+            for line in lines[seen:]:
+                if not line.endswith("\n"):
+                    break
+                seen += 1
+                event = json.loads(line)
+                yield event
+                if "ended" in event or "failed" in event:
+                    return
+            if over:
+                raise RunError(f"the run ended without a result: {self.tail('run')}")
+            time.sleep(0.1)
+
+    def tail(self, name: str) -> str:
+        """The last words of a process."""
+        path = self._home / f"{name}.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        return " ".join(text.split())[-500:] or "it said nothing"
+
+    def stop(self) -> None:
+        """Ends everything that was begun."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for process in self._running.values():
+                end(process, sign)
+            time.sleep(0.3)
+
+
+def die_with_parent() -> None:
+    """Has Linux end this process when the one that began it ends, however it ends."""
+    with suppress(Exception):
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen[bytes], sign: int) -> None:
+    """Signals a process and those it began."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(3)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HERE, 0))
+        return int(found.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as tried:
+        tried.settimeout(0.5)
+        return tried.connect_ex((HERE, port)) == 0
+
+
+def make_certificates(home: Path) -> None:
+    """A certificate authority of our own, and a certificate for the SuperLink on this machine."""
+    if (home / "ca.crt").exists():
+        return
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    root = certificate("hetfl", authority, "hetfl", authority, [x509.BasicConstraints(ca=True, path_length=None)])
+    hosts = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HERE))])
+    ours = certificate("localhost", server, "hetfl", authority, [hosts])
+    (home / "ca.crt").write_bytes(root.public_bytes(serialization.Encoding.PEM))
+    (home / "server.pem").write_bytes(ours.public_bytes(serialization.Encoding.PEM))
+    secret(home / "server.key", pem(server, serialization.PrivateFormat.PKCS8))
+
+
+def certificate(
+    name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, extensions: Sequence[Any]
+) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(common_name(issuer), common_name(name), key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=365))
+    for extension in extensions:
+        made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+    return made.sign(signer, hashes.SHA384())
+
+
+def common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def make_key(path: Path) -> None:
+    """A node's key pair in OpenSSH's form, kept where it is there already."""
+    if path.exists():
+        return
+    key = ec.generate_private_key(ec.SECP384R1())
+    secret(path, pem(key, serialization.PrivateFormat.OpenSSH))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_name(path.name + ".pub").write_bytes(public + b"\n")
+
+
+def pem(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def secret(path: Path, data: bytes) -> None:
+    """Writes a file that only its owner may read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)

@@ -1,0 +1,53 @@
+"""Flower's simulation on Ray as an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from hetfl.config import RunOptions
+from hetfl.engines.node import NodeConfig, client_app
+from hetfl.engines.remote import RemoteGrid
+from hetfl.errors import UsageError
+from hetfl.parallel import cores
+
+
+class RaySimulation(RemoteGrid):
+    """A grid that is there while `drive` runs; an actor a core. Raises UsageError where Ray is not installed."""
+
+    def __init__(self, clients: int, options: RunOptions, config: str, home: Path) -> None:
+        super().__init__(clients, options.timeout, options.wait)
+        if importlib.util.find_spec("ray") is None:
+            raise UsageError("--engine ray needs Flower's simulation: pip install 'hetfl[ray]'")
+        self._place, self._workers = NodeConfig(config, home.absolute()), options.workers or cores()
+
+    def drive(self, work: Callable[[], Any]) -> None:
+        """Does `work` while the simulation runs; what it raises is raised here."""
+        os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        from flwr.simulation import run_simulation
+
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+        place, failures, server = self._place, list[BaseException](), ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context) -> None:
+            try:
+                self.attach(grid)
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        resources: Any = {
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": self._workers, "include_dashboard": False, "log_to_driver": False},
+        }
+        run_simulation(server, client_app(lambda _: place), self._clients, backend_config=resources)
+        if failures:
+            raise failures[0]

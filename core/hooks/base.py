@@ -1,0 +1,81 @@
+"""A strategy is one pydantic class: its fields are its options, its `@hookimpl` methods are its behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hetfl.hooks import hookspecs
+from hetfl.hooks.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from hetfl.hooks.values import ExtraSpec
+    from hetfl.models.state import State
+
+__all__ = ["HOOKS", "Field", "Plugin", "flatten_state", "hookimpl", "unflatten_state"]
+
+HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "hetfl_spec"))
+
+Kept = Mapping[Any, "State"]  # for each client or width: named tensors
+
+
+def flatten_state(**kinds: Kept) -> State:
+    """What a plugin keeps as one `state_dict`: kind/owner/name."""
+    return {f"{k}/{owner!r}/{name}": t for k, kept in kinds.items() for owner, state in kept.items() for name, t in state.items()}
+
+
+def unflatten_state(state: State, kind: str, owner: Callable[[str], Any]) -> dict[Any, State]:
+    """One kind of what `flat` joined; `owner` reads a client's number or a width."""
+    found: dict[Any, State] = {}
+    for key, tensor in state.items():
+        of, whose, name = key.split("/", 2)
+        if of == kind:
+            found.setdefault(owner(whose), {})[name] = tensor
+    return found
+
+
+class Plugin(BaseModel):
+    """Base of every plugin, built-in or a third party's.
+
+    `down` and `up` declare the extras that travel beside the weights; what is not declared is refused. What a plugin keeps
+    from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
+    wants for normalisation statistics when the run leaves it open. `foreign`: an extraction whose clients may have
+    architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean over the clients that
+    cover an entry, one vote a client where all have equally many examples.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+    mean: ClassVar[bool] = False
+    extras_down: ClassVar[dict[str, ExtraSpec]] = {}
+    extras_up: ClassVar[dict[str, ExtraSpec]] = {}
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if clash := sorted(set(cls.model_fields) & set(HOOKS)):
+            raise TypeError(f"{cls.__name__}.{clash[0]} is an option that bears a hook's name; rename the option")
+
+    @property
+    def norm_policy(self) -> str | None:
+        return None
+
+    @property
+    def inactive_hooks(self) -> Collection[str]:
+        """Names of this plugin's hooks that do nothing under its options; `fit` then goes to cohorts, `recover` to streaming."""
+        return ()
+
+    @property
+    def takes_own_models(self) -> bool:
+        return False
+
+    def state_dict(self) -> State:
+        """Tensors that a later round needs again."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes back what `state_dict` gave."""

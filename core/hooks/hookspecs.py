@@ -1,0 +1,84 @@
+"""The moments of a round that a plugin can answer. docs/hooks.md says more of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hetfl.aggregation.mean import Fold
+    from hetfl.aggregation.updates import Merged, Update, Updates
+    from hetfl.hooks.server import Server
+    from hetfl.hooks.values import Client, Coverage, Exchange, ReceivedReply
+    from hetfl.models.state import State
+    from hetfl.profiling.node import Node, Profile
+    from hetfl.submodel.plan import Plan
+    from hetfl.training.task import Reply, Task
+
+hookspec = pluggy.HookspecMarker("hetfl")
+
+hookimpl = pluggy.HookimplMarker("hetfl")
+
+
+@hookspec(firstresult=True)
+def adapt_model(model: nn.Module, x: Tensor, classes: int) -> nn.Module | None:
+    """Everywhere, before the widths are traced: the model to use in place of `model`. Default: `model`."""
+
+
+@hookspec
+def prepare(server: Server) -> None:
+    """Server, once before round 1: work that precedes training. All chosen plugins are called."""
+
+
+@hookspec(firstresult=True)
+def profile(node: Node) -> Profile | None:
+    """Node, every round: what this device can afford. Default: the full width."""
+
+
+@hookspec(firstresult=True)
+def extract(server: Server, clients: Sequence[Client], round: int) -> Sequence[Plan | None] | None:
+    """Server: a plan for each of the round's clients, in their order; None: it sits out. Default: the whole model for everyone."""
+
+
+@hookspec(firstresult=True)
+def base_state(server: Server, client: Client) -> State | None:
+    """Server: the state that this client's plan is taken from, a branch of its own. Default: the global model."""
+
+
+@hookspec
+def exchange(server: Server, client: Client, names: Collection[str]) -> Exchange | None:
+    """Server: which of the tensors `names` travel to and from this client; the others stay with it. Default: all."""
+
+
+@hookspec
+def client_extras(server: Server, client: Client, plan: Plan, round: int) -> State | None:
+    """Server: the extras that travel to this client beside its submodel. All chosen plugins are asked."""
+
+
+@hookspec(firstresult=True)
+def fit(task: Task) -> Reply | None:
+    """Client: local training. Wrap it (`hookimpl(wrapper=True)`) to change the task before or the reply after."""
+
+
+@hookspec(firstresult=True)
+def recover(server: Server, replies: Sequence[ReceivedReply], round: int) -> Iterable[Update] | None:
+    """Server: the replies in global coordinates. Default: each reply put back where its plan took it."""
+
+
+@hookspec(firstresult=True)
+def aggregate(server: Server, updates: Updates, round: int) -> Merged | None:
+    """Server: the next global model. Default: the mean over the clients that cover an entry."""
+
+
+@hookspec(firstresult=True)
+def fold(server: Server, round: int) -> Fold | None:
+    """Server, in place of `aggregate`: a running aggregation, which takes the updates one by one and holds none of them."""
+
+
+@hookspec
+def finalize(server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged | None:
+    """Server, after the aggregation: the next global model as it is to be. Each chosen plugin gets what the one before made."""

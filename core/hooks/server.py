@@ -1,0 +1,151 @@
+"""The server as plugins see it: the global model, the width groups, the public data, and what can be done with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetfl.config import RunOptions
+from hetfl.data.dataset import Examples, ServerData
+from hetfl.errors import NotApplicable
+from hetfl.hooks.values import Client
+from hetfl.models.state import State, copy_state
+from hetfl.parallel import Pool
+from hetfl.rng import stream
+from hetfl.submodel.builder import SubmodelBuilder, fast_layout
+from hetfl.submodel.plan import Patches, Selection, grow
+from hetfl.submodel.widths import Kept, Widths
+from hetfl.training.dropout import seeded_random
+from hetfl.training.evaluation import Score, evaluate
+from hetfl.training.tuning import Tuned, risen, tune, tune_together
+
+
+class Server:
+    """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
+    `clients` has every client by its id as it was when last sampled.
+
+    `sampled` of `population` clients take part in a round; `averages` tells whether the aggregation is a mean over the clients
+    that cover an entry. `public` is the server's labelled data or None; `spent` counts the training steps taken on it,
+    `saved` the (steps, epochs) that early stopping left out.
+    """
+
+    def __init__(
+        self, options: RunOptions, builder: SubmodelBuilder, state: State, classes: int, public: ServerData | None, pool: Pool
+    ) -> None:
+        self.options, self.builder, self.state, self.classes, self.pool = options, builder, state, classes, pool
+        self.branches: dict[str, Patches] = {}
+        self.clients: dict[int, Client] = {}
+        self.spent: list[int] = []
+        self.saved: list[tuple[int, float]] = []
+        self.notes: list[str] = []
+        self.alarms: list[str] = []  # of this round, not said yet
+        self.sampled, self.population, self.averages = 0, 0, False
+        self._public = public
+        self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
+
+    @property
+    def widths(self) -> Widths:
+        return self.builder.widths
+
+    @property
+    def public(self) -> ServerData:
+        """The server's own labelled examples. Raises UsageError where the run gives it none."""
+        if self._public is None:
+            raise NotApplicable("this strategy needs public data on the server; give it some with --server-data 0.05")
+        return self._public
+
+    @property
+    def has_public(self) -> bool:
+        return self._public is not None
+
+    def branch(self, name: str) -> State | None:
+        """The whole state of a branch, the global model where the branch says nothing; None where there is no such branch."""
+        return grow(self.branches[name], self.state)[0] if name in self.branches else None
+
+    def stream(self, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
+        """A random stream that belongs to (seed, purpose, round, client)."""
+        return stream(self.options.seed, purpose, round, client)
+
+    def select(self, choose: Callable[[int], Tensor] | Kept) -> Selection:
+        """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each.
+
+        Equal selections are one object. Mask it or give it a depth with `dataclasses.replace`.
+        """
+        kept = self.widths.select(choose) if callable(choose) else choose
+        key = tuple(tuple(units.tolist()) for units in kept.values())
+        if key not in self._selections:
+            if len(self._selections) > 64:
+                self._selections.clear()
+            self._selections[key] = Selection(self.widths, kept)
+        return self._selections[key]
+
+    def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
+        model = self.builder.module(sizes).eval()
+        form, weights = fast_layout(model), {name: t.to(x.device) for name, t in state.items()}
+        if form != torch.contiguous_format:
+            weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
+        out: Tensor = torch.func.functional_call(model, weights, (x,))
+        return out
+
+    def answers(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """`logits` without a gradient, in batches of evaluation."""
+        with torch.no_grad():
+            return torch.cat([self.logits(state, part, sizes) for part in x.split(self.options.eval_batch_size)])
+
+    def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None, model: str | None = None) -> Score:
+        """Accuracy and loss of `state` on `data`."""
+        return evaluate(self.builder.loaded(state, sizes, model), data, self.options.eval_batch_size)
+
+    def tune(
+        self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
+        *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (), patience: int = 0,
+    ) -> Tuned:  # fmt: skip
+        """`train.tune` on this server's tune split, with its steps counted."""
+        generator = self.stream(purpose, round, client)
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
+        return self._counted([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
+
+    def tune_together(
+        self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
+        clients: Sequence[int], *, steps: int, lr: float, batch: int, patience: int = 0,
+    ) -> list[Tuned]:  # fmt: skip
+        """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
+        orders = [self.stream(purpose, round, client) for client in clients]
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
+        return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
+
+    def _counted(self, tuned: list[Tuned], steps: int, batch: int, purpose: str) -> list[Tuned]:
+        self.alarms += [text for t in tuned if (text := risen(purpose, t.start, t.last, t.step))]
+        each = math.ceil(len(self.public.tune) / batch)
+        self.spent += [t.steps for t in tuned]
+        self.saved += [(steps - t.steps, (steps - t.steps) / each) for t in tuned]
+        return tuned
+
+    def trained(
+        self, state: State, steps: int, purpose: str, round: int = 0, *,
+        sizes: Mapping[str, int] | None = None, lr: float | None = None, client: int = -1,
+    ) -> State:  # fmt: skip
+        """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss."""
+        if not steps:
+            return state
+        model, (x, y) = self.builder.loaded(state, sizes), self.public.tune.all()
+        parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+
+        def loss(rows: Tensor) -> Tensor:
+            return F.cross_entropy(model.train()(x[rows]), y[rows])
+
+        def judge() -> float:
+            return evaluate(model, self.public.holdout, self.options.eval_batch_size).loss
+
+        with seeded_random(self.widths.draws, self.stream(f"{purpose} dropout", round, client)):
+            self.tune(
+                parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
+                batch=self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
+            )  # fmt: skip
+        return copy_state(model)

@@ -1,0 +1,1 @@
+"""What a submodel costs, and what a device affords."""

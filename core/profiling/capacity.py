@@ -1,0 +1,99 @@
+"""From a device's limits to the largest width that fits them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
+
+from hetfl.profiling.node import Profile
+
+Item = TypeVar("Item")
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def largest(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
+    """The largest width of `grid` at which `limit` names nothing that is exceeded, and what binds at the next larger one.
+
+    Raises ValueError where even the smallest is too much.
+    """
+    binding = ""
+    for ratio in sorted(grid, reverse=True):
+        exceeded = limit(ratio)
+        if not exceeded:
+            return Profile(ratio, binding)
+        binding = exceeded
+    raise ValueError(f"even width {min(grid):g} is too much: {binding}")
+
+
+def widths(text: str) -> list[float]:
+    """The ratios of a grid such as 1,0.75,0.5. Raises ValueError for what is no width in (0, 1]."""
+    return [ratio(part) for part in text.split(",")]
+
+
+def checked(text: str) -> str:
+    """A grid that `widths` can read, as it was given."""
+    widths(text)
+    return text
+
+
+Grid = Annotated[str, AfterValidator(checked)]
+
+
+def ratio(text: str) -> float:
+    """A width in (0, 1], as a number, a fraction such as 1/4, or a power such as 0.75^2."""
+    base, _, power = text.strip().partition("^")
+    try:
+        value = float(Fraction(base)) ** int(power or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"'{text}' is no ratio, such as 0.5, 1/4 or 0.75^2") from error
+    if not 0 < value <= 1:
+        raise ValueError(f"ratio {text} is outside (0, 1]; a ratio is the width that remains")
+    return value
+
+
+def quantity(text: str) -> float:
+    """A number with an optional unit: 256MB, 1.5GB, 20M, 3e9. Raises ValueError."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"'{text}' is no amount, such as 256MB, 20M or 3e9")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fraction]]:
+    """(value, share) of each part of `value:share, …`; a part without a share counts 1. Raises ValueError."""
+    found = []
+    for part in text.split(","):
+        name, _, share = part.strip().partition(":")
+        try:
+            weight = Fraction(share or "1")
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"'{part}' is not value:share, such as 0.5:8") from error
+        if weight <= 0:
+            raise ValueError(f"share {share} of {name} must be above 0")
+        found.append((value(name), weight))
+    return found
+
+
+def deal(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
+    """Every client's value: floor(clients * share / sum) of each in order, the rest the last (spec heterofl 2.7).
+
+    Fewer clients than the shares' sum would all get the last so; they are dealt by the shares' running sum instead.
+    """
+    whole = sum((share for _, share in parts), Fraction())
+    if clients < whole:
+        ends = [int(clients * sum((s for _, s in parts[: i + 1]), Fraction()) / whole) for i in range(len(parts))]
+        return [v for (v, _), start, end in zip(parts, [0, *ends], ends, strict=False) for _ in range(end - start)]
+    dealt = [value for value, share in parts for _ in range(int(clients * share / whole))]
+    return dealt + [parts[-1][0]] * (clients - len(dealt))
+
+
+@lru_cache
+def dealt(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
+    """Every client's value under the mix `text`, worked out once for all clients of a run."""
+    return tuple(deal(mix(text, value), clients))

@@ -1,0 +1,113 @@
+"""What a module costs, measured on the module itself: parameters, multiply-accumulates, training memory, bytes to send."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from hetfl.config import RunOptions
+from hetfl.models.state import tensors
+from hetfl.submodel import encoding
+from hetfl.training import local
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`memory` are the most bytes of tensors alive at once in a training step; `bytes` is the encoded payload."""
+
+    parameters: int
+    macs: int
+    memory: int
+    bytes: int
+
+
+def measure(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
+    """The cost of `model` on examples `x` (N, *shape): MACs of one example, memory of two local steps on `batch` of them.
+
+    The optimiser is that of `options` (default: SGD with momentum).
+
+    The model's values change.
+    """
+    rows = torch.arange(batch) % len(x)
+    labels = torch.arange(batch) % classes
+    return Cost(
+        parameters(model), macs(model, x[:1]), memory(model, x[rows], labels, options), encoding.payload_bytes(tensors(model))
+    )
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one forward pass of `x`."""
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    with counter, torch.no_grad():
+        model.eval()(x)
+    return int(counter.get_total_flops()) // 2
+
+
+def recurrent(x: tuple[int, ...], w_ih: tuple[int, ...], w_hh: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Flops of one layer and direction of an LSTM: every step of every example meets both weights."""
+    return 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
+
+
+def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Flops of scaled dot product attention: queries with keys, then with values."""
+    rows = q[0] * q[1] * q[2] * k[2]
+    return 2 * rows * (q[3] + v[3])
+
+
+UNCOUNTED = {  # by torch's own counter
+    torch.ops.aten.mkldnn_rnn_layer: recurrent,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+}
+
+
+def memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = None) -> int:
+    """The most bytes of tensors alive at once over two training steps (the second holds the momentum)."""
+    optimizer = local.make_optimizer(model, options or RunOptions.model_validate({}), 1)
+    with Alive([*model.parameters(), *model.buffers(), x, y]) as alive:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x), y).backward()
+            optimizer.step()
+    return int(alive.peak)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages from the op that makes them until they are freed."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._seen: set[int] = set()
+        for tensor in held:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return out

@@ -1,0 +1,196 @@
+"""Payloads as Flower records: what crosses process and network boundaries, and the checks before any of it is believed.
+
+A message holds one ArrayRecord, the tensors of the model, and one ConfigRecord with everything else, so that Flower's own client
+mods can work on it. Nothing is unpickled or evaluated, and no more memory is taken than the message itself has bytes (a mask
+takes a byte for each of its bits).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.lib import format as npy
+from torch import Tensor
+
+from hetfl.models.state import State
+from hetfl.profiling.node import Profile
+from hetfl.rounds.messages import Instruction
+from hetfl.submodel import encoding
+from hetfl.training.task import Reply
+
+DTYPES = {"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"}
+
+LONGEST = 10_000  # characters of an array's header
+
+Values = dict[str, Any]
+
+
+class MalformedError(ValueError):
+    """A message that is not what it should be; the text says why."""
+
+
+class RecordCodec:
+    """A desk at which payloads are written into their messages; no value is an empty text, which Flower's mods choke on."""
+
+    def seal(self, content: object) -> RecordDict:
+        """The content of a message that carries `content`."""
+        for kind, write, _ in FORMS.values():
+            if isinstance(content, kind):
+                return write(content)
+        raise TypeError(f"{type(content).__name__} does not travel")
+
+    def open(self, content: RecordDict) -> Any:
+        """The payload of a message. Raises MalformedError."""
+        try:
+            config = content["config"]
+            assert isinstance(config, ConfigRecord)
+            return FORMS[str(config["form"])][2](content)
+        except MalformedError:
+            raise
+        except Exception as error:
+            raise MalformedError(
+                f"the message cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            ) from error
+
+    def peek(self, content: RecordDict) -> Any:
+        """The same: a message can be read again."""
+        return self.open(content)
+
+    def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
+        """The reply with only the values that exist of tensors with a mask."""
+        names = masks.keys() & reply.state.keys()
+        return replace(reply, state=encoding.select_existing(reply.state, {n: masks[n] for n in names}), packed=frozenset(names))
+
+
+def encoded(tensor: Tensor) -> bytes:
+    """A tensor in numpy's .npy form."""
+    buffer = io.BytesIO()
+    npy.write_array(buffer, tensor.detach().cpu().contiguous().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decoded(data: Any) -> Tensor:
+    """The inverse of `encoded`. Raises MalformedError; what the header claims is checked against the bytes that are there."""
+    stream = io.BytesIO(data)
+    try:
+        version = npy.read_magic(stream)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(stream, max_header_size=LONGEST)
+    except Exception as error:
+        raise MalformedError("an array has no readable header") from error
+    if dtype.name not in DTYPES or not dtype.isnative or min(shape, default=0) < 0:
+        raise MalformedError(f"an array is of type {dtype}, which does not travel")
+    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise MalformedError(f"an array claims the shape {shape}, but has {len(data) - stream.tell()} bytes")
+    flat = np.frombuffer(data, dtype, offset=stream.tell()).copy()
+    return torch.from_numpy(flat.reshape(shape[::-1]).T.copy() if fortran else flat.reshape(shape))
+
+
+def message(config: Values, state: State | None = None) -> RecordDict:
+    records: Any = {"config": ConfigRecord(config)}
+    return RecordDict(
+        records if state is None else {"arrays": ArrayRecord({n: t.contiguous() for n, t in state.items()}), **records}
+    )
+
+
+def config(content: RecordDict) -> Values:
+    return dict(content.config_records["config"])
+
+
+def arrays(content: RecordDict) -> State:
+    return {name: decoded(array.data) for name, array in content.array_records["arrays"].items()}
+
+
+def group(prefix: str, tensors: Mapping[str, Tensor]) -> Values:
+    """Tensors that do not belong to the model, as bytes."""
+    return {f"{prefix}/{name}": encoded(tensor) for name, tensor in tensors.items()}
+
+
+def grouped(prefix: str, values: Values) -> State:
+    return {key.split("/", 1)[1]: decoded(value) for key, value in values.items() if key.startswith(prefix + "/")}
+
+
+def masks_of(values: Values) -> State:
+    """Masks from their bits; a shape that asks for more bits than are there is refused."""
+    shapes = json.loads(values.get("shapes", "{}"))
+    bits, found = grouped("mask", values), dict[str, Tensor]()
+    for name, packed in bits.items():
+        shape = tuple(int(n) for n in shapes[name])
+        if min(shape, default=0) < 0 or packed.dtype != torch.uint8 or len(packed) != math.ceil(math.prod(shape) / 8):
+            raise MalformedError(f"the mask of {name} has {packed.numel()} bytes for the shape {shape}")
+        found[name] = encoding.unpack_bits(packed, shape)
+    return found
+
+
+def masking(masks: State) -> Values:
+    shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
+    return {"shapes": shapes, **group("mask", {name: encoding.pack_bits(mask) for name, mask in masks.items()})} if masks else {}
+
+
+def write_down(down: Instruction) -> RecordDict:
+    values: Values = {"form": "down", "round": down.round, "held": down.held, "local": down.local}
+    values |= {"remembers": down.remembers, **({"model": down.model} if down.model else {})}
+    values |= {} if down.sizes is None else {"sizes": json.dumps(down.sizes)}
+    values |= {} if down.up is None else {"up": json.dumps(sorted(down.up))}
+    return message(
+        {**values, **masking(down.masks), **group("extra", down.extras)}, encoding.select_existing(down.state, down.masks)
+    )
+
+
+def read_down(content: RecordDict) -> Instruction:
+    values = config(content)
+    masks = masks_of(values)
+    return Instruction(
+        int(values["round"]), encoding.fill_masked(arrays(content), masks),
+        {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
+        values.get("model"), masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
+        bool(values["held"]), bool(values["local"]), int(values["remembers"]),
+    )  # fmt: skip
+
+
+def write_reply(reply: Reply) -> RecordDict:
+    values: Values = {"form": "reply", "examples": int(reply.examples), "values": json.dumps(sorted(reply.packed))}
+    values |= {f"metric/{name}": float(value) for name, value in reply.metrics.items()}
+    state, scales = encoding.encode_tensors(reply.state, reply.code)
+    values |= {**({"code": reply.code} if reply.code else {}), **{f"scale/{name}": value for name, value in scales.items()}}
+    return message({**values, **masking(reply.masks), **group("kept", reply.kept), **group("extra", reply.extras)}, state)
+
+
+def read_reply(content: RecordDict) -> Reply:
+    values = config(content)
+    metrics = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("metric/")}
+    scales = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("scale/")}
+    return Reply(
+        encoding.decode_tensors(arrays(content), scales), int(values["examples"]), metrics,
+        grouped("extra", values), grouped("kept", values), masks_of(values),
+        frozenset(map(str, json.loads(values["values"]))), str(values.get("code", "")),
+    )  # fmt: skip
+
+
+def write_scores(scores: dict[str, float]) -> RecordDict:
+    return message({"form": "scores", **{f"metric/{name}": float(value) for name, value in scores.items()}})
+
+
+def read_scores(content: RecordDict) -> dict[str, float]:
+    return {key.split("/", 1)[1]: float(value) for key, value in config(content).items() if key.startswith("metric/")}
+
+
+FORMS: dict[str, tuple[type, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = {
+    "round": (int, lambda n: message({"form": "round", "round": n}), lambda c: int(config(c)["round"])),
+    "profile": (
+        Profile,
+        lambda p: message({"form": "profile", "width": float(p.width), **({"binding": p.bottleneck} if p.bottleneck else {})}),
+        lambda c: Profile(float(config(c)["width"]), str(config(c).get("binding", ""))),
+    ),
+    "down": (Instruction, write_down, read_down),
+    "reply": (Reply, write_reply, read_reply),
+    "scores": (dict, write_scores, read_scores),
+}

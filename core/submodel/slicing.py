@@ -1,0 +1,62 @@
+"""Builds the smaller module of the units that are kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from hetfl.submodel.blocks import take
+from hetfl.submodel.widths import Kept, Widths
+
+
+def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
+    """A copy of `model` whose tensors have the sizes that `kept` leaves; its values are to be loaded.
+
+    Attributes of layers that repeat a size (features, channels, groups, normalized_shape, heads) follow.
+    """
+    memo: dict[int, Any] = {}
+    index = widths.index(kept)
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        small = take(tensor.detach(), index.get(name, {})).clone()
+        memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
+    small_model = copy.deepcopy(model, memo)
+    present = {path for path, _ in small_model.named_modules()}
+    for (path, attribute), (counted, share) in ((p, c) for p, c in widths.sizes.items() if p[0] in present):
+        resize(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
+    for layer in small_model.modules():
+        refit(layer)
+    return small_model
+
+
+def resize(module: nn.Module, attribute: str, size: int) -> None:
+    """Sets an attribute that counts channels; one that is a shape keeps its form."""
+    setattr(module, attribute, (size,) if isinstance(getattr(module, attribute, None), tuple) else size)
+
+
+def refit(layer: nn.Module) -> None:
+    """Sets the size attributes of one of torch's layers to the shapes of its tensors."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        refit_conv(layer)
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._NormBase) and weight is not None:
+        layer.num_features = len(weight)
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+        layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.GroupNorm) and weight is not None:
+        layer.num_channels = len(weight)
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = layer.weight.shape[1]
+    elif isinstance(layer, nn.RNNBase):
+        layer.input_size = int(layer.get_parameter("weight_ih_l0").shape[1])
+    elif isinstance(layer, nn.RNNCellBase):
+        layer.input_size = int(layer.get_parameter("weight_ih").shape[1])
+
+
+def refit_conv(layer: nn.modules.conv._ConvNd) -> None:
+    o, i = (1, 0) if layer.transposed else (0, 1)
+    layer.out_channels = layer.weight.shape[o] * (layer.groups if layer.transposed else 1)
+    layer.in_channels = layer.weight.shape[i] * (1 if layer.transposed else layer.groups)

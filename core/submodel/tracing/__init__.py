@@ -1,0 +1,1 @@
+"""Finds the width groups of a module by running it once."""

@@ -1,0 +1,32 @@
+"""Where clients train and models are tested, and in which arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from hetfl.config import RunOptions
+from hetfl.errors import UsageError
+
+
+def check_device(options: RunOptions) -> None:
+    """Raises UsageError for a device that this machine, or this build of torch, does not have."""
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise UsageError(f"--device '{options.device}' is no device; cpu, cuda or cuda:0 are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {options.device} is not supported; cpu and cuda are")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        why = "this build of torch has no CUDA" if torch.version.cuda is None else f"this machine has {found} CUDA devices"
+        raise UsageError(f"--device {options.device} cannot be used: {why}; --device cpu can")
+
+
+def arithmetic(options: RunOptions) -> AbstractContextManager[Any]:
+    """Forward passes of local training in bfloat16 where the run asks for it; weights, gradients and sums stay float32."""
+    if options.precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(options.device).type, torch.bfloat16)

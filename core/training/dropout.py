@@ -1,0 +1,141 @@
+"""Random numbers of a forward pass from a generator of its own: torch's default one is shared by all threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hetfl.submodel.tracing.channels import name_of
+
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
+
+TAKES_GENERATOR = frozenset("rand randn randint randperm bernoulli normal multinomial uniform exponential".split())
+
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+
+
+def seeded_random(needed: bool, generator: torch.Generator) -> AbstractContextManager[Any]:
+    """Where a model draws random numbers, draws them from `generator`."""
+    return SeededRandomMode(generator) if needed else nullcontext()
+
+
+class SeededRandomMode(TorchFunctionMode):
+    """Feeds dropout and other random ops from one generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = name_of(func).removesuffix("_")
+        if name in DROPOUTS:
+            return self.drop(name, *args, **kwargs)
+        if name == "scaled_dot_product_attention" and given(args, kwargs, 4, "dropout_p", 0.0) > 0:
+            return self.attend(*args, **kwargs)
+        if name == "multi_head_attention_forward" and args[10] > 0 and kwargs.get("training", True):
+            return self.multihead(args, kwargs)
+        if name in RECURRENT and dropping(args):
+            return self.recur(func, args)
+        if name in ("rand_like", "randn_like"):
+            make = torch.rand if name == "rand_like" else torch.randn
+            return make(args[0].shape, generator=self.generator, dtype=kwargs.get("dtype") or args[0].dtype)
+        if name in TAKES_GENERATOR:
+            kwargs.setdefault("generator", self.generator)
+        return func(*args, **kwargs)
+
+    def drop(self, name: str, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return x
+        shape = x.shape if name == "dropout" else x.shape[:2] + (1,) * (x.ndim - 2)
+        kept = torch.bernoulli(torch.full(shape, 1 - p, dtype=x.dtype), generator=self.generator).to(x.device)
+        return x * kept / (1 - p) if p < 1 else x * 0
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """scaled_dot_product_attention step by step."""
+        scores = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(q.shape[-1]))
+        if is_causal:
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self.drop("dropout", scores.softmax(-1), dropout_p) @ v
+
+    def multihead(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """torch.nn.functional.multi_head_attention_forward on (L, N, E), step by step."""
+        a = dict(zip(ATTENTION, args, strict=False)) | kwargs
+        batched = a["query"].ndim == 3
+        x = [a[n] if batched else a[n].unsqueeze(1) for n in ("query", "key", "value")]
+        heads = int(a["num_heads"])
+        q, k, v = projected(x, a)
+        if a["bias_k"] is not None:
+            k, v = (torch.cat([t, b.expand(1, t.shape[1], -1)]) for t, b in ((k, a["bias_k"]), (v, a["bias_v"])))
+        if a["add_zero_attn"]:
+            k, v = (torch.cat([t, torch.zeros_like(t[:1])]) for t in (k, v))
+        q, k, v = (t.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for t in (q, k, v))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + hidden(a, x[1].shape[:2], q.shape[0], heads, k.shape[2])
+        weights = self.drop("dropout", scores.softmax(-1), a["dropout_p"])
+        out = F.linear((weights @ v).permute(2, 0, 1, 3).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
+        shown = weights.mean(1) if a.get("average_attn_weights", True) else weights
+        shown = shown if batched else shown.squeeze(0)
+        return out if batched else out.squeeze(1), shown if a.get("need_weights", True) else None
+
+    def recur(self, func: Callable[..., Any], args: Any) -> Any:
+        """Recurrent layers one by one, with dropout between them."""
+        place = next(i for i, a in enumerate(args) if isinstance(a, list))
+        x, middle, state, flat = args[0], args[1 : place - 1], args[place - 1], args[place]
+        (biased, layers, p, training, both), rest = args[place + 1 : place + 6], args[place + 6 :]
+        ways, each, last = 2 if both else 1, len(flat) // layers, []
+        for layer in range(layers):
+            ours = slice(layer * ways, (layer + 1) * ways)
+            start = tuple(s[ours] for s in state) if isinstance(state, tuple | list) else state[ours]
+            weights = flat[layer * each : (layer + 1) * each]
+            x, *ends = func(x, *middle, start, weights, biased, 1, 0.0, training, both, *rest)
+            last.append(ends)
+            x = self.drop("dropout", x, p) if layer < layers - 1 else x
+        return (x, *(torch.cat(parts) for parts in zip(*last, strict=True)))
+
+
+ATTENTION = (
+    "query key value embed_dim num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p out_proj_weight "
+    "out_proj_bias"
+).split()
+
+
+def projected(x: list[Tensor], a: dict[str, Any]) -> list[Tensor]:
+    """Queries, keys and values (L, N, E) from the packed or the three separate projections."""
+    weights = [a.get(f"{n}_proj_weight") for n in "qkv"] if a.get("use_separate_proj_weight") else a["in_proj_weight"].chunk(3)
+    biases = [None] * 3 if a["in_proj_bias"] is None else a["in_proj_bias"].chunk(3)
+    return [F.linear(t, w, b) for t, w, b in zip(x, weights, biases, strict=True)]
+
+
+def hidden(a: dict[str, Any], keys: torch.Size, batch: int, heads: int, size: int) -> Tensor:
+    """What is added to the scores (N, heads, L, size): minus infinity where a mask is set; added keys are always seen."""
+    total = torch.zeros(())
+    for mask, shape in (
+        (a.get("attn_mask"), (-1, heads, a["query"].shape[0], keys[0])),
+        (a.get("key_padding_mask"), (batch, 1, 1, keys[0])),
+    ):
+        if mask is not None:
+            added = torch.zeros(mask.shape).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+            added = added.expand(batch * heads, -1, -1) if added.ndim == 2 and shape[0] == -1 else added
+            total = total + F.pad(added.reshape(shape), (0, size - keys[0]))
+    return total
+
+
+def given(args: Any, kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
+    return kwargs.get(name, args[place] if len(args) > place else default)
+
+
+def dropping(args: Any) -> bool:
+    place = next(i for i, a in enumerate(args) if isinstance(a, list))
+    return bool(args[place + 2] > 1 and args[place + 3] > 0 and args[place + 4])

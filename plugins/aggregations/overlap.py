@@ -1,0 +1,20 @@
+"""HeteroFL's and FedRolex's mean over exactly those clients that hold an entry (spec heterofl 2.5, fedrolex 2.3)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from hetfl import Field, Plugin, Server, hookimpl
+from hetfl.aggregation.mean import Fold, MeanAggregator
+from hetfl.aggregation.updates import WEIGHTINGS
+
+
+class Overlap(Plugin):
+    """Per entry, the mean over the clients that cover it; what nobody covers keeps its old value."""
+
+    mean: ClassVar[bool] = True
+    weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
+
+    @hookimpl
+    def fold(self, server: Server) -> Fold:
+        return MeanAggregator(server.state, WEIGHTINGS[self.weighting])

@@ -1,0 +1,49 @@
+"""Robust aggregation by coverage: median and trimmed mean (Yin et al., ICML 2018) over the clients that hold an entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetfl import Field, Merged, Plugin, Updates, hookimpl
+
+CHUNK = 1 << 16  # entries that are sorted at a time
+
+
+class TrimmedMean(Plugin):
+    """Per entry, the mean of the covering clients without the `trim` share of largest and of smallest values."""
+
+    trim: float = Field(0.1, ge=0, lt=0.5, description="share of the covering clients left out at either end")
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        state = {name: trimmed(*updates.column(name), updates.old[name], self.trim) for name in updates.averaged()}
+        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+
+
+class Median(Plugin):
+    """Per entry, the median of the covering clients (the mean of the middle two); what nobody covers keeps its old value."""
+
+    @hookimpl
+    def aggregate(self, updates: Updates) -> Merged:
+        state = {name: trimmed(*updates.column(name), updates.old[name], 0.5) for name in updates.averaged()}
+        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+
+
+def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """The mean over dim 0 of the middle covered values: floor(trim * n) of the n are left out at either end, at least one stays."""
+    columns = zip(
+        *(t.reshape(n, -1).split(CHUNK, 1) for t, n in ((values, len(values)), (coverage, len(values)), (old, 1))), strict=True
+    )
+    return torch.cat([middle(x, c, o[0], trim) for x, c, o in columns]).reshape(old.shape)
+
+
+def middle(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """`trimmed` of (clients, entries)."""
+    number = (coverage > 0).sum(0)
+    cut = torch.minimum((trim * number).floor(), ((number - 1) / 2).floor().clamp(min=0))
+    ordered = values.masked_fill(coverage <= 0, float("inf")).sort(0).values
+    place = torch.arange(len(values)).unsqueeze(1)
+    kept = (place >= cut) & (place < number - cut)
+    total = torch.where(kept, ordered, 0.0).sum(0)
+    return torch.where(number > 0, total / kept.sum(0).clamp(min=1), old)

@@ -1,0 +1,1 @@
+"""Extractions: one file a paper."""

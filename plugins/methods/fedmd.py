@@ -1,0 +1,188 @@
+"""FedMD (Li & Wang, 2019): clients of any architecture agree on scores for public examples (spec fedmd)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetfl import (
+    Client,
+    Exchange,
+    ExtraSpec,
+    Field,
+    Merged,
+    OwnModel,
+    Plan,
+    Plugin,
+    Reply,
+    Server,
+    State,
+    Task,
+    Updates,
+    hookimpl,
+    prefix,
+)
+from hetfl.data.dataset import Examples
+from hetfl.training.local import descend, kl_divergence
+from hetfl.training.tuning import rows_of
+
+MOST = 1 << 24
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mae": F.l1_loss,
+    "mse": F.mse_loss,
+    "kl": kl_divergence,
+}
+
+
+class FedMD(Plugin):
+    """An architecture for each tier; by default the widths of one family, which parameter aggregations can also merge."""
+
+    models: dict[str, str] = Field({}, description='own architectures by level, e.g. {"0.5": "cnn", "0.25": "mlp"}')
+
+    @property
+    def takes_own_models(self) -> bool:
+        return bool(self.models)
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [self._plan(server, client) for client in clients]
+
+    def _plan(self, server: Server, client: Client) -> Plan:
+        model = self.models.get(client.profile.level)
+        if model is None:
+            return server.select(prefix(client.profile.width))
+        return OwnModel(model, server.builder.initial(None, model))
+
+
+class Consensus(Plugin):
+    """Only scores travel: every client digests the mean of all clients' logits, then revisits its own data.
+
+    A round digests the consensus of the round before, which is the paper's order seen from the other end. The clients' models stay
+    with them; what an extraction says of values counts for nothing here, only its sizes and masks do.
+    """
+
+    extras_down: ClassVar[dict[str, ExtraSpec]] = {
+        "rows": ExtraSpec(MOST, torch.int64), "aligned": ExtraSpec(MOST, torch.int64), "consensus": ExtraSpec(MOST)
+    }  # fmt: skip
+    extras_up: ClassVar[dict[str, ExtraSpec]] = {"scores": ExtraSpec(MOST)}
+
+    align: int = Field(5000, ge=1, description="public examples that a round agrees on, stratified (all, where there are fewer)")
+    loss: Literal["mae", "mse", "kl"] = Field("mae", description="digest loss between a client's logits and the consensus")
+    digest_epochs: int = Field(1, ge=0, description="epochs of digestion a round")
+    digest_batch: int = Field(256, ge=1, description="batch size of digestion")
+    lr: float = Field(1e-3, gt=0, description="Adam learning rate of digestion and of the first training on public data")
+    public_epochs: int = Field(20, ge=0, description="epochs on the labelled public data when a client first takes part")
+    public_batch: int = Field(128, ge=1, description="batch size of these")
+    distill_steps: int = Field(
+        60, ge=0, description="server steps a round that teach the global model the consensus (0: the paper)"
+    )
+    distill_lr: float = Field(1e-3, gt=0, description="Adam learning rate of these steps")
+    _aligned: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    _consensus: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))
+
+    @property
+    def takes_own_models(self) -> bool:
+        return True
+
+    @hookimpl
+    def exchange(self) -> Exchange:
+        return Exchange(down=(), up=())
+
+    @hookimpl
+    def client_extras(self, server: Server, round: int) -> State:
+        """The rows to score this round, and the consensus on the rows of the last."""
+        digest = {"aligned": self._aligned, "consensus": self._consensus} if len(self._aligned) else {}
+        return {"rows": self._rows(server, round), **digest}
+
+    def _rows(self, server: Server, round: int) -> Tensor:
+        return stratified(server.public.tune, self.align, server.stream("align", round))
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        public = task.public
+        assert public is not None
+        x, y = public.all()
+        optimizer = torch.optim.Adam(task.model.parameters(), self.lr)
+        size = torch.tensor(sum(p.numel() for p in task.model.parameters()))
+        if task.client_state.get("started") != size:
+            batches = shuffled(x, y, self.public_batch, self.public_epochs, task.stream("public"))
+            descend(task, optimizer, batches, lambda a, b: F.cross_entropy(task.model(a), b), "public dropout")
+            task.client_state["started"] = size
+        if "consensus" in task.extras:
+            batches = shuffled(
+                x[task.extras["aligned"]], task.extras["consensus"], self.digest_batch, self.digest_epochs, task.stream("digest")
+            )
+            descend(task, optimizer, batches, lambda a, b: LOSSES[self.loss](task.model(a), b), "digest dropout")
+        reply = yield
+        with torch.no_grad():
+            reply.extras["scores"] = torch.cat([task.model.eval()(part) for part in x[task.extras["rows"]].split(512)])
+        return reply
+
+    @hookimpl
+    def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
+        rows = self._rows(server, round)
+        told = [u.extras["scores"] for u in updates if "scores" in u.extras]
+        told = [scores for scores in told if scores.shape == (len(rows), server.classes)]
+        if not told:
+            return Merged(server.state)
+        self._aligned, self._consensus = rows, consensus(told)
+        return Merged(self._taught(server, round))
+
+    def _taught(self, server: Server, round: int) -> State:
+        """The global model after `distill_steps` steps towards the consensus, the best by hold-out loss."""
+        if not self.distill_steps:
+            return server.state
+        (x, _), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
+        names = {name for name, _ in server.builder.model.named_parameters()}
+        state = {name: t.clone().requires_grad_(name in names) for name, t in server.state.items()}
+
+        def loss(rows: Tensor) -> Tensor:
+            at = rows % len(self._aligned)
+            return LOSSES["kl"](server.logits(state, x[self._aligned[at]]), self._consensus[at])
+
+        def judge() -> float:
+            return float(F.cross_entropy(server.logits(state, hx), hy))
+
+        weights = [t for name, t in state.items() if name in names]
+        server.tune(weights, loss, judge, "distill", round, steps=self.distill_steps, lr=self.distill_lr, batch=64)
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    def state_dict(self) -> State:
+        return {"aligned": self._aligned, "consensus": self._consensus}
+
+    def load_state_dict(self, state: State) -> None:
+        self._aligned, self._consensus = state["aligned"], state["consensus"]
+
+
+def consensus(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The mean over clients of their scores (N, C), weighted by c_k (default 1 / m); NaN entries are left out."""
+    c = torch.tensor(weights or [1.0] * len(scores)).reshape(-1, 1, 1)
+    stack = torch.stack(list(scores))
+    there = ~stack.isnan()
+    return (torch.nan_to_num(stack) * c).sum(0) / (there * c).sum(0).clamp(min=torch.finfo(c.dtype).tiny)
+
+
+def stratified(public: Examples, number: int, generator: torch.Generator) -> Tensor:
+    """At most `number` positions within `public`, of every class its share, ascending."""
+    y = public.y[public.index]
+    if number >= len(y):
+        return torch.arange(len(y))
+    order = torch.randperm(len(y), generator=generator)
+    order = order[y[order].argsort(stable=True)]
+    chosen: Tensor = order[torch.linspace(0, len(y) - 1, number).round().long()]
+    return chosen.sort().values
+
+
+def shuffled(x: Tensor, goal: Tensor, batch: int, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of x and what it is to answer, `epochs` times in new orders."""
+    rows = rows_of(len(x), batch, generator)
+    for _ in range(epochs * -(-len(x) // min(batch, len(x)))):
+        at = next(rows)
+        if len(at) > 1 or len(x) == 1:
+            yield x[at], goal[at]

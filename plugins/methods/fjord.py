@@ -1,0 +1,71 @@
+"""FjORD (Horvath et al., NeurIPS 2021): ordered dropout of channels while a client trains.
+
+No spec page covers it; this is the published idea as we know it, without its source at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix, unit_count
+from hetfl.models.state import tensors
+from hetfl.submodel.blocks import take
+from hetfl.submodel.widths import within
+from hetfl.training.local import kl_divergence
+
+Logits = tuple[Tensor, Tensor]
+
+
+class FjORD(Plugin):
+    """The leading channels; each training batch runs a random narrower prefix of them, so that units are ordered by importance."""
+
+    ratios: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0), description="widths that a batch may run, up to the client's own")
+    distill: bool = Field(False, description="teach the narrower model with the client's widest one, which then trains too")
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [server.select(prefix(client.profile.width)) for client in clients]
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        runs = [nested(task, sizes) for sizes in self._narrower(task)]
+        generator = task.stream("fjord")
+
+        def forward(model: nn.Module, x: Tensor) -> Tensor | Logits:
+            narrow = runs[int(torch.randint(len(runs), (1,), generator=generator))](x)
+            return (model(x), narrow) if self.distill else narrow
+
+        task.forward = forward
+        if self.distill:
+            task.loss = distilled
+        return (yield)
+
+    def _narrower(self, task: Task) -> list[dict[str, int]]:
+        """Sizes of the prefixes that fit the client's submodel, its own among them."""
+        sizes = [{name: unit_count(size, ratio) for name, size in task.full_sizes.items()} for ratio in self.ratios]
+        fitting = [s for s in sizes if all(s[name] <= task.plan_sizes[name] for name in s) and s != task.plan_sizes]
+        return [*fitting, task.plan_sizes]
+
+
+def nested(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
+    """The forward pass of the leading units of the task's model; gradients and statistics reach the model's own tensors."""
+    if sizes == task.plan_sizes:
+        return task.model
+    index = within(
+        task.builder.widths, task.plan_sizes, {name: torch.arange(n) for name, n in sizes.items() if name in task.full_sizes}
+    )
+    small, mine = task.builder.module(sizes), {**dict(task.model.named_buffers()), **dict(task.model.named_parameters())}
+    names = [name for name in tensors(task.model) if name in mine]
+    return lambda x: functional_call(small.train(), {n: take(mine[n], index.get(n, {})) for n in names}, (x,))
+
+
+def distilled(logits: Logits, y: Tensor) -> Tensor:
+    """CE of the widest and of the narrower model, and the divergence of the latter from the former."""
+    wide, narrow = logits
+    return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + kl_divergence(narrow, wide.detach())

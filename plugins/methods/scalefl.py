@@ -1,0 +1,108 @@
+"""ScaleFL (Ilhan et al., CVPR 2023): submodels narrower and shallower at once, with early exits (spec scalefl)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix
+from hetfl.models.early_exit import every, with_exits
+from hetfl.training.local import kl_divergence
+
+Split = tuple[int, float]  # exits, width ratio
+
+
+class ScaleFL(Plugin):
+    """The leading channels of the layers up to an exit; all exits train, the early ones also towards the deepest.
+
+    A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
+    """
+
+    exits: int = Field(4, ge=1, description="exits of the whole model, its own last one included")
+    convs: int = Field(3, ge=0, description="3x3 convolutions in the head of an exit, where features are images")
+    distill: float = Field(0.1, ge=0, description="weight of the early exits' divergence from the deepest (beta, gamma)")
+    temperature: float = Field(3.0, gt=0, description="temperature of that divergence (tau)")
+    form: Literal["code", "paper"] = Field("code", description="the loss as in the official code, or as in the paper's eq. 5")
+    detach: bool = Field(True, description="no gradient into the deepest exit as a teacher")
+    warm: float = Field(0.25, ge=0, le=1, description="share of the rounds before exits are distilled")
+    _plans: dict[float, Plan] = PrivateAttr(default_factory=dict)
+
+    @hookimpl
+    def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
+        return model if hasattr(model, "at_depth") else with_exits(model, x, classes, self.exits, self.convs)
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
+        return [self._plan(server, client.profile.width, client.profile.parameters) for client in clients]
+
+    def _plan(self, server: Server, width: float, budget: float) -> Plan:
+        if width not in self._plans:
+            model = server.builder.model
+            depth, ratio = split(budget, int(model.depth), lambda h, s: share(server, h, s))  # type: ignore[arg-type]
+            names = frozenset(model.names(depth))  # type: ignore[operator]
+            self._plans[width] = replace(server.select(prefix(ratio)), depth=depth, names=names)
+        return self._plans[width]
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        weight = self.distill if task.round > self.warm * task.options.rounds else 0.0
+        depth = int(task.model.depth)  # type: ignore[arg-type]
+        form, t = self.form, self.temperature
+        task.loss = lambda z, y: loss(z.chunk(depth, 1), y, weight, t, form, self.detach)
+        with every(task.model):
+            return (yield)
+
+
+def loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str, detach: bool = True) -> Tensor:
+    """The weighted losses of all exits, the deepest last (spec 2; oracle O1).
+
+    paper: 1/(l(l+1)) sum_i i (weight t^2 KL + CE); code: twice that, KL averaged over classes too and not for the last exit.
+    """
+    last, deepest = exits[-1], len(exits)
+    teacher = last.detach() if detach else last
+    total = torch.zeros(())
+    for i, z in enumerate(exits, 1):
+        scale = 1 / z.shape[1] if form == "code" else 1.0
+        told = weight * t * t * scale * kl_divergence(z, teacher, t) if i < deepest else 0.0
+        total = total + i * (F.cross_entropy(z, y) + told)
+    return total * (2 if form == "code" else 1) / (deepest * (deepest + 1))
+
+
+def share(server: Server, depth: int, ratio: float) -> float:
+    """Parameters of the submodel of `depth` exits and width `ratio`, as a share of the whole model's."""
+    plan = replace(server.select(prefix(ratio)), depth=depth, names=frozenset(server.builder.model.names(depth)))  # type: ignore[operator]
+    own = {name for name, _ in server.builder.model.named_parameters()}
+    small = sum(t.numel() for name, t in plan.take(server.state).items() if name in own)
+    return small / sum(t.numel() for name, t in server.state.items() if name in own)
+
+
+def split(budget: float, exits: int, cost: Callable[[int, float], float], eps: float = 0.1) -> Split:
+    """(exits, width) whose cost is within `eps` of the budget, with the least |depth - width| (spec 1 d; oracle O6).
+
+    The whole model is (all, 1). Where no split comes so close, the one nearest below the budget.
+    """
+    if budget >= 1:
+        return exits, 1.0
+    found = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [narrowest(partial(cost, h), budget)]]
+    feasible = [f for f in found if abs(f[2] / budget - 1) <= eps]
+    if feasible:
+        return min(feasible, key=lambda f: abs(f[0] / exits - f[1]))[:2]
+    return min(found, key=lambda f: (f[2] > budget, abs(f[2] - budget)))[:2]
+
+
+def narrowest(cost: Callable[[float], float], budget: float) -> float:
+    """The largest width in (0, 1] at or below the budget, to 1/128; by halving, for cost grows with width."""
+    low, high = 0.0, 1.0
+    if cost(1.0) <= budget:
+        return 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low or 1 / 128

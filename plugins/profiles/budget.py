@@ -1,0 +1,54 @@
+"""Capacity from budgets: the largest width whose submodel, as measured, stays within all of them (spec dac 1, field notes 4)."""
+
+from __future__ import annotations
+
+from pydantic import field_validator
+
+from hetfl import Field, Node, Plugin, Profile, hookimpl
+from hetfl.profiling.capacity import Grid, dealt, largest, mix, quantity, widths
+
+
+class Budget(Plugin):
+    """Every budget is an amount for all, or amounts with counts or shares over the clients: 64MB:2,16MB:8."""
+
+    memory: str | None = Field(None, description="bytes of a training step, e.g. 64MB:2,16MB:8")
+    macs: str | None = Field(None, description="multiply-accumulates of one example, e.g. 20M")
+    parameters: str | None = Field(None, description="parameters, e.g. 100k")
+    deadline: float | None = Field(None, gt=0, description="seconds for a round's training and both transfers (with flops)")
+    flops: str = Field("10G", description="floating-point operations a second that a device sustains")
+    bandwidth: str = Field("1MB", description="bytes a second that a device transfers")
+    grid: Grid = Field("1,0.75,0.5,0.25,0.125,0.0625", description="widths to choose from")
+
+    @field_validator("memory", "macs", "parameters", "flops", "bandwidth", mode="before")
+    @classmethod
+    def _amounts(cls, text: object) -> object:
+        text = str(text) if isinstance(text, int | float) else text
+        if isinstance(text, str):
+            mix(text, quantity)
+        return text
+
+    @hookimpl
+    def profile(self, node: Node) -> Profile:
+        return largest(widths(self.grid), lambda ratio: self._exceeded(node, ratio))
+
+    def _exceeded(self, node: Node, ratio: float) -> str:
+        """The first budget that the submodel of `ratio` exceeds, in words, or nothing."""
+        cost = node.cost(ratio)
+        needs = {"memory": cost.memory, "macs": cost.macs, "parameters": cost.parameters}
+        for name, needed in needs.items():
+            allowed = self._of(node, getattr(self, name))
+            if allowed is not None and needed > allowed:
+                return f"{name}: {needed:,} of {allowed:,.0f} at width {ratio:g}"
+        seconds = self._seconds(node, ratio)
+        if self.deadline is not None and seconds > self.deadline:
+            return f"deadline: {seconds:.3g} of {self.deadline:g} s at width {ratio:g}"
+        return ""
+
+    def _seconds(self, node: Node, ratio: float) -> float:
+        """3 * 2 * MACs * examples / flops + both payloads / bandwidth."""
+        cost = node.cost(ratio)
+        flops, bandwidth = self._of(node, self.flops) or 1.0, self._of(node, self.bandwidth) or 1.0
+        return 6 * cost.macs * node.examples / flops + 2 * cost.bytes / bandwidth
+
+    def _of(self, node: Node, text: str | None) -> float | None:
+        return None if text is None else dealt(text, quantity, node.clients)[node.client]

@@ -1,0 +1,60 @@
+"""Clients as named device classes (field notes 4): what their peak compute and memory leave of the model's width."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import field_validator
+
+from hetfl import Field, Node, Plugin, Profile, hookimpl
+from hetfl.errors import nearest
+from hetfl.profiling.capacity import Grid, dealt, largest, mix, quantity, widths
+
+TABLE = Path(__file__).with_name("devices.toml")
+
+
+class Devices(Plugin):
+    """`fleet` names a fleet or a mix of classes (plugins/devices.toml). The table gives FedConv's testbed its 1, 0.75, 0.5, 0.25.
+
+    A width r costs about r^2 of the full model's compute, which is taken to need `reference` TFLOP/s; memory is measured.
+    """
+
+    fleet: str = Field("fedconv-testbed", description="a fleet, or classes with counts or shares, e.g. nano:4,rpi4:6")
+    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    reference: float = Field(0.9, gt=0, description="TFLOP/s that train the full model in time")
+    share: float = Field(0.5, gt=0, le=1, description="share of a device's memory that training may use")
+
+    @field_validator("fleet")
+    @classmethod
+    def _known(cls, fleet: str) -> str:
+        mix(table()["fleet"].get(fleet, fleet), known)
+        return fleet
+
+    @hookimpl
+    def profile(self, node: Node) -> Profile:
+        device = known(dealt(table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
+        memory = quantity(device["memory"]) * self.share
+
+        def limit(ratio: float) -> str:
+            if ratio**2 > device["tflops"] / self.reference:
+                return f"compute: {device['what']} has {device['tflops']:g} TFLOP/s"
+            return f"memory: {device['what']} has {device['memory']}" if node.cost(ratio).memory > memory else ""
+
+        return largest(widths(self.grid), limit)
+
+
+@cache
+def table() -> dict[str, Any]:
+    return tomllib.loads(TABLE.read_text())
+
+
+def known(name: str) -> dict[str, Any]:
+    """A device class. Raises ValueError for a name that the table lacks."""
+    classes: dict[str, dict[str, Any]] = table()["class"]
+    if name not in classes:
+        told = f"no device class or fleet '{name}'{nearest(name, [*classes, *table()['fleet']])}"
+        raise ValueError(f"{told} (classes: {', '.join(classes)}; fleets: {', '.join(table()['fleet'])})")
+    return classes[name]

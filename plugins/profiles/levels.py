@@ -1,0 +1,53 @@
+"""Capacity as a width ratio from a fixed mix, as in HeteroFL's and FedConv's experiments (spec heterofl 2.7)."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from pydantic import field_validator
+
+from hetfl import Field, Node, Plugin, Profile, hookimpl
+from hetfl.profiling.capacity import dealt, mix, ratio
+
+LETTERS = re.compile(r"[a-z]\d+(-[a-z]\d+)*")
+
+
+class Levels(Plugin):
+    """`mix` is ratio:share, …; a ratio is the REMAINING width in (0, 1], also 1/4 or 0.75^2.
+
+    Shares that sum to the clients are counts. The papers' letters serve as well: a6-b10-c11-d18-e55, where a is 1, b 1/2, c 1/4,
+    d 1/8 and e 1/16.
+    """
+
+    mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
+    redraw: bool = Field(False, description="draw every client's level anew each round, by the shares")
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _text(cls, mix: object) -> object:
+        return str(mix) if isinstance(mix, int | float) else mix
+
+    @field_validator("mix")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        mix(spelt(text), ratio)
+        return text
+
+    @hookimpl
+    def profile(self, node: Node) -> Profile:
+        if self.redraw:
+            levels = mix(spelt(self.mix), ratio)
+            shares = torch.tensor([float(share) for _, share in levels])
+            drawn = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
+            return Profile(levels[drawn][0])
+        return Profile(dealt(spelt(self.mix), ratio, node.clients)[node.client])
+
+
+def spelt(text: str) -> str:
+    """The papers' letters as ratios: a1-e9 is 1:1,1/16:9; 0.75^k is the mix of FedConv's code."""
+    if text.strip() == "0.75^k":
+        return "0.75^0:2,0.75^1:4,0.75^2:4"
+    if not LETTERS.fullmatch(text.strip().lower()):
+        return text
+    return ",".join(f"1/{2 ** (ord(part[0]) - ord('a'))}:{part[1:]}" for part in text.strip().lower().split("-"))

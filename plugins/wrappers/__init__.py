@@ -1,0 +1,1 @@
+"""What stands around local training: clipping, noise, codecs."""
