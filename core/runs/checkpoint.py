@@ -1,0 +1,148 @@
+"""Checkpoints of a run: after every round the whole state, on disk before the next round begins.
+
+A checkpoint is a small manifest that names its parts. A part is a file named after the SHA-256 of its content (safetensors or JSON,
+never a pickle), so what has not changed is not written again, and what was torn or tampered with is recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hetfl.errors import RunError
+from hetfl.files import reason, write_file
+from hetfl.models.state import State, pack_tensors, unpack_tensors
+
+SUFFIX = {"tensors": ".safetensors", "facts": ".json"}
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """A run after `round` rounds: named groups of tensors, and facts that JSON can say."""
+
+    round: int
+    tensors: dict[str, State] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class BrokenError(Exception):
+    """A checkpoint that is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints in `folder`, of which the last `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder, self._objects, self._keep = folder, folder / "objects", keep
+        self._known: dict[str, tuple[Any, tuple[int, ...], str]] = {}  # group -> what it held, its versions, its file
+
+    def save(self, moment: Snapshot) -> None:
+        """Writes a checkpoint whole or not at all. Raises RunError where the disk is full; what was written before stays."""
+        try:
+            self._objects.mkdir(parents=True, exist_ok=True)
+            body = {
+                "round": moment.round,
+                "tensors": {name: self._tensors(name, group) for name, group in moment.tensors.items()},
+                "facts": {name: self._facts(name, fact) for name, fact in moment.facts.items()},
+            }
+            write_file(self._folder / f"round-{moment.round:06d}.json", text({"body": body, "sha256": digest(text(body))}))
+        except OSError as error:
+            raise RunError(
+                f"the checkpoint of round {moment.round} cannot be written to '{self._folder}': {reason(error)}; "
+                "the one before is intact: make room and go on with hfl resume"
+            ) from error
+        self._known = {name: known for name, known in self._known.items() if name in moment.tensors or name in moment.facts}
+        self._tidy()
+
+    def _tensors(self, name: str, group: State) -> str:
+        """The file of a group; one that holds the very tensors of last time is not looked at again."""
+        held, versions = tuple(group.values()), tuple(-1 if t.is_inference() else t._version for t in group.values())
+        before = self._known.get(name)
+        alike = before and versions == before[1] and len(held) == len(before[0])
+        if not (before and alike and all(a is b for a, b in zip(held, before[0], strict=True))):
+            self._known[name] = held, versions, self._put(pack_tensors(group), "tensors")
+        return self._known[name][2]
+
+    def _facts(self, name: str, fact: Any) -> str:
+        """The file of a fact; the very object of last time is not looked at again, for nothing changes a fact."""
+        before = self._known.get(name)
+        if before is None or before[0] is not fact:
+            self._known[name] = fact, (), self._put(text(fact), "facts")
+        return self._known[name][2]
+
+    def _put(self, data: bytes, kind: str) -> str:
+        name = digest(data)
+        if not (path := self._objects / (name + SUFFIX[kind])).exists():
+            write_file(path, data)
+        return name
+
+    def _tidy(self) -> None:
+        """Removes what only older checkpoints need."""
+        kept = self._manifests()[-self._keep :]
+        for path in self._manifests()[: -self._keep]:
+            path.unlink(missing_ok=True)
+        needed = {name for path in kept for name in names(path)}
+        for path in self._objects.iterdir():
+            if path.stem not in needed:
+                path.unlink(missing_ok=True)
+
+    def _manifests(self) -> list[Path]:
+        return sorted(self._folder.glob("round-*.json"))
+
+    def load(self, note: Callable[[str], None]) -> Snapshot | None:
+        """The newest checkpoint that is whole; `note` hears of those that are not. None where there is none."""
+        for path in reversed(self._manifests()):
+            try:
+                return self._read(path)
+            except BrokenError as error:
+                note(f"the checkpoint '{path.name}' is damaged ({error}); going back to the one before")
+        return None
+
+    def _read(self, path: Path) -> Snapshot:
+        body = manifest(path)
+        tensors = {name: unpack_tensors(self._get(file, "tensors")) for name, file in body["tensors"].items()}
+        facts = {name: json.loads(self._get(file, "facts")) for name, file in body["facts"].items()}
+        return Snapshot(int(body["round"]), tensors, facts)
+
+    def _get(self, name: str, kind: str) -> bytes:
+        try:
+            data = (self._objects / (name + SUFFIX[kind])).read_bytes()
+        except OSError as error:
+            raise BrokenError(f"a part is missing: {reason(error)}") from error
+        if digest(data) != name:
+            raise BrokenError("a part is not what was written")
+        return data
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """The body of a checkpoint's manifest. Raises BrokenError where it is not what was written."""
+    try:
+        whole = json.loads(path.read_bytes())
+        body: dict[str, Any] = whole["body"]
+        if whole["sha256"] == digest(text(body)):
+            return body
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenError("its list of parts cannot be read") from error
+    raise BrokenError("its list of parts is not what was written")
+
+
+def names(path: Path) -> Iterator[str]:
+    """The files that a checkpoint needs; none where it is damaged."""
+    try:
+        body = manifest(path)
+    except BrokenError:
+        return
+    yield from body["tensors"].values()
+    yield from body["facts"].values()
+
+
+def text(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

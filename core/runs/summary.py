@@ -1,0 +1,140 @@
+"""What a run came to: accuracies, costs, bytes, warnings."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from hetfl import presets
+from hetfl.config import RunOptions, resolve
+from hetfl.data.dataset import FederatedDataset
+from hetfl.models.state import State
+from hetfl.rounds.messages import Row
+from hetfl.runs.experiment import Experiment, resolved
+
+PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
+
+
+def run_facts(experiment: Experiment) -> dict[str, Any]:
+    """What identifies a run: versions, hashes, who holds what, the width groups."""
+    federation, widths = experiment.federation, experiment.server.widths
+    return {
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        **preset_origin(experiment.options), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
+        "partition fingerprint": federation.fingerprint, "initial weights sha256": digest(experiment.initial),
+        "classes": list(federation.classes), "input shape": list(federation.shape),
+        "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
+                     "tune": len(federation.public.tune) if federation.public else 0,
+                     "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},
+        "counts": federation.counts.tolist(),
+        "widths": {g.name: g.size for g in widths.groups}, "frozen": widths.frozen, "elastic share": widths.elastic(),
+    }  # fmt: skip
+
+
+def preset_origin(options: RunOptions) -> dict[str, Any]:
+    """The preset that a run began from, the hash of its settings, and which of them the run changed."""
+    if options.preset is None:
+        return {}
+    preset, now = presets.find(options.preset), options.model_dump(mode="json")
+    asked = resolve({**preset.values, "preset": preset.name}).model_dump(mode="json")
+    changed = [name for name in preset.values if now[name] != asked[name]]
+    return {"preset": {"name": preset.name, "sha256": preset.digest, "changed": changed}}
+
+
+def class_counts(federation: FederatedDataset) -> list[Row]:
+    """Who holds what: a row a client, training examples of every class and in all."""
+    rows = enumerate(federation.counts.tolist())
+    return [{"client": i, **dict(zip(federation.classes, row, strict=True)), "all": sum(row)} for i, row in rows]
+
+
+def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
+    """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
+    rows = experiment.rounds.rows
+    measured = [row for row in rows if "global@test" in row]
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds ")})
+    server = {key.removeprefix("seconds "): sum(row.get(key, 0.0) for row in rows) for key in phases}
+    return {
+        "extract": experiment.options.extract, "aggregate": resolved(experiment).aggregate,
+        "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
+        "accuracy": final_accuracies(measured), "levels": level_costs(experiment), "seconds": seconds,
+        "seconds by phase": {**experiment.seconds, **server},
+        "client seconds": sum(row["client seconds"] for row in rows),
+        "bytes down": sum(row["bytes down"] for row in rows), "bytes up": sum(row["bytes up"] for row in rows),
+        "weights sha256": digest(experiment.server.state),
+        "notes": [*dict.fromkeys(experiment.server.notes), *early_stopping_note(experiment), *unmoved_note(experiment), *warnings(measured)],
+    }  # fmt: skip
+
+
+def final_accuracies(measured: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Every accuracy of the last evaluated round, and its mean over the last three evaluated rounds."""
+    names = [key for key in measured[-1] if "@" in key and not key.endswith((" loss", " p10"))]
+    return {name: last_values(name, measured) for name in names}
+
+
+def last_values(name: str, measured: Sequence[Row]) -> dict[str, float]:
+    last = [row[name] for row in measured[-3:] if name in row]
+    found = {"last": last[-1], "last three": sum(last) / len(last)}
+    extra = {key: measured[-1][f"{name} {key}"] for key in ("loss", "p10") if f"{name} {key}" in measured[-1]}
+    return {**found, **extra}
+
+
+SPENT = ("parameters", "MACs", "memory", "bytes down", "bytes up", "seconds")
+
+
+def level_costs(experiment: Experiment) -> list[dict[str, Any]]:
+    """What the clients of each level spent in a round, on average: the papers' tables of memory, time and communication."""
+    rows = [row for row in experiment.rounds.client_rows if "fault" not in row]
+    levels = sorted({row["level"] for row in rows}, key=float, reverse=True)
+    return [{"level": level} | averages([row for row in rows if row["level"] == level]) for level in levels]
+
+
+def averages(rows: Sequence[Row]) -> dict[str, float]:
+    found = {name: [row[name] for row in rows if name in row] for name in SPENT}
+    means = {name: sum(values) / len(values) for name, values in found.items() if values}
+    return {name: value if name == "seconds" else round(value) for name, value in means.items()}
+
+
+def early_stopping_note(experiment: Experiment) -> list[str]:
+    """What early stopping on the hold-out left out of tuning."""
+    steps, epochs = (sum(part) for part in zip(*experiment.server.saved, strict=True)) if experiment.server.saved else (0, 0)
+    taken = sum(experiment.server.spent)
+    return [f"early stopping on the hold-out saved {steps} of {steps + taken} server steps ({epochs:.1f} epochs)"] if steps else []
+
+
+def unmoved_note(experiment: Experiment) -> list[str]:
+    """Where the clients keep their models, the global one stays what it was."""
+    now, first = experiment.server.state, experiment.rounds.first
+    if not all(torch.equal(now[name], tensor) for name, tensor in first.items()):
+        return []
+    return ["the global model is still that of before round 1: read personal@own, the models that the clients keep"]
+
+
+def warnings(measured: Sequence[Row]) -> list[str]:
+    """What a reader of the result should know before believing it."""
+    if "control@test" not in measured[-1]:
+        return []
+    ours, control = (last_values(name, measured)["last three"] for name in ("global@test", "control@test"))
+    if ours > control + 0.01:
+        return []
+    return [
+        f"global accuracy ({ours:.1%}) does not exceed the server-only control ({control:.1%}, same model and steps on the "
+        "server's data alone): the federation adds nothing that can be measured here"
+    ]
+
+
+def contiguous(state: State) -> State:
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def digest(state: State) -> str:
+    """SHA-256 over names and values; equal weights have equal digests."""
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
