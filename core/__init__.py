@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hetfl.aggregation.mean import mean, mean_with_absent
+    from hetfl.aggregation.mean import MeanAggregator, mean, mean_with_absent, running_mean
     from hetfl.aggregation.updates import Merged, Update, Updates
     from hetfl.errors import NotApplicable, RunError, UsageError
     from hetfl.hooks.base import Field, Plugin, flatten_state, unflatten_state
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "aggregation.mean": ("mean", "mean_with_absent"),
+    "aggregation.mean": ("MeanAggregator", "mean", "mean_with_absent", "running_mean"),
     "aggregation.updates": ("Merged", "Update", "Updates"),
     "errors": ("NotApplicable", "RunError", "UsageError"),
     "hooks.base": ("Field", "Plugin", "flatten_state", "unflatten_state"),
@@ -45,7 +45,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "Plugin", "Field", "hookimpl", "flatten_state", "unflatten_state",
     "Server", "Client", "Node", "Task", "ReceivedReply", "Update", "Updates", "Coverage", "State",
     "Profile", "Plan", "Selection", "OwnModel", "Patch", "Reply", "Exchange", "ExtraSpec", "Merged",
-    "prefix", "window", "unit_count", "mean", "mean_with_absent",
+    "prefix", "window", "unit_count", "mean", "mean_with_absent", "running_mean", "MeanAggregator",
     "UsageError", "NotApplicable", "RunError",
 ]  # fmt: skip
 

@@ -35,7 +35,7 @@ def simulate(monkeypatch):
         made = experiment.prepare(resolve({**TINY, **values}), NoCallback())
         made.rounds.meter = Unmetered()
         for round in range(1, (made.options.rounds if steps is None else steps) + 1):
-            made.rounds.step(round, made.grid)
+            run_round(made.state, round, made.engine)
         return made
 
     return start

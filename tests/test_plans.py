@@ -282,5 +282,5 @@ def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objectiv
     assert spared == spared_together
     assert objective != "ce" or len({steps for steps, _ in spared}) > 1
     x = made.federation.test.all()[0]
-    said = [made.server.answers(state, x).log_softmax(1) for state in (alone, together)]  # a shift of all logits is free
+    said = [made.server.predict(state, x).log_softmax(1) for state in (alone, together)]  # a shift of all logits is free
     assert torch.allclose(*said, atol=1e-3)

@@ -38,7 +38,7 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, public, Pool(1))
 
     def plain() -> None:
-        server.answers(server.state, x)  # the teacher
+        server.predict(server.state, x)  # the teacher
         for ratio in RATIOS:
             small = server.builder.module(server.select(prefix(ratio)).sizes).eval()
             for step in range(steps + 1):

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hetfl.aggregation.updates import Merged, Update, Updates, WeightedSum, by_examples
+from hetfl.aggregation.updates import Update, Updates, WeightedSum, by_examples
 from hetfl.models.state import State
 from hetfl.submodel.blocks import Index, cells
 from hetfl.submodel.plan import Patch
-
-
-class Fold(Protocol):
-    """An aggregation that takes the updates of a round one by one, in client-id order, and need not hold them."""
-
-    def add(self, update: Update) -> None:
-        """Takes one more; the memory of its tensors is now the fold's."""
-
-    def result(self) -> Merged:
-        """What the updates come to; asked once."""
 
 
 @dataclass(eq=False)
@@ -35,34 +24,30 @@ class Layout:
 
 
 class MeanAggregator:
-    """The weighted mean over the clients that cover an entry, its old value where none does (spec heterofl 2.5), as a Fold.
+    """The weighted mean over the clients that cover an entry, its old value where none does (spec heterofl 2.5), update by update.
 
-    `vote` says what a client counts. With `absent`, a client without an entry votes for the entry's old value:
-    sum w (c x + (1 - c) old) / sum w. Integer buffers (numbers of batches seen) become the largest that is reported. With
-    `consume`, the first client's tensors become the sums.
+    With `absent`, a client without an entry votes for the entry's old value: sum w (c x + (1 - c) old) / sum w. Integer buffers
+    (numbers of batches seen) become the largest that is reported. With `consume`, the first client's tensors become the sums:
+    nobody else may need them.
     """
 
-    def __init__(
-        self, old: State, vote: Callable[[Update], float] = by_examples, *, absent: bool = False, consume: bool = True
-    ) -> None:
-        self.old, self.absent, self._vote, self._consume, self._whole = old, absent, vote, consume, 0.0
+    def __init__(self, old: State, *, absent: bool = False, consume: bool = True) -> None:
+        self.old, self.absent, self._consume, self._whole = old, absent, consume, 0.0
         self._sums = {name: WeightedSum(tensor) for name, tensor in old.items() if tensor.is_floating_point()}
         self._counters = {name: tensor for name, tensor in old.items() if not tensor.is_floating_point()}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
-    def add(self, update: Update) -> None:
-        self.weigh(update, self._vote(update))
-
-    def weigh(self, update: Update, weight: float) -> None:
+    def add(self, update: Update, weight: float) -> None:
         """Takes one more update, which counts `weight`."""
         first, self._whole = not self._whole, self._whole + weight
         leading = [(n, p) for n, p in update.patches.items() if n in self._sums and p.coverage is None and Index.of(p.index).leads]
         led = {name for name, _ in leading}
         apart = {name: patch for name, patch in update.patches.items() if name not in led}
-        adopted = {n for n, p in leading if first and self._consume and not p.index and self._sums[n].adopt(p.values, weight)}
+        free = [(n, p) for n, p in leading if not p.index] if first and self._consume else []
+        taken_over = {n for n, p in free if self._sums[n].take_over(p.values, weight)}
         layout = self._layout(leading)
         layout.weight += weight
-        pairs = [(view, p.values) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in adopted]
+        pairs = [(view, p.values) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in taken_over]
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=weight)
         for name, patch in apart.items():
@@ -80,9 +65,6 @@ class MeanAggregator:
             self._layouts[key] = Layout([(name, p.index) for name, p in patches], views)
         return self._layouts[key]
 
-    def result(self) -> Merged:
-        return Merged(self.state())
-
     def state(self) -> State:
         """The mean of what was added; to be asked once."""
         for layout in self._layouts.values():
@@ -92,24 +74,30 @@ class MeanAggregator:
         return {name: found[name] if name in found else self._counters[name] for name in self.old}
 
 
-def gather(fold: Fold, updates: Updates) -> Merged:
-    """What a Fold makes of updates that are all there."""
+def running_mean(
+    old: State, updates: Iterable[Update], weight: Callable[[Update], float] = by_examples, *, absent: bool = False
+) -> State:
+    """The mean over the covering clients, each update dropped once it is added, so that a round of any size needs little memory.
+
+    `weight` says what a client counts (`WEIGHTINGS`). The updates' tensors must not be used again. `absent` as in MeanAggregator.
+    """
+    total = MeanAggregator(old, absent=absent)
     for update in updates:
-        fold.add(update)
-    return fold.result()
+        total.add(update, weight(update))
+    return total.state()
 
 
 def mean(updates: Updates, weights: Sequence[float]) -> State:
     """Per entry, the weighted mean over the clients that cover it; the old value where none does (spec heterofl 2.5)."""
-    return _weighed(MeanAggregator(updates.old, consume=False), updates, weights)
+    return _add_all(MeanAggregator(updates.old, consume=False), updates, weights)
 
 
 def mean_with_absent(updates: Updates, weights: Sequence[float]) -> State:
     """sum w (c x + (1 - c) old) / sum w: a client without an entry votes for its old value."""
-    return _weighed(MeanAggregator(updates.old, absent=True, consume=False), updates, weights)
+    return _add_all(MeanAggregator(updates.old, absent=True, consume=False), updates, weights)
 
 
-def _weighed(whole: MeanAggregator, updates: Updates, weights: Sequence[float]) -> State:
+def _add_all(total: MeanAggregator, updates: Updates, weights: Sequence[float]) -> State:
     for update, weight in zip(updates, weights, strict=True):
-        whole.weigh(update, weight)
-    return whole.state()
+        total.add(update, weight)
+    return total.state()

@@ -39,7 +39,7 @@ class Merged:
 class Updates(Sequence[Update]):
     """The updates of a round in client-id order, over the global state `old` that they were taken from."""
 
-    def __init__(self, updates: Sequence[Update], old: State) -> None:
+    def __init__(self, updates: Iterable[Update], old: State) -> None:
         self._updates = sorted(updates, key=lambda u: u.client)
         self.old = old
 
@@ -130,8 +130,8 @@ class WeightedSum:
         if list(self._parts.shape) != wanted:
             self._parts = self._parts.expand(wanted).clone()
 
-    def adopt(self, values: Tensor, weight: float) -> bool:
-        """Makes the first client's whole tensor, which nobody needs any more, the sum itself; False where that cannot be."""
+    def take_over(self, values: Tensor, weight: float) -> bool:
+        """Makes the first client's whole tensor the sum and scales it IN PLACE; False where its memory cannot serve."""
         ours = values.is_contiguous() and values.dtype == self.old.dtype and self.total is None
         if not ours or values.untyped_storage().data_ptr() == self.old.untyped_storage().data_ptr():
             return False

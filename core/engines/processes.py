@@ -1,128 +1,117 @@
 """Clients in processes of their own, for local training whose Python would hold the lock of one process.
 
-Every worker thread has one process, which builds the run's site from its config; a message and the client's context go there, the
-reply and the context's state come back. A process that dies takes one client with it and is replaced.
+Every process builds the run's client runtime from its config. A process that dies, or is ended for being late, takes one client
+with it and is replaced.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import io
 import os
+import pickle
 import threading
 import time
 import tomllib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as NotYetError
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import TimeoutError as LateError
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from pebble import ProcessExpired, ProcessPool
+from torch import Tensor
 
-from hetfl.engines.faults import DIED, LATE, raised
+from hetfl.config import resolve
 from hetfl.engines.local import Call
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.messages import Answer, Failure, Instruction
+from hetfl.rounds.reporting import NoCallback
+from hetfl.rounds.setup import build_setup
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One message for one client."""
+    """One call; the widest clients are the dearest."""
 
     calls: list[Call]
     cost: float
 
 
-class Processes:
-    """Answers messages in other processes; `config` is the text of the run's resolved config."""
+class ProcessWorkers:
+    """Answers calls in `workers` other processes; `config` is the text of the run's resolved config."""
 
-    def __init__(self, config: str, timeout: float | None) -> None:
+    def __init__(self, config: str, workers: int, timeout: float | None) -> None:
         self._timeout = timeout
-        self._config, self._own, self._all = config, threading.local(), list[ProcessPoolExecutor]()
+        self._pool = ProcessPool(workers, context=get_context("spawn"), initializer=begin, initargs=(config, os.getpid()))
 
-    def jobs(self, calls: Sequence[Call]) -> list[Job]:
-        """A job each, the longest messages (the widest clients) dearest."""
-        return [Job([call], float(length(call[0]))) for call in calls]
+    def split(self, calls: Sequence[Call]) -> list[Job]:
+        """A job for each call."""
+        return [Job([call], float(entries(call))) for call in calls]
 
-    def work(self, job: Job) -> list[Message]:
-        """The reply; an error where the client raised, its process ended or it took longer than `timeout` and was ended."""
-        ((message, context),) = job.calls
+    def work(self, job: Job) -> list[Answer]:
+        """The answer; a Failure where the client raised, its process ended or it took longer than `timeout` and was ended."""
+        (call,) = job.calls
+        data = to_bytes((call.kind, call.client, call.content, call.state))
         try:
-            reply, state = self._process().submit(answer, message, context).result(self._timeout)
-        except BrokenProcessPool:
-            return [self._lost(message, DIED, "the client's process ended before it answered")]
-        except NotYetError:
-            return [self._lost(message, LATE, f"it gave no answer within {self._timeout:g} s, and its process was ended")]
-        context.state = state
-        return [reply]
-
-    def _lost(self, message: Message, code: int, why: str) -> Message:
-        """An error for a client without whose process we go on."""
-        process: ProcessPoolExecutor | None = getattr(self._own, "process", None)
-        if process is not None:
-            for one in list((process._processes or {}).values()):
-                one.kill()
-            process.shutdown(wait=False, cancel_futures=True)
-            self._all.remove(process)
-            self._own.process = None
-        return Message(Error(code, why), reply_to=message)
-
-    def _process(self) -> ProcessPoolExecutor:
-        """This thread's process."""
-        if getattr(self._own, "process", None) is None:
-            made = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, (self._config, os.getpid()))
-            self._own.process = made
-            self._all.append(made)
-            made.submit(ready).result()  # its beginning is not the first client's time
-        process: ProcessPoolExecutor = self._own.process
-        return process
+            found, call.state = pickle.loads(self._pool.schedule(answer, (data,), timeout=self._timeout).result())
+        except LateError:
+            return [Failure(f"it gave no answer within {self._timeout:g} s, and its process was ended")]
+        except ProcessExpired:
+            return [Failure("the client's process ended before it answered")]
+        return [found]
 
     def close(self) -> None:
-        for process in self._all:
-            process.shutdown(cancel_futures=True)
+        """Ends the processes."""
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
 
 
-def length(message: Message) -> int:
-    """Bytes of a message's arrays."""
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+def entries(call: Call) -> int:
+    """Entries of the tensors that a call sends."""
+    return sum(t.numel() for t in call.content.state.values()) if isinstance(call.content, Instruction) else 0
 
 
-APPS: list[ClientApp] = []
+class TensorPickler(pickle.Pickler):
+    """Pickles a tensor as its own entries alone, whatever storage it is a view of, and without shared memory."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            return torch.from_numpy, (obj.detach().cpu().contiguous().numpy(),)
+        return NotImplemented
+
+
+def to_bytes(value: object) -> bytes:
+    """`value` as bytes for another process of this run."""
+    buffer = io.BytesIO()
+    TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+# in the other process
+
+RUNTIME: list[ClientRuntime] = []
 
 
 def begin(config: str, parent: int) -> None:
-    """Builds the site of the run, once a process."""
-    threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    """Builds the client runtime of the run, once a process."""
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    APPS.append(app(config))
+    RUNTIME.append(build_setup(resolve(tomllib.loads(config)), NoCallback()).runtime())
 
 
-def app(config: str) -> ClientApp:
-    """The ClientApp of the run that `config` resolves, its payloads written out."""
-    from hetfl.config import resolve
-    from hetfl.rounds import setup
-    from hetfl.rounds.client import client_app
-    from hetfl.rounds.records import RecordCodec
-    from hetfl.rounds.reporting import NoCallback
-
-    return client_app(setup.build_setup(resolve(tomllib.loads(config)), NoCallback()).site(RecordCodec()))
-
-
-def ready() -> None:
-    """The site is built when this is called."""
-
-
-def answer(message: Message, context: Context) -> tuple[Message, RecordDict]:
-    from hetfl.engines.flower_internals import identify
-
-    identify(context.node_id)
+def answer(data: bytes) -> bytes:
+    """What a client answers, and what it keeps."""
+    kind, client, content, state = pickle.loads(data)
+    found: Answer
     try:
-        return APPS[0](message, context), context.state
-    except BaseException as error:
-        return raised(message, error), context.state
+        found = RUNTIME[0].answer(kind, client, content, state)
+    except Exception as error:
+        found = Failure.of(error)
+    return to_bytes((found, state))
 
 
-def follow(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process when its parent has: nobody else would."""
     while os.getppid() == parent:
         time.sleep(0.5)

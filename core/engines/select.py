@@ -1,53 +1,50 @@
-"""Where clients run: `local` on threads of this process, `processes` in processes of their own, `ray` on Flower's simulation."""
+"""The engine of a run: `local` on threads of this process, `processes`, `ray` on Flower's simulation, `flower` on a federation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.serverapp import Grid
-
-from hetfl.config import RunOptions
-from hetfl.engines.local import LocalGrid
-from hetfl.engines.processes import Processes
-from hetfl.engines.ray import RaySimulation
-from hetfl.engines.remote import RemoteGrid
+from hetfl.engines.local import LocalEngine
 from hetfl.engines.threads import ThreadWorkers
 from hetfl.errors import UsageError
 from hetfl.parallel import Pool
-from hetfl.rounds.client import ClientRuntime, HandOver, Transport, client_app
-from hetfl.rounds.records import RecordCodec
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.messages import Engine
 
-
-def desk(options: RunOptions) -> Transport:
-    """How payloads travel: by reference within a process, else as records."""
-    return HandOver() if options.engine == "local" else RecordCodec()
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 
 @dataclass(frozen=True)
 class EngineContext:
-    """The folder for the memory of clients in other processes, and the grid of the federation that a deployed run is given."""
+    """What an engine is given: the folder for the state of clients in other processes, and a deployed run's Flower grid."""
 
-    home: Path
+    client_states: Path
     grid: Grid | None = None
 
 
-def grid(site: ClientRuntime, pool: Pool, cohort: int, resolved: str, where: EngineContext) -> LocalGrid | RemoteGrid:
-    """The grid of a run; `resolved` is its config.toml, from which other processes build the same."""
-    options, clients = site.options, len(site.federation.clients)
+def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str, context: EngineContext) -> Engine:
+    """The engine that the run's options name; `config` is its resolved config.toml, from which other processes build the same.
+
+    Raises UsageError where what it needs is not there.
+    """
+    options, clients = runtime.options, len(runtime.federation.clients)
     if options.engine == "local":
-        return LocalGrid(ThreadWorkers(client_app(site), site, pool.workers, cohort), clients, pool, options.timeout)
+        return LocalEngine(ThreadWorkers(runtime, pool.workers, group_size), clients, pool, options.timeout)
     if options.engine == "processes":
-        return LocalGrid(Processes(resolved, options.timeout), clients, pool)
-    if options.engine == "flower":
-        return deployed(where.grid, clients, options)
-    return RaySimulation(clients, options, resolved, where.home)
+        from hetfl.engines.processes import ProcessWorkers
 
+        return LocalEngine(ProcessWorkers(config, pool.workers, options.timeout), clients, pool)
+    if options.engine == "ray":
+        from hetfl.engines.flower.ray import RayEngine
 
-def deployed(given: Grid | None, clients: int, options: RunOptions) -> RemoteGrid:
-    """The grid of a federation's own ServerApp. Raises UsageError where there is none."""
-    if given is None:
+        return RayEngine(clients, options, config, context.client_states)
+    if context.grid is None:
         raise UsageError("--engine flower is what an exported app runs on: use hfl federate, or hfl export flower and flwr run")
-    made = RemoteGrid(clients, options.timeout, options.wait)
-    made.attach(given)
-    return made
+    from hetfl.engines.flower.remote import FlowerEngine
+
+    engine = FlowerEngine(clients, options.timeout, options.wait)
+    engine.attach(context.grid)
+    return engine

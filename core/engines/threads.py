@@ -1,61 +1,49 @@
-"""How the local engine deals out a round's messages: what is worth a job of its own, who trains as one, who begins first."""
+"""Batches small clients into jobs, groups equal shapes for vmap, and answers them on worker threads."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flwr.app import Context, Message, MessageType
-from flwr.clientapp import ClientApp
-
-from hetfl.data.dataset import Examples
-from hetfl.engines.faults import raised
 from hetfl.engines.local import Call
 from hetfl.models.state import tensors
-from hetfl.rounds.client import ClientRuntime, client_id
-from hetfl.rounds.messages import Instruction
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.messages import Answer, Failure, Instruction
 from hetfl.training import vectorized
-from hetfl.training.evaluation import Score
-from hetfl.training.task import Reply
-from hetfl.training.vectorized import Member, Trained
 
 SLIGHT = 1e7  # parameters x examples up to which several clients share a job
-
-SHARES = 8  # jobs that a worker gets at least, where there are enough clients
+JOBS_PER_WORKER = 8  # that a worker gets at least, where there are enough clients
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Some messages for one worker, in client order; with `cohort`, their clients train as one."""
+    """Some calls for one worker, in client order; with `group`, their clients train as one batched model."""
 
     calls: list[Call]
     cost: float
-    cohort: bool = False
+    group: bool = False
 
 
 class ThreadWorkers:
-    """Answers messages for all clients of one process; `cohort` is how many clients may train as one."""
+    """Answers for all clients of one process; `group_size` is how many clients may train as one."""
 
-    def __init__(self, app: ClientApp, site: ClientRuntime, workers: int, cohort: int = 1) -> None:
-        self._app, self._site, self._workers, self._cohort = app, site, workers, cohort
-        self._slight = SLIGHT if site.options.timeout is None else 0.0  # a client that may be given up has a job of its own
+    def __init__(self, runtime: ClientRuntime, workers: int, group_size: int = 1) -> None:
+        self._runtime, self._workers, self._group_size = runtime, workers, group_size
+        self._slight = SLIGHT if runtime.options.timeout is None else 0.0  # a client that may be given up has a job of its own
 
-    def jobs(self, calls: Sequence[Call]) -> list[Job]:
-        """What is to be done, in the order of the first client of each job; the split never changes a result."""
+    def split(self, calls: Sequence[Call]) -> list[Job]:
+        """The jobs, in the order of the first client of each; the split never changes a result."""
         alone, groups, known = [], dict[object, list[Call]](), dict[int, tuple[int, ...] | None]()
         for call in calls:
             shape = self._shape(call, known)
             alone.append(call) if shape is None else groups.setdefault(shape, []).append(call)
-        together = [g[i : i + self._cohort] for g in groups.values() for i in range(0, len(g), self._cohort)]
-        return self._chunks(alone) + [Job(g, sum(map(self._cost, g)), cohort=True) for g in together]
+        size = self._group_size
+        together = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+        return self._batch(alone) + [Job(group, sum(map(self._cost, group)), group=True) for group in together]
 
-    def close(self) -> None:
-        """Nothing is kept that outlives the threads."""
-
-    def _chunks(self, calls: list[Call]) -> list[Job]:
+    def _batch(self, calls: list[Call]) -> list[Job]:
         """Jobs of one client each, or of several where these are slight."""
-        most, jobs = max(1, len(calls) // (self._workers * SHARES)), list[Job]()
+        most, jobs = max(1, len(calls) // (self._workers * JOBS_PER_WORKER)), list[Job]()
         for call in calls:
             cost = self._cost(call)
             if jobs and len(jobs[-1].calls) < most and jobs[-1].cost + cost <= self._slight:
@@ -66,76 +54,42 @@ class ThreadWorkers:
 
     def _cost(self, call: Call) -> float:
         """Predicted work: parameters times examples."""
-        down = self._site.desk.peek(call[0].content)
-        if not isinstance(down, Instruction):
+        if not isinstance(call.content, Instruction):
             return 0.0
-        return float(len(self._train(call[1])) * sum(t.numel() for t in down.state.values()))
+        examples = len(self._runtime.federation.clients[call.client].train)
+        return float(examples * sum(t.numel() for t in call.content.state.values()))
 
     def _shape(self, call: Call, known: dict[int, tuple[int, ...] | None]) -> object:
-        """What clients of one cohort have in common; None for a client that trains by itself. `known`: those of states seen."""
-        down = self._site.desk.peek(call[0].content)
-        if self._cohort < 2 or call[0].metadata.message_type != MessageType.TRAIN or not isinstance(down, Instruction):
+        """What clients of one vmap group have in common; None for a client that trains by itself. `known`: of states seen."""
+        sent = call.content
+        if self._group_size < 2 or call.kind != "train" or not isinstance(sent, Instruction):
             return None
-        if down.model or down.masks or down.local or down.up is not None or down.sizes is None:
+        if sent.model or sent.masks or sent.local or sent.up is not None or sent.sizes is None:
             return None
-        if id(down.state) not in known:
-            model = self._site.builder.module(down.sizes)
-            whole = down.state.keys() >= tensors(model).keys()
-            known[id(down.state)] = (*down.sizes.values(), vectorized.has_batch_statistics(model)) if whole else None
-        shape = known[id(down.state)]
-        return shape and (shape, None if shape[-1] else len(self._train(call[1])))
+        if id(sent.state) not in known:
+            model = self._runtime.builder.module(sent.sizes)
+            whole = sent.state.keys() >= tensors(model).keys()
+            known[id(sent.state)] = (*sent.sizes.values(), vectorized.has_batch_statistics(model)) if whole else None
+        shape = known[id(sent.state)]
+        return shape and (shape, None if shape[-1] else len(self._runtime.federation.clients[call.client].train))
 
-    def _train(self, context: Context) -> Examples:
-        return self._site.federation.clients[client_id(context)].train
+    def work(self, job: Job) -> list[Answer]:
+        """The answers of a job, in its clients' order; a Failure for a client that raises."""
+        if job.group:
+            try:
+                sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
+                return [*self._runtime.train_group([call.client for call in job.calls], sent)]
+            except Exception:
+                pass
+        return [self._answer(call) for call in job.calls]
 
-    def work(self, job: Job) -> list[Message]:
-        """The replies of a job, in its clients' order; for a client that raises, an error with its traceback."""
-        if job.cohort and (replies := self._cohort_replies(job)):
-            return replies
-        return [self._reply(message, context) for message, context in job.calls]
-
-    def _reply(self, message: Message, context: Context) -> Message:
+    def _answer(self, call: Call) -> Answer:
         try:
-            return self._app(message, context)
+            return self._runtime.answer(call.kind, call.client, call.content, call.state)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            return raised(message, error)
+            return Failure.of(error)
 
-    def _cohort_replies(self, job: Job) -> list[Message]:
-        """The replies of clients that train as one; none where that cannot be, and then each is to train by itself."""
-        downs = [self._site.desk.peek(message.content) for message, _ in job.calls]
-        try:
-            replies = self._together([(d, c) for d, (_, c) in zip(downs, job.calls, strict=True) if isinstance(d, Instruction)])
-        except Exception:
-            return []
-        for message, _ in job.calls:
-            self._site.desk.open(message.content)
-        return [Message(self._site.desk.seal(r), reply_to=m) for r, (m, _) in zip(replies, job.calls, strict=True)]
-
-    def _together(self, members: Sequence[tuple[Instruction, Context]]) -> list[Reply]:
-        site, started, down = self._site, time.perf_counter(), members[0][0]
-        model = site.builder.module(down.sizes)
-        group = [Member(client_id(context), down.state, self._train(context)) for down, context in members]
-        trained = vectorized.train(model, group, site.options, down.round)
-        seconds = (time.perf_counter() - started) / len(group)
-        replies = [Reply(t.state, len(m.train), {"loss": t.loss, "seconds": seconds}) for t, m in zip(trained, group, strict=True)]
-        self._examined(members, trained, replies)
-        return replies
-
-    def _examined(
-        self, members: Sequence[tuple[Instruction, Context]], trained: Sequence[Trained], replies: Sequence[Reply]
-    ) -> None:
-        """Notes how each trained model does on its client's own test data."""
-        own = [self._site.federation.clients[client_id(context)].test for _, context in members]
-        having = [k for k, test in enumerate(own) if len(test)]
-        if having:
-            model, batch = self._site.builder.module(members[0][0].sizes), self._site.options.eval_batch_size
-            scores = vectorized.evaluate(model, [trained[k].state for k in having], [own[k] for k in having], batch)
-            for k, score in zip(having, scores, strict=True):
-                replies[k].metrics |= noted(score)
-
-
-def noted(score: Score) -> dict[str, float]:
-    """A score as the metrics of a reply."""
-    return {"own accuracy": score.accuracy, "own loss": score.loss}
+    def close(self) -> None:
+        """Nothing is kept that outlives the threads."""

@@ -10,8 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hetfl.aggregation.mean import Fold
-    from hetfl.aggregation.updates import Merged, Update, Updates
+    from hetfl.aggregation.updates import Merged, Update
     from hetfl.hooks.server import Server
     from hetfl.hooks.values import Client, Coverage, Exchange, ReceivedReply
     from hetfl.models.state import State
@@ -65,18 +64,20 @@ def fit(task: Task) -> Reply | None:
 
 
 @hookspec(firstresult=True)
-def recover(server: Server, replies: Sequence[ReceivedReply], round: int) -> Iterable[Update] | None:
-    """Server: the replies in global coordinates. Default: each reply put back where its plan took it."""
+def recover(server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update] | None:
+    """Server: the replies in global coordinates, in client order. Default: each reply put back where its plan took it.
+
+    Replies come as clients answer. Yield an update for each as it comes, or ask for `list(replies)` where all are needed.
+    """
 
 
 @hookspec(firstresult=True)
-def aggregate(server: Server, updates: Updates, round: int) -> Merged | None:
-    """Server: the next global model. Default: the mean over the clients that cover an entry."""
+def aggregate(server: Server, updates: Iterable[Update], round: int) -> Merged | None:
+    """Server: the next global model. Default: the mean over the clients that cover an entry.
 
-
-@hookspec(firstresult=True)
-def fold(server: Server, round: int) -> Fold | None:
-    """Server, in place of `aggregate`: a running aggregation, which takes the updates one by one and holds none of them."""
+    Updates come as clients answer, in client order. `running_mean` takes them one by one and holds none of them;
+    `Updates(updates, server.state)` holds all.
+    """
 
 
 @hookspec

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pluggy
 from torch import Tensor, nn
 
-from hetfl.aggregation.mean import Fold, gather
-from hetfl.aggregation.updates import Merged, Update, Updates
-from hetfl.errors import UsageError
+from hetfl.aggregation.updates import Merged, Update
+from hetfl.errors import RunError, UsageError
 from hetfl.hooks import hookspecs
 from hetfl.hooks.base import Plugin
+from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client, Coverage, Exchange, ExtraSpec, ReceivedReply
 from hetfl.models.state import State
 from hetfl.profiling.node import Node, Profile
-from hetfl.rounds.defaults import Defaults
 from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply, Task
 
@@ -53,7 +52,9 @@ class PluginManager:
     def _ask(self, hook: str, role: str | None = None) -> Any:
         """The caller of `hook` for the plugins of `role` (None: all) that have something to do in it."""
         if (hook, role) not in self._callers:
-            out = [p for key, p in self.plugins.items() if hook in p.inactive_hooks or role not in (None, key.split(".")[0])]
+            out: list[object] = [
+                p for key, p in self.plugins.items() if hook in p.inactive_hooks or role not in (None, key.split(".")[0])
+            ]
             self._callers[hook, role] = self._manager.subset_hook_caller(hook, remove_plugins=out)
         return self._callers[hook, role]
 
@@ -110,13 +111,22 @@ class PluginManager:
         """Whether local training is the core's own, with nothing around it."""
         return not self._answers("fit")
 
-    def recover(self, server: Server, replies: Sequence[ReceivedReply], round: int) -> list[Update]:
-        return list(self._ask("recover", "extract")(server=server, replies=replies, round=round))
+    def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update]:
+        return cast(Iterable[Update], self._ask("recover", "extract")(server=server, replies=replies, round=round))
 
-    def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
+        """The next global model. Raises RunError where the aggregation gives none."""
+        caller = self._ask("aggregate", "aggregate")
         if self._answers("aggregate", "aggregate"):
-            return cast(Merged, self._ask("aggregate", "aggregate")(server=server, updates=updates, round=round))
-        return gather(self._fold(server, round), updates)
+            others = [p for key, p in self._manager.list_name_plugin() if not key.startswith("aggregate.")]
+            caller = self._manager.subset_hook_caller("aggregate", remove_plugins=others)
+        merged = caller(server=server, updates=updates, round=round)
+        if not isinstance(merged, Merged):
+            names = [key for key in self.plugins if key.startswith("aggregate.")]
+            raise RunError(
+                f"the aggregation {', '.join(names)} answered {type(merged).__name__} in round {round}, not Merged(state)"
+            )
+        return merged
 
     @property
     def averages(self) -> bool:
@@ -130,6 +140,7 @@ class PluginManager:
         return self._answers("finalize")
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
+        """What the plugins' last words make of `merged`, each getting what the one before made."""
         for plugin in self.plugins.values():
             others = [p for p in self.plugins.values() if p is not plugin]
             for changed in self._manager.subset_hook_caller("finalize", remove_plugins=others)(
@@ -137,14 +148,6 @@ class PluginManager:
             ):
                 merged = changed
         return merged
-
-    def stream(self, server: Server, round: int) -> Fold | None:
-        """A Fold for replies one by one as they come; None where the aggregation, or the recovery, has to see all of them."""
-        together = self._answers("aggregate", "aggregate") or self._answers("recover", "extract")
-        return None if together else self._fold(server, round)
-
-    def _fold(self, server: Server, round: int) -> Fold:
-        return cast(Fold, self._ask("fold", "aggregate")(server=server, round=round))
 
     @property
     def extras_up(self) -> dict[str, ExtraSpec]:

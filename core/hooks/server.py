@@ -30,8 +30,8 @@ class Server:
     `clients` has every client by its id as it was when last sampled.
 
     `sampled` of `population` clients take part in a round; `averages` tells whether the aggregation is a mean over the clients
-    that cover an entry. `public` is the server's labelled data or None; `spent` counts the training steps taken on it,
-    `saved` the (steps, epochs) that early stopping left out.
+    that cover an entry. `public` is the server's labelled data or None; `steps` counts the training steps taken on it,
+    `steps_saved` and `epochs_saved` what early stopping left out.
     """
 
     def __init__(
@@ -40,8 +40,7 @@ class Server:
         self.options, self.builder, self.state, self.classes, self.pool = options, builder, state, classes, pool
         self.branches: dict[str, Patches] = {}
         self.clients: dict[int, Client] = {}
-        self.spent: list[int] = []
-        self.saved: list[tuple[int, float]] = []
+        self.steps, self.steps_saved, self.epochs_saved = 0, 0, 0.0
         self.notes: list[str] = []
         self.alarms: list[str] = []  # of this round, not said yet
         self.sampled, self.population, self.averages = 0, 0, False
@@ -93,7 +92,7 @@ class Server:
         out: Tensor = torch.func.functional_call(model, weights, (x,))
         return out
 
-    def answers(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+    def predict(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """`logits` without a gradient, in batches of evaluation."""
         with torch.no_grad():
             return torch.cat([self.logits(state, part, sizes) for part in x.split(self.options.eval_batch_size)])
@@ -123,11 +122,12 @@ class Server:
     def _counted(self, tuned: list[Tuned], steps: int, batch: int, purpose: str) -> list[Tuned]:
         self.alarms += [text for t in tuned if (text := risen(purpose, t.start, t.last, t.step))]
         each = math.ceil(len(self.public.tune) / batch)
-        self.spent += [t.steps for t in tuned]
-        self.saved += [(steps - t.steps, (steps - t.steps) / each) for t in tuned]
+        self.steps += sum(t.steps for t in tuned)
+        self.steps_saved += sum(steps - t.steps for t in tuned)
+        self.epochs_saved += sum((steps - t.steps) / each for t in tuned)
         return tuned
 
-    def trained(
+    def train(
         self, state: State, steps: int, purpose: str, round: int = 0, *,
         sizes: Mapping[str, int] | None = None, lr: float | None = None, client: int = -1,
     ) -> State:  # fmt: skip

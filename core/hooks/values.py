@@ -18,7 +18,7 @@ from hetfl.training.task import Reply
 
 @dataclass(frozen=True)
 class Client:
-    """A sampled client as the server sees it: `met` is the round of its last valid reply (0: none), `extras` came with it."""
+    """A sampled client as the server sees it: `last_round` is that of its last valid reply (0: none), `extras` came with it."""
 
     id: int
     profile: Profile
@@ -52,6 +52,10 @@ class ReceivedReply:
     sent: State
     reply: Reply
 
+    def update(self) -> Update:
+        """What the client trained, at the places that its plan took it from."""
+        return Update(self.client.id, self.plan.put(self.reply.state), float(self.reply.examples), self.reply.extras)
+
 
 @dataclass(frozen=True)
 class ExtraSpec:
@@ -62,9 +66,3 @@ class ExtraSpec:
 
     def admits(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.dtype == self.dtype and tensor.numel() <= self.elements
-
-
-def put_back(returned: ReceivedReply) -> Update:
-    """A reply put back where its plan took it."""
-    reply = returned.reply
-    return Update(returned.client.id, returned.plan.put(reply.state), float(reply.examples), reply.extras)

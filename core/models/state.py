@@ -52,3 +52,17 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         torch._foreach_copy_(list(mine.values()), [state[name] for name in mine])
     return model
+
+
+def join_states(states: Mapping[str, State]) -> State:
+    """Named groups of tensors as one: the tensor `name` of `group` becomes "group/name"."""
+    return {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
+
+
+def split_states(joined: Mapping[str, Tensor]) -> dict[str, State]:
+    """The inverse of `join_states`; group names have no slash."""
+    found: dict[str, State] = {}
+    for key, tensor in joined.items():
+        group, name = key.split("/", 1)
+        found.setdefault(group, {})[name] = tensor
+    return found

@@ -1,217 +1,181 @@
-"""The client side of a run as a Flower ClientApp: profile, train, pass for statistics, evaluate."""
+"""A client's side of a round: what its device affords, training, statistics, evaluation."""
 
 from __future__ import annotations
 
-import itertools
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from hetfl.config import RunOptions
-from hetfl.data.dataset import ClientData, FederatedDataset
+from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.normalization import measure_statistics, unset_statistics, without_statistics
 from hetfl.models.state import State, load_state, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
-from hetfl.rounds.messages import Instruction
+from hetfl.rounds.messages import Answer, ClientState, Content, Instruction, Kind
+from hetfl.rounds.rows import OWN_ACCURACY, OWN_LOSS, SECONDS
 from hetfl.submodel import encoding
 from hetfl.submodel.blocks import take
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import within
-from hetfl.training.evaluation import evaluate
+from hetfl.training import vectorized
+from hetfl.training.evaluation import Score, evaluate
 from hetfl.training.task import Reply, Task
+from hetfl.training.vectorized import Member
+
+Pack = Callable[[Reply, Mapping[str, Tensor]], Reply]
 
 
-class HandOver:
-    """Where payloads wait for the message that names them: in one process, tensors are handed over and not copied."""
-
-    def __init__(self) -> None:
-        self._numbers, self._waiting, self._lock = itertools.count(), dict[int, object](), threading.Lock()
-
-    def seal(self, payload: object) -> RecordDict:
-        """The content of a message that carries `payload`."""
-        with self._lock:
-            number = next(self._numbers)
-            self._waiting[number] = payload
-        return RecordDict({"payload": ConfigRecord({"number": number})})
-
-    def open(self, content: RecordDict) -> object:
-        """The payload of a message, once."""
-        record = content["payload"]
-        assert isinstance(record, ConfigRecord)
-        with self._lock:
-            return self._waiting.pop(int(str(record["number"])))
-
-    def peek(self, content: RecordDict) -> object:
-        """The payload of a message that nobody has opened yet."""
-        record = content["payload"]
-        assert isinstance(record, ConfigRecord)
-        return self._waiting[int(str(record["number"]))]
-
-    def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
-        """Nothing is packed that does not travel; what travelling would lose is lost here too."""
-        return replace(reply, state=encoding.as_received(reply.state, masks, reply.code)) if reply.code else reply
-
-
-class Transport(Protocol):
-    """How payloads get into messages and out again: by reference (`Desk`) or written out (`wire.Wire`)."""
-
-    def seal(self, payload: Any) -> RecordDict: ...
-    def open(self, content: RecordDict) -> Any: ...
-    def peek(self, content: RecordDict) -> Any: ...
-    def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply: ...
+def round_reply(reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
+    """The reply as the server would decode it: what its code loses on the way is lost here."""
+    if reply.code:
+        reply.state = encoding.as_received(reply.state, masks, reply.code)
+    return reply
 
 
 @dataclass(frozen=True, eq=False)
 class ClientRuntime:
-    """What every client has at hand: its data, the plugins and the means to build submodels."""
+    """What every client has at hand: its data, the plugins and the means to build submodels.
+
+    `pack(reply, masks)` makes a reply ready to leave, `masks` being the entries that exist of its tensors.
+    """
 
     options: RunOptions
     federation: FederatedDataset
-    roles: PluginManager
+    plugins: PluginManager
     builder: SubmodelBuilder
-    desk: Transport
     meter: Meter
+    pack: Pack = field(default=round_reply)
 
-    def profile(self, message: Message, context: Context) -> Profile:
-        round, client = self.desk.open(message.content), client_id(context)
-        assert isinstance(round, int)
-        data = self.federation.clients[client].train
-        return self.roles.profile(
-            Node(
-                client, len(self.federation.clients), round, self.options.seed,
-                self.meter.cost, partial(self.meter.seconds, data),
-                self.options.epochs * len(data), self.options.epochs * -(-len(data) // self.options.batch_size),
-            )
+    def answer(self, kind: Kind, client: int, content: Content, state: ClientState) -> Answer:
+        """What `client` answers to a message; `state`, which it keeps between rounds, is replaced in place."""
+        if kind == "profile":
+            assert isinstance(content, int)
+            return self.profile(client, content)
+        assert isinstance(content, Instruction)
+        if kind == "train":
+            return self.train(client, content, state)
+        return self.statistics(client, content, state) if kind == "statistics" else self.evaluate(client, content, state)
+
+    def profile(self, client: int, round: int) -> Profile:
+        """What the client's device affords in this round."""
+        data, options = self.federation.clients[client].train, self.options
+        node = Node(
+            client, len(self.federation.clients), round, options.seed, self.meter.cost, partial(self.meter.seconds, data),
+            options.epochs * len(data), options.epochs * -(-len(data) // options.batch_size),
         )  # fmt: skip
+        return self.plugins.profile(node)
 
-    def train(self, message: Message, context: Context) -> Reply:
-        down, started = self._down(message), time.perf_counter()
-        task = self._task(down, context)
-        reply = self.roles.fit(task)
-        remember(context, "memory", task.client_state)
-        reply.metrics["seconds"] = time.perf_counter() - started
-        own = self._holding(context).test
+    def train(self, client: int, sent: Instruction, state: ClientState) -> Reply:
+        """Local training on the client's own examples."""
+        started, task = time.perf_counter(), self._task(client, sent, state)
+        reply = self.plugins.fit(task)
+        keep(state, "memory", task.client_state)
+        reply.metrics[SECONDS] = time.perf_counter() - started
+        own = self.federation.clients[client].test
         if len(own) and reply.state:
-            model = self.builder.loaded(reply.state, shrunk(down.sizes, reply.kept), down.model)
-            score = evaluate(model, own, self.options.eval_batch_size)
-            reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
-        if down.up is not None:
-            now = {**tensors(task.model), **reply.state}
-            remember(context, "home", self._kept(down, context, {n: t for n, t in now.items() if n not in down.up}))
-            reply.state = {name: t for name, t in reply.state.items() if name in down.up}
-        if down.local:
-            reply.state = without_statistics(reply.state, self.builder.module(down.sizes, down.model))
-        return self.desk.pack(reply, self._existing(down, reply))
+            sizes = {**sent.sizes, **{name: len(units) for name, units in reply.kept.items()}} if sent.sizes else sent.sizes
+            model = self.builder.loaded(reply.state, sizes, sent.model)
+            reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
+        if sent.up is not None:
+            trained = {**tensors(task.model), **reply.state}
+            at_home = {name: t for name, t in trained.items() if name not in sent.up}
+            keep(state, "home", merge_home(at_home, state.get("home", {}), sent.masks))
+            reply.state = {name: t for name, t in reply.state.items() if name in sent.up}
+        if sent.local:
+            reply.state = without_statistics(reply.state, self.builder.module(sent.sizes, sent.model))
+        return self.pack(reply, self._existing(sent, reply))
 
-    def _existing(self, down: Instruction, reply: Reply) -> Mapping[str, Tensor]:
-        """The masks of what comes back: those sent, cut as the reply was, and the client's own over them."""
-        if not reply.kept or not down.masks or down.sizes is None:
-            return {**down.masks, **reply.masks}
-        index = within(self.builder.widths, down.sizes, reply.kept)
-        return {**{name: take(mask, index.get(name, {})) for name, mask in down.masks.items()}, **reply.masks}
+    def train_group(self, clients: Sequence[int], sent: Sequence[Instruction]) -> list[Reply]:
+        """Local training of clients with submodels of one shape, as one batched model (vmap)."""
+        started, model = time.perf_counter(), self.builder.module(sent[0].sizes)
+        group = [Member(i, s.state, self.federation.clients[i].train) for i, s in zip(clients, sent, strict=True)]
+        trained = vectorized.train(model, group, self.options, sent[0].round)
+        seconds = (time.perf_counter() - started) / len(group)
+        replies = [Reply(t.state, len(m.train), {"loss": t.loss, SECONDS: seconds}) for t, m in zip(trained, group, strict=True)]
+        having = [k for k, i in enumerate(clients) if len(self.federation.clients[i].test)]
+        if having:
+            states, tests = [trained[k].state for k in having], [self.federation.clients[clients[k]].test for k in having]
+            model = self.builder.module(sent[0].sizes)
+            for k, score in zip(having, vectorized.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
+                replies[k].metrics |= own_metrics(score)
+        return replies
 
-    def passes(self, message: Message, context: Context) -> Reply:
+    def statistics(self, client: int, sent: Instruction, state: ClientState) -> Reply:
         """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""
-        down, data = self._down(message), self._holding(context).train
-        model = self._model(down, context)
-        state, batches = measure_statistics(model, data.batches(self.options.eval_batch_size, None))
-        return Reply(state, batches)
+        data = self.federation.clients[client].train
+        found, batches = measure_statistics(self._model(sent, state), data.batches(self.options.eval_batch_size, None))
+        return Reply(found, batches)
 
-    def evaluate(self, message: Message, context: Context) -> dict[str, float]:
-        down, holding = self._down(message), self._holding(context)
-        if not len(holding.test):
+    def evaluate(self, client: int, sent: Instruction, state: ClientState) -> dict[str, float]:
+        """Accuracy and loss of the sent submodel on this client's own test data; empty where it has none."""
+        own, size = self.federation.clients[client], self.options.eval_batch_size
+        if not len(own.test):
             return {}
-        labels, size = holding.labels if down.held else None, self.options.eval_batch_size
-        model = self._model(down, context)
-        if down.local:
-            measure_statistics(model, holding.train.batches(size, None))
-        score = evaluate(model, holding.test, size, labels)
+        model = self._model(sent, state)
+        if sent.local:
+            measure_statistics(model, own.train.batches(size, None))
+        score = evaluate(model, own.test, size, own.labels if sent.held else None)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
 
-    def _model(self, down: Instruction, context: Context) -> nn.Module:
-        """The submodel with what was sent, and for the rest what the client has."""
-        model = self.builder.module(down.sizes, down.model)
-        state = {**unset_statistics(model), **down.state} if down.local else down.state
-        missing = {name: tensor for name, tensor in tensors(model).items() if name not in state}
-        return load_state(model, {**self._home(down, context, missing), **state})
-
-    def _home(self, down: Instruction, context: Context, wanted: State) -> State:
-        """The client's own tensors: as it left them if they still fit those `wanted`, else those of an untrained model."""
-        kept = recall(context, "home") if wanted else {}
-        found = {name: kept[name] for name, t in wanted.items() if name in kept and kept[name].shape == t.shape}
-        if len(found) < len(wanted):
-            initial = self.builder.initial(down.sizes, down.model)
-            found = {name: found.get(name, initial[name]) for name in wanted}
-        return {name: t * down.masks[name] if name in down.masks else t for name, t in found.items()}
-
-    def _kept(self, down: Instruction, context: Context, trained: State) -> State:
-        """What stays at home: entries outside the masks as they were."""
-        before = recall(context, "home")
-        return {
-            name: torch.where(down.masks[name], t, before[name])
-            if name in down.masks and name in before and before[name].shape == t.shape == down.masks[name].shape else t.clone()
-            for name, t in trained.items()
-        }  # fmt: skip
-
-    def _down(self, message: Message) -> Instruction:
-        payload = self.desk.open(message.content)
-        assert isinstance(payload, Instruction)
-        return payload
-
-    def _holding(self, context: Context) -> ClientData:
-        return self.federation.clients[client_id(context)]
-
-    def _task(self, down: Instruction, context: Context) -> Task:
+    def _task(self, client: int, sent: Instruction, state: ClientState) -> Task:
         full, public = self.builder.full, self.federation.public
         return Task(
-            client=client_id(context), round=down.round, model=self._model(down, context),
-            data=self._holding(context), options=self.options, plan_sizes=full if down.sizes is None else down.sizes,
-            full_sizes=full, extras=down.extras, client_state=recall(context, "memory"), builder=self.builder,
-            masks=dict(down.masks),
+            client=client, round=sent.round, model=self._model(sent, state), data=self.federation.clients[client],
+            options=self.options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full, extras=sent.extras,
+            client_state=recall(state, "memory"), builder=self.builder, masks=dict(sent.masks),
             public=None if public is None else public.tune, draws=self.builder.widths.draws,
         )  # fmt: skip
 
+    def _model(self, sent: Instruction, state: ClientState) -> nn.Module:
+        """The submodel with what was sent, and for the rest what the client has."""
+        model = self.builder.module(sent.sizes, sent.model)
+        given = {**unset_statistics(model), **sent.state} if sent.local else sent.state
+        missing = {name: tensor for name, tensor in tensors(model).items() if name not in given}
+        return load_state(model, {**self._from_home(sent, state, missing), **given})
 
-def shrunk(sizes: dict[str, int] | None, kept: Mapping[str, Tensor]) -> dict[str, int] | None:
-    """`sizes` after a client went on with the units `kept`."""
-    return {**sizes, **{name: len(units) for name, units in kept.items()}} if sizes and kept else sizes
+    def _from_home(self, sent: Instruction, state: ClientState, wanted: State) -> State:
+        """The client's own tensors: as it left them if they still fit those `wanted`, else those of an untrained model."""
+        home = state.get("home", {}) if wanted else {}
+        found = {name: home[name] for name, t in wanted.items() if name in home and home[name].shape == t.shape}
+        if len(found) < len(wanted):
+            initial = self.builder.initial(sent.sizes, sent.model)
+            found = {name: found.get(name, initial[name]) for name in wanted}
+        return {name: t * sent.masks[name] if name in sent.masks else t for name, t in found.items()}
 
-
-def client_app(site: ClientRuntime) -> ClientApp:
-    """The ClientApp of a run. Kinds of message: query (profile), train, train.passes (statistics), evaluate."""
-    app = ClientApp()
-
-    def answer(work: Callable[[Message, Context], object]) -> Callable[[Message, Context], Message]:
-        return lambda message, context: Message(site.desk.seal(work(message, context)), reply_to=message)
-
-    app.query()(answer(site.profile))
-    app.train()(answer(site.train))
-    app.train("passes")(answer(site.passes))
-    app.evaluate()(answer(site.evaluate))
-    return app
-
-
-def client_id(context: Context) -> int:
-    """A client is its partition; node ids are the engine's own affair."""
-    return int(context.node_config["partition-id"])
-
-
-def recall(context: Context, what: str) -> dict[str, Tensor]:
-    """What the client remembers of earlier rounds: its plugins' "memory", and the tensors of its model that stay at "home"."""
-    record = context.state.get(what)
-    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else {}
+    def _existing(self, sent: Instruction, reply: Reply) -> Mapping[str, Tensor]:
+        """The masks of what comes back: those sent, cut as the reply was, and the client's own over them."""
+        if not reply.kept or not sent.masks or sent.sizes is None:
+            return {**sent.masks, **reply.masks}
+        index = within(self.builder.widths, sent.sizes, reply.kept)
+        return {**{name: take(mask, index.get(name, {})) for name, mask in sent.masks.items()}, **reply.masks}
 
 
-def remember(context: Context, what: str, tensors: dict[str, Tensor]) -> None:
-    if tensors or what in context.state:
-        context.state[what] = ArrayRecord(tensors)
+def own_metrics(score: Score) -> dict[str, float]:
+    """A score on the client's own test data as metrics of its reply."""
+    return {OWN_ACCURACY: score.accuracy, OWN_LOSS: score.loss}
+
+
+def merge_home(trained: State, before: State, masks: Mapping[str, Tensor]) -> State:
+    """What stays with the client: what it trained, entries outside the masks as they were."""
+
+    def fits(name: str, t: Tensor) -> bool:
+        return name in masks and name in before and before[name].shape == t.shape == masks[name].shape
+
+    return {name: torch.where(masks[name], t, before[name]) if fits(name, t) else t for name, t in trained.items()}
+
+
+def recall(state: ClientState, what: str) -> State:
+    """Copies of what the client keeps under `what`: a client that fails has changed nothing."""
+    return {name: t.clone() for name, t in state.get(what, {}).items()}
+
+
+def keep(state: ClientState, what: str, named: State) -> None:
+    """Replaces what the client keeps under `what`, in main memory and the plain layout."""
+    if named or what in state:
+        state[what] = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in named.items()}

@@ -1,9 +1,9 @@
-"""Tests of the round's models on one split: each model once, in pieces that the workers share."""
+"""Every accuracy of a round: the global model, the levels' submodels, the clients' own models, the server-only control."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from hetfl.data.dataset import Examples
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
+from hetfl.rounds.assignment import renew_assignments
+from hetfl.rounds.messages import Instruction, exchange
+from hetfl.rounds.state import RoundState
+from hetfl.rounds.validation import check_scores
 from hetfl.submodel.plan import Plan, Selection, is_whole
 from hetfl.training.evaluation import Score, Seen, examine, total_score
 
 PIECE = 2  # batches of evaluation that one worker takes at a time
-
-Taken = Callable[[Plan, State], State]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,29 +36,100 @@ class EvalJob:
 
 
 class Evaluator:
-    """Scores candidates on `test`. Equal ones are scored once, and what the last round scored is known."""
+    """Scores models on the split `test`: each once, in pieces that the workers share; what the last round scored is known."""
 
-    def __init__(self, server: Server, test: Examples, taken: Taken) -> None:
-        self._server, self._test, self._taken = server, test, taken
+    def __init__(self, server: Server, test: Examples) -> None:
+        self._server, self._test = server, test
         self._known: dict[tuple[int, int], tuple[EvalJob, Score]] = {}
 
-    def scores(self, asked: Mapping[str, EvalJob], beside: Callable[[], object]) -> dict[str, Score]:
-        """The score of each candidate by its name; `beside` is done by a worker in the meantime."""
-        fresh = {c.key: c for c in asked.values() if c.key not in self._known}
+    def score(
+        self, jobs: Mapping[str, EvalJob], take: Callable[[Plan, State], State], meanwhile: Callable[[], object]
+    ) -> dict[str, Score]:
+        """The score of each job by its name; `take` gives a plan's part of a state; a worker does `meanwhile` beside it."""
+        fresh = {job.key: job for job in jobs.values() if job.key not in self._known}
         rows = self._test.rows(self._server.options.eval_batch_size)
         pieces = [rows[i : i + PIECE] for i in range(0, len(rows), PIECE)]
-        jobs = [(c, piece) for c in fresh.values() for piece in pieces]
-        tasks: list[Callable[[], object]] = [beside, *(partial(self._seen, *job) for job in jobs)]
+        shares = [(job, piece) for job in fresh.values() for piece in pieces]
+        tasks: list[Callable[[], object]] = [meanwhile, *(partial(self._examine, take, *share) for share in shares)]
         _, *found = self._server.pool.map(lambda task: task(), tasks)
         seen: dict[tuple[int, int], list[Seen]] = {key: [] for key in fresh}
-        for (candidate, _), batches in zip(jobs, cast(list[list[Seen]], found), strict=True):
-            seen[candidate.key] += batches
-        scored = {key: (c, total_score(seen[key])) for key, c in fresh.items()}
-        self._known = {c.key: scored.get(c.key) or self._known[c.key] for c in asked.values()}
-        return {name: self._known[c.key][1] for name, c in asked.items()}
+        for (job, _), batches in zip(shares, cast(list[list[Seen]], found), strict=True):
+            seen[job.key] += batches
+        scored = {key: (job, total_score(seen[key])) for key, job in fresh.items()}
+        self._known = {job.key: scored.get(job.key) or self._known[job.key] for job in jobs.values()}
+        return {name: self._known[job.key][1] for name, job in jobs.items()}
 
-    def _seen(self, candidate: EvalJob, piece: tuple[Tensor, ...]) -> list[Seen]:
-        plan, state = candidate.plan, candidate.source
+    def _examine(self, take: Callable[[Plan, State], State], job: EvalJob, piece: tuple[Tensor, ...]) -> list[Seen]:
+        plan, state = job.plan, job.source
         how = (None, None) if plan is None else (plan.sizes, plan.model)
-        model = self._server.builder.loaded(state if plan is None else self._taken(plan, state), *how)
+        model = self._server.builder.loaded(state if plan is None else take(plan, state), *how)
         return examine(model, self._test, piece)
+
+
+def evaluate_round(now: RoundState, evaluator: Evaluator) -> None:
+    """Test accuracies by their (model, split) names, and one round of the server-only control beside them."""
+    run, results = now.run, now.row.results
+    last = now.number == run.options.rounds
+    wanted = last or now.number % run.options.eval_every == 0
+    scores = evaluator.score(list_jobs(now) if wanted else {}, now.take, partial(train_control, now))
+    if wanted and has_control(now):
+        scores["control@test"] = run.server.score(run.control, run.test)
+    for name, score in scores.items():
+        results |= {name: score.accuracy, f"{name} loss": score.loss}
+    if wanted:
+        evaluate_on_clients(now)
+    if last:
+        evaluate_masked(now)
+
+
+def list_jobs(now: RoundState) -> dict[str, EvalJob]:
+    """What is tested on the test split after a round, whole models first, then levels from the widest."""
+    run = now.run
+    found = {"global@test": EvalJob(now.aggregated)}
+    if run.options.server_finetune_steps:
+        found["sent@test"] = EvalJob(run.server.state)
+    for level, sent in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
+        source = run.plugins.base_state(run.server, sent.client)
+        if sent.plan.model is None:
+            found[f"level-{level}@test"] = EvalJob(now.aggregated, sent.plan)
+        if source is not run.server.state:
+            found[f"personal-{level}@test"] = EvalJob(source, sent.plan)
+        elif not sent.personal:
+            found[f"sent-{level}@test"] = EvalJob(sent.source, sent.plan)
+    return dict(sorted(found.items(), key=lambda item: order_of(item[0])))
+
+
+def order_of(name: str) -> tuple[bool, float]:
+    """A sorting key: whole models first, then levels from the widest."""
+    level = name.split("@")[0].partition("-")[2]
+    return bool(level), -float(level or 0)
+
+
+def has_control(now: RoundState) -> bool:
+    return now.run.options.control and now.run.server.has_public
+
+
+def train_control(now: RoundState) -> None:
+    """Trains the control for as many steps as the server has taken in this round."""
+    if has_control(now):
+        run = now.run
+        run.control = run.server.train(run.control, now.row.server_steps, "control", now.number)
+
+
+def evaluate_on_clients(now: RoundState) -> None:
+    """Each client of the round tests its plan's part of the new global model, or its own model, on its own test data."""
+    run = now.run
+    renew_assignments(now)
+    asked = {i: a.instruction(now.number, run.local_norms, run.state_versions.get(i, 0)) for i, a in now.assignments.items()}
+    answers = [(now.assignments[i].personal, check_scores(answer)) for i, answer in exchange(now.engine, "evaluate", asked)]
+    for personal, name in ((False, "submodel@own"), (True, "personal@own")):
+        now.row.add_mean_and_decile(name, [s["accuracy"] for own, s in answers if s and own == personal])
+
+
+def evaluate_masked(now: RoundState) -> None:
+    """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
+    run = now.run
+    everything = Instruction(now.number, run.travelling(now.aggregated), None, local=run.local_norms, held=True)
+    asked = {i: replace(everything, state_version=run.state_versions.get(i, 0)) for i in now.assignments}
+    scores = [check_scores(answer) for _, answer in exchange(now.engine, "evaluate", asked)]
+    now.row.add_mean_and_decile("global@own masked", [s["accuracy"] for s in scores if s])

@@ -1,15 +1,23 @@
-"""What passes between the server's loop and a client."""
+"""What passes between the server's loop and a client, and the engine that carries it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
+from hetfl.profiling.node import Profile
 from hetfl.submodel import encoding
 from hetfl.submodel.plan import Plan
+from hetfl.training.task import Reply
+
+Kind = Literal["profile", "train", "statistics", "evaluate"]
+ClientState = dict[str, State]  # "memory": what plugins keep with the client; "home": tensors of its model that do not travel
+
+MOST_TEXT, LONGEST_LINE = 20_000, 500  # characters of a traceback, and of a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +27,7 @@ class Instruction:
     `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
     it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
-    classes that the client does not hold put to 0. `remembers`: the round that the client's memory is to be of.
+    classes that the client does not hold put to 0. `state_version`: the round whose client state the server counts on.
     """
 
     round: int
@@ -31,10 +39,68 @@ class Instruction:
     up: Collection[str] | None = None
     held: bool = False
     local: bool = False
-    remembers: int = 0
+    state_version: int = 0
 
 
-Row = dict[str, Any]
+@dataclass(frozen=True)
+class Failure:
+    """Why a client gave no answer: a sentence, or the traceback of what it raised."""
+
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The failure of a client that raised `error`."""
+        return cls("".join(traceback.format_exception(error)))
+
+    @property
+    def reason(self) -> str:
+        """The last line."""
+        lines = self.text.strip().splitlines()
+        return lines[-1][:LONGEST_LINE] if lines else "no reason given"
+
+    @property
+    def details(self) -> str:
+        """The end of the whole text."""
+        return self.text[-MOST_TEXT:]
+
+
+Content = int | Instruction  # a round's number asks for a profile
+Answer = Profile | Reply | dict[str, float] | Failure
+
+
+class Engine(Protocol):
+    """Where clients run. It is asked, and answers: nothing of a round is known to it."""
+
+    def ask(self, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Any]]:
+        """(client, Answer) as they come, in any order; a client may be absent."""
+
+    def drive(self, work: Callable[[], None]) -> None:
+        """Does `work`, which asks, while the engine runs."""
+
+    def client_states(self) -> dict[int, ClientState]:
+        """What every client keeps between rounds; empty where clients keep it on their own disks."""
+
+    def restore_client_states(self, states: Mapping[int, ClientState]) -> None:
+        """Gives clients back what `client_states` gave."""
+
+    def close(self) -> None:
+        """Ends what the engine began."""
+
+
+def exchange(engine: Engine, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Any]]:
+    """(client, Answer) of all clients of `contents` in the order of their ids, each as soon as it is its turn."""
+    waiting: dict[int, Any] = {}
+    turns = iter(sorted(contents))
+    turn = next(turns, None)
+    for client, answer in engine.ask(kind, contents) if contents else ():
+        waiting.setdefault(client, answer)
+        while turn in waiting:
+            yield turn, waiting[turn]
+            waiting[turn], turn = None, next(turns, None)
+    while turn is not None:
+        yield turn, waiting.get(turn, Failure("it gave no answer"))
+        turn = next(turns, None)
 
 
 @dataclass(eq=False)
@@ -52,4 +118,14 @@ class Assignment:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the download as it is encoded."""
         return encoding.payload_bytes(self.travels, self.plan.masks) + encoding.payload_bytes(self.extras)
+
+    def instruction(self, round: int, local: bool, state_version: int, *, train: bool = False) -> Instruction:
+        """The message that has the client train, or evaluate what it is sent."""
+        plan = self.plan
+        up = None if len(self.up) == len(self.state) or not train else self.up
+        extras = self.extras if train else {}
+        return Instruction(
+            round, self.travels, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version
+        )

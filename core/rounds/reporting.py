@@ -1,41 +1,32 @@
-"""Who is told of a run's progress, and the rows of its tables."""
+"""Who is told of a run's progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from hetfl.profiling.cost import Cost
-from hetfl.rounds.messages import Assignment, Row
+from hetfl.rounds.rows import Row
 
 
 class Callback(Protocol):
-    """Who looks on while a run goes: the command line's display, or a test."""
+    """Told of a run's progress: the command line's display, the run folder, a test."""
 
-    def phase(self, round: int, name: str) -> None: ...
-    def done(self, row: Row) -> None: ...
-    def note(self, text: str) -> None: ...
-    def alarm(self, text: str) -> None: ...
+    def phase(self, round: int, name: str) -> None:
+        """A phase of round `round` begins (round 0: before the first)."""
+
+    def done(self, row: Row) -> None:
+        """A round has ended; `row` is its line of metrics.csv."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def alarm(self, text: str) -> None:
+        """Something that nobody may overlook."""
 
 
 class NoCallback:
-    """Nobody looks on."""
+    """Nobody is told."""
 
     def phase(self, round: int, name: str) -> None: ...
     def done(self, row: Row) -> None: ...
     def note(self, text: str) -> None: ...
     def alarm(self, text: str) -> None: ...
-
-
-def device_costs(cost: Cost, sent: Assignment) -> Row:
-    """What a device spends on its submodel: parameters that exist, and dense compute and memory even where entries are masked."""
-    masked = sum(int((~mask).sum()) for mask in sent.plan.masks.values())
-    return {"parameters": cost.parameters - masked, "MACs": cost.macs, "memory": cost.memory}
-
-
-def add_mean_and_decile(row: Row, name: str, values: Sequence[float]) -> None:
-    """Mean and worst decile over clients, under the metric's name."""
-    if values:
-        ordered = sorted(values)
-        row[name] = sum(values) / len(values)
-        row[f"{name} p10"] = ordered[int(0.1 * (len(ordered) - 1))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,66 +19,93 @@ from hetfl.models import factory, normalization, zoo
 from hetfl.models.early_exit import every
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
-from hetfl.rounds.client import ClientRuntime, Transport
+from hetfl.rounds.client import ClientRuntime, Pack, round_reply
+from hetfl.rounds.norm_statistics import choose_norm_policy
 from hetfl.rounds.reporting import Callback
-from hetfl.submodel import builder as builder_
-from hetfl.submodel.builder import SubmodelBuilder
+from hetfl.submodel.builder import SubmodelBuilder, is_fully_named
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.widths import Widths
-from hetfl.training import device
+from hetfl.training import device, vectorized
 
 
 @dataclass(frozen=True, eq=False)
 class Setup:
+    """What server and clients of a run have in common. In `options` every default that depended on data or plugins is spelt out."""
+
     options: RunOptions
     federation: FederatedDataset
     plugins: PluginManager
     builder: SubmodelBuilder
     meter: Meter
 
-    def site(self, desk: Transport) -> ClientRuntime:
+    def runtime(self, pack: Pack = round_reply) -> ClientRuntime:
         """What the clients need of it."""
-        return ClientRuntime(self.options, self.federation, self.plugins, self.builder, desk, self.meter)
+        return ClientRuntime(self.options, self.federation, self.plugins, self.builder, self.meter, pack)
 
 
-def build_setup(options: RunOptions, watch: Callback) -> Setup:
+def build_setup(options: RunOptions, callback: Callback) -> Setup:
     """Loads plugins, data and model, and traces the widths. Raises UsageError for what cannot work together."""
     plugins = loading.load_plugins(options)
-    watch.phase(0, "data")
+    callback.phase(0, "data")
     device.check_device(options)
     federation = data.load(options).on(options.device)
-    watch.phase(0, "model")
+    options = resolve_options(options, federation, plugins)
+    callback.phase(0, "model")
     model, widths = trace_model(options, federation, plugins)
-    return assemble(
-        options, federation, plugins, SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
-    )
+    builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
+    return Setup(options, federation, plugins, builder, Meter(options, builder, federation.test, len(federation.classes)))
 
 
 def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: Widths) -> Setup:
     """The same on a node, whose `federation` has its own data and which knows the `widths`: no whole model is built for it."""
-    plugins, name = loading.load_plugins(options), options.model or federation.model
-    with torch.device("meta" if zoo.in_zoo(name) and not plugins.adapts_model else "cpu"):
-        model = build_model(options, federation, name)
+    plugins = loading.load_plugins(options)
+    options = resolve_options(options, federation, plugins)
+    with torch.device("meta" if zoo.in_zoo(model_of(options)) and not plugins.adapts_model else "cpu"):
+        model = build_model(options, federation, model_of(options))
     whole = partial(adapt_model, options, federation, plugins)
-    if plugins.adapts_model or not builder_.is_fully_named(model):
+    if plugins.adapts_model or not is_fully_named(model):
         model = whole()
-    other = partial(build_model, options, federation)
-    return assemble(options, federation, plugins, SubmodelBuilder(model, widths, other, options.device, whole))
-
-
-def assemble(options: RunOptions, federation: FederatedDataset, plugins: PluginManager, builder: SubmodelBuilder) -> Setup:
+    builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device, whole)
     return Setup(options, federation, plugins, builder, Meter(options, builder, federation.test, len(federation.classes)))
+
+
+def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:
+    """`options` with every default that depended on the data or the plugins spelt out; what --levels gave is the plugin's now."""
+    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
+    policy = choose_norm_policy(options.norm_policy, plugins.norm_policy, federation.public is not None)
+    found = {"aggregate": names["aggregate"], "model": options.model or federation.model, "norm_policy": policy, "levels": None}
+    return options.model_copy(update={**found, **federation.preprocessing})
+
+
+def model_of(options: RunOptions) -> str:
+    """The name of the run's own model."""
+    assert options.model is not None
+    return options.model
+
+
+def choose_group_size(setup: Setup) -> tuple[int, str | None]:
+    """How many clients train as one batched model (vmap), and why no more than one where that is so."""
+    options, builder, test = setup.options, setup.builder, setup.federation.test
+    if options.engine != "local":
+        return 1, f"the engine '{options.engine}' has each client by itself"
+    if not setup.plugins.plain_fit:
+        return 1, "a plugin takes part in local training"
+    size = vectorized.group_size(builder.model, options, setup.federation.shape, builder.widths.draws)
+    if size < 2:
+        return 1, "the model draws random numbers or is recurrent"
+    why = vectorized.stackable(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
+    return (1, why) if why else (size, None)
 
 
 def build_model(options: RunOptions, federation: FederatedDataset, name: str) -> nn.Module:
     """The model `name` of a run, with the run's arguments where it is the run's own model."""
-    args = options.model_args if name == (options.model or federation.model) else {}
+    args = options.model_args if name == model_of(options) else {}
     return normalization.replace_norms(factory.build(name, args, federation.inputs, options.seed), options.norm_policy)
 
 
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
-    name, x, model = options.model or federation.model, sample(federation), adapt_model(options, federation, plugins)
+    name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
     with every(model):
         widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
@@ -93,20 +121,10 @@ def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
     """The run's model as its plugins want it, untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapt"))
-        model = build_model(options, federation, options.model or federation.model)
+        model = build_model(options, federation, model_of(options))
         return plugins.adapt_model(model, sample(federation), len(federation.classes))
 
 
 def sample(federation: FederatedDataset) -> Tensor:
     """Two examples."""
     return federation.test.x[federation.test.index[:2]].cpu()
-
-
-def resolve_defaults(
-    options: RunOptions, federation: FederatedDataset, plugins: PluginManager, policy: str, cohorts: str
-) -> RunOptions:
-    """`options` with every default that depended on the data or the plugins spelt out."""
-    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
-    model = options.model or federation.model
-    found = {"aggregate": names["aggregate"], "model": model, "norm_policy": policy, "cohorts": cohorts, "levels": None}
-    return options.model_copy(update={**found, **federation.preprocessing})

@@ -4,125 +4,108 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from flwr.app import Message
 from torch import Tensor
 
+from hetfl.aggregation.updates import Merged
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.client import Transport
-from hetfl.rounds.messages import Assignment, Row
-from hetfl.rounds.records import MalformedError
+from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
+from hetfl.rounds.rows import RESERVED
 from hetfl.submodel import encoding
 from hetfl.submodel.encoding import CODES
 from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply
 
-NOTHING = Reply({}, 0)
-
+NO_ANSWER = "it is no answer to what was asked"
 MOST_EXAMPLES = 1 << 40
-
 MOST_METRICS = 64
-
-MOST_TEXT, LONGEST = 20_000, 500  # characters of a traceback, and of a line
-
-OURS = {"round", "client", "level", "bottleneck", "bytes down", "bytes up", "examples", "fault", "traceback", "parameters", "MACs",
-        "memory", "change"}  # fmt: skip
 
 
 @dataclass(eq=False)
 class CheckedReply:
-    """A reply as it was taken in: what was sent, narrowed to what came back, and the `fault` that makes it unusable."""
+    """A reply, what was sent narrowed to what came back, and the `fault` that makes it unusable."""
 
-    sent: Assignment
-    reply: Reply = NOTHING
+    assignment: Assignment
+    reply: Reply
     fault: str | None = None
-    row: Row = field(default_factory=dict)
+    bytes_up: int = 0
+    change: float = 0.0
 
 
 class ReplyValidator:
-    """Checks messages of clients; `travels` leaves of a state what crosses the network."""
+    """Checks the replies of training; `travelling` leaves of a state what crosses the network."""
 
-    def __init__(self, server: Server, roles: PluginManager, desk: Transport, travels: Callable[[State], State]) -> None:
-        self._server, self._roles, self._desk, self._travels = server, roles, desk, travels
+    def __init__(self, server: Server, plugins: PluginManager, travelling: Callable[[State], State]) -> None:
+        self._server, self._plugins, self._travelling = server, plugins, travelling
 
-    def take(self, sent: Assignment, message: Message) -> CheckedReply:
-        """A reply to a training message."""
-        if message.has_error():
-            return CheckedReply(sent, NOTHING, last_line(message), traceback_row(message))
-        reply, fault = self._read(message)
+    def check(self, assignment: Assignment, answer: Any) -> CheckedReply:
+        """The reply with its tensors at full shape, or the fault."""
+        reply, fault = (answer, None) if isinstance(answer, Reply) else (Reply({}, 0), NO_ANSWER)
+        if isinstance(answer, Failure):
+            fault = answer.reason
         if fault is None:
-            sent, fault = self._narrowed(sent, reply)
+            assignment, fault = self._narrow(assignment, reply)
         if fault is None:
-            reply, fault = fill_reply(reply, sent)
+            reply, fault = fill_reply(reply, assignment)
         if fault is None:
-            expected = self._travels({name: t for name, t in sent.state.items() if name in sent.up})
-            fault = number_fault(reply) or reply_fault(reply, expected, self._roles.extras_up)
+            expected = self._travelling({name: t for name, t in assignment.state.items() if name in assignment.up})
+            fault = number_fault(reply) or reply_fault(reply, expected, self._plugins.extras_up)
         if fault is not None:
-            return CheckedReply(sent, NOTHING, fault)
-        row = {"examples": reply.examples, **reply.metrics, "bytes up": upload_bytes(sent.plan, reply)}
-        row["change"] = relative_change(reply.state, expected)
-        return CheckedReply(sent, reply, None, row)
+            return CheckedReply(assignment, Reply({}, 0), fault)
+        return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, reply), relative_change(reply.state, expected))
 
-    def _read(self, message: Message) -> tuple[Reply, str | None]:
-        found = self._opened(message)
-        return (found, None) if isinstance(found, Reply) else (NOTHING, str(found))
-
-    def _opened(self, message: Message) -> Any:
-        """The payload, or why it cannot be read."""
-        try:
-            found = self._desk.open(message.content)
-        except MalformedError as error:
-            return str(error)
-        return found if isinstance(found, Reply | Profile | dict) else "it is no answer to what was asked"
-
-    def _narrowed(self, sent: Assignment, reply: Reply) -> tuple[Assignment, str | None]:
+    def _narrow(self, assignment: Assignment, reply: Reply) -> tuple[Assignment, str | None]:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
         if not (reply.kept or reply.masks):
-            return sent, None
-        source = self._roles.base_state(self._server, sent.client)
+            return assignment, None
+        source = self._plugins.base_state(self._server, assignment.client)
         if reply.kept:
-            if fault := kept_fault(reply.kept, sent.plan.sizes):
-                return sent, fault
-            plan = sent.plan.narrow(reply.kept, {})
-            sent = replace(sent, plan=plan, state=plan.take(source))
+            if fault := kept_fault(reply.kept, assignment.plan.sizes):
+                return assignment, fault
+            plan = assignment.plan.narrow(reply.kept, {})
+            assignment = replace(assignment, plan=plan, state=plan.take(source))
         if reply.masks:
-            if fault := mask_fault(reply.masks, sent.plan.masks, sent.state):
-                return sent, fault
-            plan = sent.plan.narrow({}, reply.masks)
-            sent = replace(sent, plan=plan, state=plan.take(source))
-        return sent, None
+            if fault := mask_fault(reply.masks, assignment.plan.masks, assignment.state):
+                return assignment, fault
+            plan = assignment.plan.narrow({}, reply.masks)
+            assignment = replace(assignment, plan=plan, state=plan.take(source))
+        return assignment, None
 
-    def profile(self, message: Message | None) -> Profile | str:
-        """What a device can afford, or why that is not known."""
-        if message is None:
-            return "it gave no answer"
-        if message.has_error():
-            return last_line(message)
-        found = self._opened(message)
-        if not isinstance(found, Profile):
-            return found if isinstance(found, str) else "it is no answer to what was asked"
-        if not 0 < found.width <= 1:
-            return f"a width of {found.width:g} is not in (0, 1]"
-        return found if len(found.bottleneck) <= LONGEST else replace(found, bottleneck=found.bottleneck[:LONGEST])
 
-    def scores(self, message: Message) -> dict[str, float]:
-        """What a client measured; empty where it did not or cannot be believed."""
-        found = self._opened(message) if message.has_content() else {}
-        usable = isinstance(found, dict) and "accuracy" in found and all(math.isfinite(v) for v in found.values())
-        return dict(found) if usable else {}
+def check_profile(answer: Any) -> Profile | Failure:
+    """What a device can afford, or why that is not known."""
+    if isinstance(answer, Failure):
+        return answer
+    if not isinstance(answer, Profile):
+        return Failure(NO_ANSWER)
+    if not 0 < answer.width <= 1:
+        return Failure(f"a width of {answer.width:g} is not in (0, 1]")
+    return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
 
-    def statistics(self, expected: State, message: Message) -> Reply | None:
-        """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""
-        found = self._opened(message) if message.has_content() else None
-        usable = isinstance(found, Reply) and not (number_fault(found) or reply_fault(found, expected, {}))
-        return found if isinstance(found, Reply) and usable else None
+
+def check_scores(answer: Any) -> dict[str, float]:
+    """What a client measured; empty where it did not or cannot be believed."""
+    usable = isinstance(answer, dict) and "accuracy" in answer and all(math.isfinite(v) for v in answer.values())
+    return dict(answer) if usable else {}
+
+
+def check_statistics(expected: State, answer: Any) -> Reply | None:
+    """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""
+    usable = isinstance(answer, Reply) and not (number_fault(answer) or reply_fault(answer, expected, {}))
+    return answer if isinstance(answer, Reply) and usable else None
+
+
+def is_finite(merged: Merged) -> bool:
+    """Whether the next global model, and every branch, is all numbers."""
+    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
+    return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
 
 
 def relative_change(state: State, before: State) -> float:
@@ -141,19 +124,17 @@ def number_fault(reply: Reply) -> str | None:
         return f"it says that it has {reply.examples} examples"
     if reply.code not in ("", *CODES):
         return f"its tensors travelled as '{reply.code}'"
-    odd = [
-        name for name, value in reply.metrics.items() if name in OURS or len(name) > LONGEST or not isinstance(value, int | float)
-    ]
+    odd = [n for n, v in reply.metrics.items() if n in RESERVED or len(n) > LONGEST_LINE or not isinstance(v, int | float)]
     if odd or len(reply.metrics) > MOST_METRICS:
         return f"its metrics cannot be taken in ({', '.join(map(str, odd[:3])) or f'{len(reply.metrics)} of them'})"
     return None
 
 
-def fill_reply(reply: Reply, sent: Assignment) -> tuple[Reply, str | None]:
+def fill_reply(reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]:
     """A reply with its tensors at full shape; or why that cannot be."""
     if not reply.packed:
         return reply, None
-    masks = {name: mask for name, mask in sent.plan.masks.items() if name in reply.packed}
+    masks = {name: mask for name, mask in assignment.plan.masks.items() if name in reply.packed}
     try:
         return replace(reply, state=encoding.fill_masked(reply.state, masks), packed=frozenset()), None
     except ValueError as error:
@@ -165,17 +146,6 @@ def upload_bytes(plan: Plan, reply: Reply) -> int:
     positions = bool(reply.masks)
     tensors = encoding.payload_bytes(reply.state, plan.masks, positions=positions, code=reply.code)
     return tensors + encoding.payload_bytes(reply.extras) + encoding.payload_bytes(reply.kept)
-
-
-def last_line(message: Message) -> str:
-    """What went wrong, in a line."""
-    lines = (message.error.reason or "").strip().splitlines()
-    return lines[-1][:LONGEST] if lines else "no reason given"
-
-
-def traceback_row(message: Message | None) -> Row:
-    """The client's own traceback, where it sent one."""
-    return {"traceback": (message.error.reason or "")[-MOST_TEXT:]} if message is not None and message.has_error() else {}
 
 
 def kept_fault(kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> str | None:
@@ -208,12 +178,12 @@ def reply_fault(reply: Reply, sent: State, allowed: Mapping[str, ExtraSpec]) -> 
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             got, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, expected))
             return f"tensor {name} is {got}, not {wanted}"
-        if tensor.is_floating_point() and not finite(tensor):
+        if tensor.is_floating_point() and not all_finite(tensor):
             return f"tensor {name} holds NaN or infinity"
     return extras_fault(reply.extras, allowed)
 
 
-def finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; a finite sum says so at once."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

@@ -1,105 +1,89 @@
-"""A whole run, put together: data, model, width groups, plugins, rounds, engine."""
+"""A whole run, put together: data, model, width groups, plugins, the server's pre-training, the engine."""
 
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
 
 from hetfl.config import RunOptions, write
 from hetfl.data.dataset import FederatedDataset
-from hetfl.engines import select
-from hetfl.engines.local import LocalGrid
-from hetfl.engines.remote import RemoteGrid
-from hetfl.engines.select import EngineContext
+from hetfl.engines.select import EngineContext, make_engine
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.models.state import State, tensors
 from hetfl.parallel import Pool
-from hetfl.profiling.meter import Meter
-from hetfl.rounds import setup
-from hetfl.rounds.client import ClientRuntime
-from hetfl.rounds.loop import Rounds
+from hetfl.rounds.assignment import refuse_too_many
+from hetfl.rounds.messages import Engine
 from hetfl.rounds.reporting import Callback
-from hetfl.runs import snapshot
-from hetfl.runs.checkpoint import Snapshot
-from hetfl.training import vectorized
+from hetfl.rounds.setup import build_setup, choose_group_size
+from hetfl.rounds.state import RunState
 
 
 @dataclass(eq=False)
 class Experiment:
-    """Everything a run needs, ready to go; `initial` are the weights before any training, `pretrained` those after the server's."""
+    """Everything a run needs, ready to go.
 
+    `given` are the options as they were asked for, `options` those with every default spelt out; `initial` are the weights before
+    any training, `pretrained` those after the server's; `group_size` is how many clients train as one; `seconds` are those of the
+    phases before round 1.
+    """
+
+    given: RunOptions
     options: RunOptions
     federation: FederatedDataset
     plugins: PluginManager
     server: Server
-    rounds: Rounds
+    state: RunState
     initial: State
     pretrained: State
-    meter: Meter
-    cohort: int
+    group_size: int
+    engine: Engine
     seconds: dict[str, float]
-    grid: LocalGrid | RemoteGrid = field(init=False)
 
     def close(self) -> None:
         """Ends the workers."""
-        self.grid.close()
+        self.engine.close()
         self.server.pool.close()
 
 
-def prepare(options: RunOptions, watch: Callback, moment: Snapshot | None = None, where: EngineContext | None = None) -> Experiment:
-    """Loads plugins, data and model, traces the widths and pre-trains; with `moment`, the run is what it was then.
+def prepare(
+    given: RunOptions, callback: Callback, context: EngineContext | None = None, pretrained: State | None = None
+) -> Experiment:
+    """Loads plugins, data and model, traces the widths and pre-trains, or takes the weights `pretrained` of a run that goes on.
 
-    `where` says where clients in other processes are.
-
-
-    Raises UsageError for what cannot work together.
+    `context` says where clients in other processes are. Raises UsageError for what cannot work together.
     """
-    common, pool = setup.build_setup(options, watch), Pool(options.workers)
-    federation, builder, plugins = common.federation, common.builder, common.plugins
-    initial = tensors(builder.model)
+    setup = build_setup(given, callback)
+    federation, builder, plugins = setup.federation, setup.builder, setup.plugins
+    clients = len(federation.clients)
+    refuse_too_many(setup.options, clients)
+    group_size, why = choose_group_size(setup)
+    options = setup.options.model_copy(update={"cohorts": "on" if group_size > 1 else "off"})
+    pool, initial = Pool(options.workers), tensors(builder.model)
     server = Server(options, builder, initial, len(federation.classes), federation.public, pool)
+    if why and given.cohorts == "on":
+        server.notes.append(f"clients train one by one, not in cohorts: {why}")
     began = time.perf_counter()
-    watch.phase(0, "pretrain")
-    if moment is not None:
-        server.state = moment.tensors["pretrained"]
+    callback.phase(0, "pretrain")
+    if pretrained is not None:
+        server.state = pretrained
     elif server.has_public:
-        server.state = server.trained(initial, options.pretrain_steps, "pretrain")
+        server.state = server.train(initial, options.pretrain_steps, "pretrain")
     pretrained = server.state
     plugins.prepare(server)
-    desk = select.desk(options)
-    rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, common.meter)
-    site = common.site(desk)
-    cohort, why = vmap_group_size(site, builder.model)
-    if why and options.cohorts == "on":
-        server.notes.append(f"clients train one by one, not in cohorts: {why}")
+    state = RunState(
+        server,
+        plugins,
+        callback,
+        clients,
+        federation.test,
+        setup.meter,
+        options.norm_policy,
+        control=server.state,
+        initial=server.state,
+    )
+    config = write(options, plugins.options())
+    engine = make_engine(setup.runtime(), pool, group_size, config, context or EngineContext(Path("memory")))
     seconds = {"pretrain": time.perf_counter() - began}
-    made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, cohort, seconds)
-    made.grid = select.grid(site, pool, cohort, write(resolved(made), plugins.options()), where or EngineContext(Path("memory")))
-    if moment is not None:
-        snapshot.restore(made, moment)
-    return made
-
-
-def vmap_group_size(site: ClientRuntime, model: nn.Module) -> tuple[int, str | None]:
-    """How many clients train as one, and why no more than one where that is so."""
-    if site.options.engine != "local":
-        return 1, f"the engine '{site.options.engine}' has each client by itself"
-    if not site.roles.plain_fit:
-        return 1, "a plugin takes part in local training"
-    size = vectorized.group_size(model, site.options, site.federation.shape, site.builder.widths.draws)
-    if size < 2:
-        return 1, "the model draws random numbers or is recurrent"
-    test = site.federation.test
-    why = vectorized.stackable(copy.deepcopy(model), test.x[test.index[:2]].cpu())
-    return (1, why) if why else (size, None)
-
-
-def resolved(experiment: Experiment) -> RunOptions:
-    """The options with every default that depended on the data or the plugins spelt out."""
-    cohorts = "on" if experiment.cohort > 1 else "off"
-    return setup.resolve_defaults(experiment.options, experiment.federation, experiment.plugins, experiment.rounds.policy, cohorts)
+    return Experiment(given, options, federation, plugins, server, state, initial, pretrained, group_size, engine, seconds)

@@ -11,7 +11,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hetfl.config import RunOptions, resolve
-from hetfl.engines.flower.client_app import EVENTS, RUN
+from hetfl.engines.flower.manifest import EVENTS, RUN
+from hetfl.runs.checkpoint import Checkpoints
+from hetfl.runs.folder import RunFolder
+from hetfl.runs.runner import CHECKPOINTS, run
 
 
 class EventLog:
@@ -45,26 +48,22 @@ def server_app(home: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         out = Path(str(context.run_config.get("out") or "runs/flower")).absolute()
         out.mkdir(parents=True, exist_ok=True)
-        diary = EventLog(out / EVENTS)
+        log = EventLog(out / EVENTS)
         try:
-            drive(resolve({**tomllib.loads((home / RUN).read_text()), "out": out}), out, diary, grid)
+            drive(resolve({**tomllib.loads((home / RUN).read_text()), "out": out}), out, log, grid)
         except BaseException as error:
-            diary.tell(failed=f"{type(error).__name__}: {error}")
+            log.tell(failed=f"{type(error).__name__}: {error}")
             raise
 
     return app
 
 
-def drive(options: RunOptions, out: Path, diary: EventLog, grid: Grid) -> None:
+def drive(options: RunOptions, out: Path, log: EventLog, grid: Grid) -> None:
     """The run, or the rest of it where `out` has a part."""
-    from hetfl.runs import runner
-    from hetfl.runs.checkpoint import Checkpoints
-    from hetfl.runs.folder import RunFolder
-
     folder = RunFolder(out)
     folder.lock()
     if (out / "summary.json").exists():
-        diary.tell(ended=folder.read("summary.json"))
+        log.tell(ended=folder.read("summary.json"))
         return
-    moment = Checkpoints(out / runner.CHECKPOINTS, options.keep_checkpoints).load(diary.note)
-    diary.tell(ended=runner.run(options, folder, diary, moment, grid))
+    snapshot = Checkpoints(out / CHECKPOINTS, options.keep_checkpoints).load(log.note)
+    log.tell(ended=run(options, folder, log, snapshot, grid))

@@ -1,87 +1,86 @@
-"""What a run is between two rounds: taken for a checkpoint, and given back to one that goes on."""
+"""Captures the state of a run between two rounds for a checkpoint, and restores it to one that goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from torch import Tensor
 
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
+from hetfl.rounds.rows import ROUND
+from hetfl.rounds.state import RunState
 from hetfl.runs.checkpoint import Snapshot
+from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
 from hetfl.submodel.plan import Patch, Patches
 
-if TYPE_CHECKING:
-    from hetfl.hooks.server import Server
-    from hetfl.rounds.loop import Rounds
-    from hetfl.runs.experiment import Experiment
 
-RECORDS: dict[str, Any] = {"ConfigRecord": ConfigRecord, "MetricRecord": MetricRecord}
-
-Past = dict[str, Any]
-
-
-def capture(experiment: Experiment, past: Past) -> Snapshot:
-    """The run as it is now, between two rounds; `past` has the finished rounds and grows by those that are new."""
-    rounds, server = experiment.rounds, experiment.server
-    append_rounds(rounds, past)
-    moment = Snapshot(
-        len(rounds.rows), {"pretrained": experiment.pretrained, **models(rounds, server)}, {"server": facts(experiment), **past}
-    )
-    for key, plugin in experiment.plugins.plugins.items():
-        moment.tensors[f"plugin/{key}"] = plugin.state_dict()
-    moment.tensors |= {f"extras/{client}": extras for client, extras in rounds.extras.items() if extras}
-    for client, context in experiment.grid.contexts().items():
-        add_client_state(moment, client, context)
-    return moment
+def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
+    """The run as it is now, between two rounds; `rounds` has the rows of the finished rounds and grows by those that are new."""
+    run, server = experiment.state, experiment.server
+    append_rounds(run, rounds)
+    tensors = {"pretrained": experiment.pretrained, "server": server.state, "control": run.control, "initial": run.initial}
+    tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
+    tensors |= {f"plugin/{key}": plugin.state_dict() for key, plugin in experiment.plugins.plugins.items()}
+    tensors |= {f"extras/{client}": extras for client, extras in run.extras.items() if extras}
+    for client, state in experiment.engine.client_states().items():
+        tensors |= {f"client/{client}/{name}": named for name, named in state.items()}
+    return Snapshot(len(run.rows), tensors, {"run": facts(experiment), **rounds})
 
 
-def append_rounds(rounds: Rounds, past: Past) -> None:
-    """Adds the rounds that `past` does not have: each with its row and those of its clients."""
-    new = {row["round"]: (row, list[Any]()) for row in rounds.rows[len(past) :]}
-    for row in reversed(rounds.client_rows):
-        if row["round"] not in new:
+def append_rounds(run: RunState, rounds: dict[str, Any]) -> None:
+    """Adds the rounds that `rounds` does not have: each with its row and those of its clients."""
+    new = {row[ROUND]: (row, list[Any]()) for row in run.rows[len(rounds) :]}
+    for row in reversed(run.client_rows):
+        if row[ROUND] not in new:
             break
-        new[row["round"]][1].insert(0, row)
-    past.update({f"round/{round}": list(rows) for round, rows in new.items()})
-
-
-def models(rounds: Rounds, server: Server) -> dict[str, State]:
-    branches = {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
-    return {"server": server.state, "control": rounds.control, "first": rounds.first, **branches}
+        new[row[ROUND]][1].insert(0, row)
+    rounds.update({f"round/{number}": list(rows) for number, rows in new.items()})
 
 
 def facts(experiment: Experiment) -> dict[str, Any]:
-    rounds, server = experiment.rounds, experiment.server
-    clients = {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()}
+    """What JSON can say of the run."""
+    run, server = experiment.state, experiment.server
     return {
-        "spent": list(server.spent), "saved": list(server.saved), "notes": list(server.notes), "clients": clients,
-        "met": {str(client): round for client, round in rounds.last_round.items()}, "data": experiment.federation.fingerprint,
-        "remembers": {str(client): round for client, round in rounds.remembers.items()},
+        "steps": [server.steps, server.steps_saved, server.epochs_saved], "notes": list(server.notes),
+        "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
+        "last round": {str(client): number for client, number in run.last_round.items()},
+        "state versions": {str(client): number for client, number in run.state_versions.items()},
+        "data": experiment.federation.fingerprint,
     }  # fmt: skip
 
 
-def add_client_state(moment: Snapshot, client: int, context: Context) -> None:
-    """Adds what a client remembers."""
-    for name, record in context.state.items():
-        if isinstance(record, ArrayRecord):
-            moment.tensors[f"client/{client}/{name}"] = record_tensors(record)
-        else:
-            values = {key: {"hex": v.hex()} if isinstance(v, bytes) else v for key, v in record.items()}
-            moment.facts[f"client/{client}/{name}"] = [type(record).__name__, values]
-
-
-def record_tensors(record: ArrayRecord) -> State:
-    """A record's tensors, the same ones each time: so that a checkpoint sees that nothing has changed."""
-    known = record.__dict__.get("_hetfl_tensors")
-    if known is None:
-        known = record.__dict__["_hetfl_tensors"] = record.to_torch_state_dict()
-    return dict(known)
+def restore(experiment: Experiment, snapshot: Snapshot) -> None:
+    """Makes the run what it was at `snapshot`. Raises RunError where the data are others."""
+    run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
+    if known["data"] != experiment.federation.fingerprint:
+        raise RunError("the data are not those that this run began with, so it cannot go on")
+    server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
+    server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
+    server.steps, server.steps_saved, server.epochs_saved = known["steps"]
+    server.notes = known["notes"]
+    run.extras = {int(client): extras for client, extras in of_kind(snapshot.tensors, "extras").items()}
+    run.state_versions = {int(client): number for client, number in known["state versions"].items()}
+    run.last_round = {int(client): number for client, number in known["last round"].items()}
+    for key, (width, bottleneck, last_round) in known["clients"].items():
+        client = int(key)
+        server.clients[client] = Client(client, Profile(width, bottleneck), run.extras.get(client, {}), last_round)
+    for number in range(1, snapshot.round + 1):
+        row, people = snapshot.facts[f"round/{number}"]
+        run.rows.append(row)
+        run.client_rows += people
+    for key, plugin in experiment.plugins.plugins.items():
+        if state := snapshot.tensors[f"plugin/{key}"]:
+            plugin.load_state_dict(state)
+    states: dict[int, dict[str, State]] = {}
+    for key, tensors in of_kind(snapshot.tensors, "client").items():
+        owner, name = key.split("/", 1)
+        states.setdefault(int(owner), {})[name] = tensors
+    experiment.engine.restore_client_states(states)
 
 
 def flatten_patches(patches: Patches) -> State:
@@ -95,52 +94,19 @@ def flatten_patches(patches: Patches) -> State:
 
 
 def unflatten_patches(tensors: State) -> dict[str, Patch]:
-    """The inverse of `flat`."""
+    """The inverse of `flatten_patches`."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parts.setdefault(name, {})[kind] = tensor
-    return {name: Patch(of["values"], Index(index(of)), of.get("coverage")) for name, of in parts.items()}
+    return {name: Patch(of["values"], Index(read_index(of)), of.get("coverage")) for name, of in parts.items()}
 
 
-def index(parts: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def read_index(parts: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The positions of a patch by dim."""
     return {int(kind.split()[1]): where for kind, where in parts.items() if kind.startswith("index ")}
 
 
-def restore(experiment: Experiment, moment: Snapshot) -> None:
-    """Makes the run what it was at `moment`."""
-    rounds, server, said = experiment.rounds, experiment.server, moment.facts["server"]
-    if said["data"] != experiment.federation.fingerprint:
-        raise RunError("the data are not those that this run began with, so it cannot go on")
-    server.state, rounds.control, rounds.first = (moment.tensors[name] for name in ("server", "control", "first"))
-    server.branches = {name: unflatten_patches(tensors) for name, tensors in under(moment.tensors, "branch").items()}
-    server.spent, server.saved, server.notes = said["spent"], [(s, e) for s, e in said["saved"]], said["notes"]
-    rounds.extras = {int(client): extras for client, extras in under(moment.tensors, "extras").items()}
-    rounds.remembers = {int(client): round for client, round in said["remembers"].items()}
-    rounds.last_round = {int(client): round for client, round in said["met"].items()}
-    for key, (width, binding, met) in said["clients"].items():
-        server.clients[int(key)] = Client(int(key), Profile(width, binding), rounds.extras.get(int(key), {}), met)
-    for round in range(1, moment.round + 1):
-        row, people = moment.facts[f"round/{round}"]
-        rounds.rows.append(row)
-        rounds.client_rows += people
-    for key, plugin in experiment.plugins.plugins.items():
-        if state := moment.tensors[f"plugin/{key}"]:
-            plugin.load_state_dict(state)
-    restore_clients(moment, experiment.grid.contexts())
-
-
-def restore_clients(moment: Snapshot, contexts: Mapping[int, Context]) -> None:
-    """Gives the clients their memory back."""
-    for key, tensors in under(moment.tensors, "client").items():
-        client, name = key.split("/", 1)
-        contexts[int(client)].state[name] = ArrayRecord(tensors)
-    for key, (kind, values) in under(moment.facts, "client").items():
-        client, name = key.split("/", 1)
-        plain = {field: bytes.fromhex(v["hex"]) if isinstance(v, dict) else v for field, v in values.items()}
-        contexts[int(client)].state[name] = RECORDS[kind](plain)
-
-
-def under(groups: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def of_kind(groups: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The groups of one kind by the rest of their names."""
     return {name.removeprefix(kind + "/"): group for name, group in groups.items() if name.startswith(kind + "/")}

@@ -14,8 +14,8 @@ from hetfl import presets
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
 from hetfl.models.state import State
-from hetfl.rounds.messages import Row
-from hetfl.runs.experiment import Experiment, resolved
+from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, CLIENT_SECONDS, FAULT, LEVEL, MACS, MEMORY, PARAMETERS, PHASE, SECONDS, Row
+from hetfl.runs.experiment import Experiment
 
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
@@ -25,7 +25,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
     federation, widths = experiment.federation, experiment.server.widths
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        **preset_origin(experiment.options), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
+        **preset_origin(experiment.given), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest(experiment.initial),
         "classes": list(federation.classes), "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
@@ -54,19 +54,19 @@ def class_counts(federation: FederatedDataset) -> list[Row]:
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
-    rows = experiment.rounds.rows
+    rows = experiment.state.rows
     measured = [row for row in rows if "global@test" in row]
-    phases = sorted({key for row in rows for key in row if key.startswith("seconds ")})
-    server = {key.removeprefix("seconds "): sum(row.get(key, 0.0) for row in rows) for key in phases}
+    phases = sorted({key for row in rows for key in row if key.startswith(PHASE)})
+    server = {key.removeprefix(PHASE): sum(row.get(key, 0.0) for row in rows) for key in phases}
     return {
-        "extract": experiment.options.extract, "aggregate": resolved(experiment).aggregate,
+        "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
         "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
         "accuracy": final_accuracies(measured), "levels": level_costs(experiment), "seconds": seconds,
         "seconds by phase": {**experiment.seconds, **server},
-        "client seconds": sum(row["client seconds"] for row in rows),
-        "bytes down": sum(row["bytes down"] for row in rows), "bytes up": sum(row["bytes up"] for row in rows),
+        "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
+        BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
         "weights sha256": digest(experiment.server.state),
-        "notes": [*dict.fromkeys(experiment.server.notes), *early_stopping_note(experiment), *unmoved_note(experiment), *warnings(measured)],
+        "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment), *warnings(measured)],
     }  # fmt: skip
 
 
@@ -83,35 +83,31 @@ def last_values(name: str, measured: Sequence[Row]) -> dict[str, float]:
     return {**found, **extra}
 
 
-SPENT = ("parameters", "MACs", "memory", "bytes down", "bytes up", "seconds")
+COSTS = (PARAMETERS, MACS, MEMORY, BYTES_DOWN, BYTES_UP, SECONDS)
 
 
 def level_costs(experiment: Experiment) -> list[dict[str, Any]]:
     """What the clients of each level spent in a round, on average: the papers' tables of memory, time and communication."""
-    rows = [row for row in experiment.rounds.client_rows if "fault" not in row]
-    levels = sorted({row["level"] for row in rows}, key=float, reverse=True)
-    return [{"level": level} | averages([row for row in rows if row["level"] == level]) for level in levels]
+    rows = [row for row in experiment.state.client_rows if FAULT not in row]
+    levels = sorted({row[LEVEL] for row in rows}, key=float, reverse=True)
+    return [{"level": level} | averages([row for row in rows if row[LEVEL] == level]) for level in levels]
 
 
 def averages(rows: Sequence[Row]) -> dict[str, float]:
-    found = {name: [row[name] for row in rows if name in row] for name in SPENT}
+    found = {name: [row[name] for row in rows if name in row] for name in COSTS}
     means = {name: sum(values) / len(values) for name, values in found.items() if values}
     return {name: value if name == "seconds" else round(value) for name, value in means.items()}
 
 
-def early_stopping_note(experiment: Experiment) -> list[str]:
-    """What early stopping on the hold-out left out of tuning."""
-    steps, epochs = (sum(part) for part in zip(*experiment.server.saved, strict=True)) if experiment.server.saved else (0, 0)
-    taken = sum(experiment.server.spent)
-    return [f"early stopping on the hold-out saved {steps} of {steps + taken} server steps ({epochs:.1f} epochs)"] if steps else []
-
-
-def unmoved_note(experiment: Experiment) -> list[str]:
-    """Where the clients keep their models, the global one stays what it was."""
-    now, first = experiment.server.state, experiment.rounds.first
-    if not all(torch.equal(now[name], tensor) for name, tensor in first.items()):
-        return []
-    return ["the global model is still that of before round 1: read personal@own, the models that the clients keep"]
+def own_notes(experiment: Experiment) -> list[str]:
+    """What early stopping on the hold-out left out of tuning, and that the global model never moved, where that is so."""
+    server, first, notes = experiment.server, experiment.state.initial, list[str]()
+    if saved := server.steps_saved:
+        epochs = f"({server.epochs_saved:.1f} epochs)"
+        notes.append(f"early stopping on the hold-out saved {saved} of {saved + server.steps} server steps {epochs}")
+    if all(torch.equal(server.state[name], tensor) for name, tensor in first.items()):
+        notes.append("the global model is still that of before round 1: read personal@own, the models that the clients keep")
+    return notes
 
 
 def warnings(measured: Sequence[Row]) -> list[str]:
@@ -127,7 +123,7 @@ def warnings(measured: Sequence[Row]) -> list[str]:
     ]
 
 
-def contiguous(state: State) -> State:
+def to_contiguous(state: State) -> State:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 

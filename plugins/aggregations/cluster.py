@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from hetfl import Client, Field, Merged, Patch, Plugin, Server, State, Update, Updates, hookimpl, mean
@@ -25,7 +26,8 @@ class Cluster(Plugin):
         return server.branch(name(client))
 
     @hookimpl
-    def aggregate(self, server: Server, updates: Updates) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        updates = Updates(updates, server.state)
         branches = dict(server.branches)
         for cluster in dict.fromkeys(name(server.clients[u.client]) for u in updates):
             members = updates.among(lambda u, at=cluster: name(server.clients[u.client]) == at)  # type: ignore[misc]

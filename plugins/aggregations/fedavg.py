@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
-from hetfl import Plugin, Server, hookimpl
-from hetfl.aggregation.mean import Fold, MeanAggregator
+from hetfl import Merged, Plugin, Server, Update, hookimpl, running_mean
 
 
 class FedAvg(Plugin):
@@ -14,5 +14,5 @@ class FedAvg(Plugin):
     mean: ClassVar[bool] = True
 
     @hookimpl
-    def fold(self, server: Server) -> Fold:
-        return MeanAggregator(server.state, absent=True)
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        return Merged(running_mean(server.state, updates, absent=True))

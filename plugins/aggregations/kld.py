@@ -6,6 +6,7 @@ The paper's formula is unknown to us; what is built here is our reading (spec fe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import PrivateAttr, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, Merged, Plugin, Server, State, Updates, hookimpl, mean
+from hetfl import Field, Merged, Plugin, Server, State, Update, Updates, hookimpl, mean
 
 FEW = 250
 
@@ -62,7 +63,8 @@ class KLD(Plugin):
         return {**cls.PRESETS.get(given.get("preset", "default"), {}), **given} if isinstance(given, dict) else given
 
     @hookimpl
-    def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
+        updates = Updates(updates, server.state)
         plain = mean(updates, updates.weights)
         steps = self._steps(server)
         names = [n for n, p in server.builder.model.named_parameters() if n in server.state]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from hetfl import Field, Plugin, Server, hookimpl
-from hetfl.aggregation.mean import Fold, MeanAggregator
+from hetfl import Field, Merged, Plugin, Server, Update, hookimpl, running_mean
 from hetfl.aggregation.updates import WEIGHTINGS
 
 
@@ -16,5 +16,5 @@ class Overlap(Plugin):
     weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
 
     @hookimpl
-    def fold(self, server: Server) -> Fold:
-        return MeanAggregator(server.state, WEIGHTINGS[self.weighting])
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        return Merged(running_mean(server.state, updates, WEIGHTINGS[self.weighting]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from hetfl import Field, Merged, Plugin, Updates, hookimpl
+from hetfl import Field, Merged, Plugin, Server, State, Update, Updates, hookimpl
 
 CHUNK = 1 << 16  # entries that are sorted at a time
 
@@ -16,18 +18,22 @@ class TrimmedMean(Plugin):
     trim: float = Field(0.1, ge=0, lt=0.5, description="share of the covering clients left out at either end")
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
-        state = {name: trimmed(*updates.column(name), updates.old[name], self.trim) for name in updates.averaged()}
-        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        return Merged(trim_all(Updates(updates, server.state), self.trim))
 
 
 class Median(Plugin):
     """Per entry, the median of the covering clients (the mean of the middle two); what nobody covers keeps its old value."""
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
-        state = {name: trimmed(*updates.column(name), updates.old[name], 0.5) for name in updates.averaged()}
-        return Merged({name: {**updates.counters(), **state}[name] for name in updates.old})
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        return Merged(trim_all(Updates(updates, server.state), 0.5))
+
+
+def trim_all(updates: Updates, trim: float) -> State:
+    """The trimmed mean of every tensor; integer buffers become the largest that is reported."""
+    state = {name: trimmed(*updates.column(name), updates.old[name], trim) for name in updates.averaged()}
+    return {name: {**updates.counters(), **state}[name] for name in updates.old}
 
 
 def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:

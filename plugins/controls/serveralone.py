@@ -17,5 +17,5 @@ class ServerAlone(Plugin):
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[None]:
         steps = self.epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size)
-        server.state = server.trained(server.state, steps, "serveralone", round, lr=self.lr)
+        server.state = server.train(server.state, steps, "serveralone", round, lr=self.lr)
         return [None] * len(clients)

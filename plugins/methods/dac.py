@@ -67,7 +67,7 @@ class DAC(Plugin):
             kept = {name: units[left[name]] if name in left else units for name, units in kept.items()}
         if turn:
             steps = self._steps(server)
-            state = server.trained(state, steps, f"dac {width:g}", sizes=lengths(kept), lr=self.lr / 10)
+            state = server.train(state, steps, f"dac {width:g}", sizes=lengths(kept), lr=self.lr / 10)
         self._kept[width], self._states[width] = dict(kept), state
 
     def _steps(self, server: Server) -> int:
@@ -84,7 +84,7 @@ class DAC(Plugin):
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
         generator, steps = server.stream(purpose, turn), self._steps(server)
-        server.spent.append(steps)
+        server.steps += steps
         with seeded_random(server.widths.draws, server.stream(f"{purpose} dropout", turn)):
             for _, rows in zip(range(steps), rows_of(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from hetfl import (
     Server,
     State,
     Task,
-    Updates,
+    Update,
     hookimpl,
     prefix,
 )
@@ -125,7 +125,7 @@ class Consensus(Plugin):
         return reply
 
     @hookimpl
-    def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
         rows = self._rows(server, round)
         told = [u.extras["scores"] for u in updates if "scores" in u.extras]
         told = [scores for scores in told if scores.shape == (len(rows), server.classes)]

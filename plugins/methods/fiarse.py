@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,8 +12,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hetfl import Client, ExtraSpec, Field, Plan, Plugin, Reply, Server, State, Task, hookimpl
-from hetfl.aggregation.mean import Fold, MeanAggregator
+from hetfl import Client, ExtraSpec, Field, Merged, Plan, Plugin, Reply, Server, State, Task, Update, hookimpl, running_mean
 from hetfl.aggregation.updates import by_client
 from hetfl.models.normalization import plain_norms
 from hetfl.submodel.units import fitting, means
@@ -67,21 +66,12 @@ class FIARSEMean(Plugin):
     rate: float = Field(1.0, gt=0, description="the server's learning rate lr_g")
 
     @hookimpl
-    def fold(self, server: Server) -> Fold:
-        return Stepped(server.state, self.rate)
-
-
-class Stepped(MeanAggregator):
-    """The mean over the covering clients, one vote each, gone towards by `rate` of the way."""
-
-    def __init__(self, old: State, rate: float) -> None:
-        super().__init__(old, by_client)
-        self.rate = rate
-
-    def state(self) -> State:
-        new = super().state()
-        far = {n: self.old[n] + self.rate * (t - self.old[n]) for n, t in new.items() if self.rate != 1 and t.is_floating_point()}
-        return new | far
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        new = running_mean(server.state, updates, by_client)
+        if self.rate == 1:
+            return Merged(new)
+        old = server.state
+        return Merged({n: old[n] + self.rate * (t - old[n]) if t.is_floating_point() else t for n, t in new.items()})
 
 
 def thresholds(weights: Mapping[str, Tensor], gamma: float, each_stage: bool) -> State:

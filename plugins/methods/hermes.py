@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +31,6 @@ from hetfl import (
     unflatten_state,
     unit_count,
 )
-from hetfl.hooks.values import put_back
 from hetfl.models.normalization import plain_norms
 from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
 from hetfl.submodel.blocks import cells
@@ -79,9 +78,11 @@ class Hermes(Plugin):
         return reply
 
     @hookimpl
-    def recover(self, replies: Sequence[ReceivedReply]) -> Iterable[Update]:
-        self._kept |= {r.client.id: dict(r.plan.kept) for r in replies if isinstance(r.plan, Selection)}
-        return [put_back(r) for r in replies]
+    def recover(self, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
+        for r in replies:
+            if isinstance(r.plan, Selection):
+                self._kept[r.client.id] = dict(r.plan.kept)
+            yield r.update()
 
     def state_dict(self) -> State:
         return flatten_state(kept=self._kept)
@@ -104,7 +105,8 @@ class HermesMean(Plugin):
         return server.branch(f"client {client.id}")
 
     @hookimpl
-    def aggregate(self, server: Server, updates: Updates) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        updates = Updates(updates, server.state)
         state, voices = mean(updates, updates.votes(self.weighting)), updates.votes("uniform")
         least = len(updates) if self.overlap == "all" else 2
         shared = {name: updates.cover(name, voices) >= least for name in updates.averaged()}

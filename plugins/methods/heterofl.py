@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -48,8 +48,8 @@ class HeteroFL(Plugin):
         return reply
 
     @hookimpl
-    def recover(self, server: Server, replies: Sequence[ReceivedReply]) -> Iterable[Update]:
-        return [update(server, r) for r in replies]
+    def recover(self, server: Server, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
+        return (update(server, r) for r in replies)
 
 
 def masked(labels: Tensor) -> Any:

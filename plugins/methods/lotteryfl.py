@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -27,7 +27,6 @@ from hetfl import (
     hookimpl,
     unflatten_state,
 )
-from hetfl.hooks.values import put_back
 from hetfl.models.normalization import plain_norms
 from hetfl.models.state import load_state, tensors
 from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
@@ -93,9 +92,10 @@ class LotteryFL(Plugin):
         load_state(task.model, {name: t * task.masks[name] if name in task.masks else t for name, t in first.items()})
 
     @hookimpl
-    def recover(self, replies: Sequence[ReceivedReply]) -> Iterable[Update]:
-        self._masks |= {r.client.id: {name: pack_bits(mask) for name, mask in r.plan.masks.items()} for r in replies}
-        return [put_back(r) for r in replies]
+    def recover(self, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
+        for r in replies:
+            self._masks[r.client.id] = {name: pack_bits(mask) for name, mask in r.plan.masks.items()}
+            yield r.update()
 
     def state_dict(self) -> State:
         return flatten_state(masks=self._masks, first={0: self._first})

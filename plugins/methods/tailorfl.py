@@ -6,7 +6,7 @@ Importance of filters is learned once by every client; similar clients are given
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from hetfl import (
     Exchange,
     ExtraSpec,
     Field,
+    Merged,
     Patch,
     Plan,
     Plugin,
@@ -34,10 +35,9 @@ from hetfl import (
     Update,
     flatten_state,
     hookimpl,
+    running_mean,
     unflatten_state,
 )
-from hetfl.aggregation.mean import Fold, MeanAggregator
-from hetfl.hooks.values import put_back
 from hetfl.models.normalization import plain_norms
 from hetfl.submodel.units import consumers, gated, readers, scores, strongest
 from hetfl.training.local import local_batches
@@ -146,13 +146,13 @@ class TailorFL(Plugin):
         return {name: values.detach() for name, values in u.items()}
 
     @hookimpl
-    def recover(self, server: Server, replies: Sequence[ReceivedReply]) -> Iterable[Update]:
+    def recover(self, server: Server, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
         sizes = [g.size for g in server.widths.groups]
         for r in replies:
             if "importance" in r.reply.extras and r.reply.extras["importance"].numel() == sum(sizes):
                 parts = r.reply.extras["importance"].split(sizes)
                 self._importance[r.client.id] = {g.name: p for g, p in zip(server.widths.groups, parts, strict=True)}
-        return [put_back(r) for r in replies]
+            yield r.update()
 
     def state_dict(self) -> State:
         return flatten_state(importance=self._importance, lists=self._lists)
@@ -167,8 +167,9 @@ class TailorFLMean(Plugin):
     step: float = Field(0.0625, gt=0, lt=1, description="grid of the ratios p, as in the extraction")
 
     @hookimpl
-    def fold(self, server: Server) -> Fold:
-        return MeanAggregator(server.state, lambda u: u.weight / ratio(server.clients[u.client].profile.width, self.step))
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        weight = lambda u: u.weight / ratio(server.clients[u.client].profile.width, self.step)  # noqa: E731
+        return Merged(running_mean(server.state, updates, weight))
 
 
 def ratio(width: float, step: float) -> float:

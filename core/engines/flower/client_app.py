@@ -1,7 +1,8 @@
-"""The two halves of an exported app: the ServerApp that drives the run, and the ClientApp of a node."""
+"""The ClientApp half of an exported app: what a node has of its own, and what it allows."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tomllib
@@ -10,56 +11,56 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from hetfl.config import RunOptions, resolve
 from hetfl.data import loading as data
 from hetfl.data.dataset import ClientData, FederatedDataset
-from hetfl.engines import node as remote
-from hetfl.engines.node import NodeConfig
+from hetfl.engines.flower.manifest import OUTLINE, RUN, make_mods
+from hetfl.engines.flower.node import make_client_app
+from hetfl.engines.flower.records import RecordCodec
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
-from hetfl.rounds import setup
-from hetfl.rounds.client import client_app as inner
-from hetfl.rounds.records import RecordCodec
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.setup import build_node_setup
 from hetfl.submodel import serialization
-
-RUN, OUTLINE, EVENTS = "run.toml", "outline.json", "events.jsonl"
 
 
 def client_app(home: Path) -> ClientApp:
     """The ClientApp of the app in folder `home`. What a node has of its own is in its node config:
 
     `partition-id`, `num-partitions`; `data`, a folder of its own examples (default: its part of the run's data set); `memory`, the
-    folder in which its client remembers; `allow`, plugins and models beside the built-in ones that it will load, with commas.
+    folder in which its client's state is kept; `allow`, plugins and models beside the built-in ones that it will load, with commas.
     """
-    from hetfl.engines.flower.export import modes
-
     outline = json.loads((home / OUTLINE).read_text())
 
-    def where(context: Context) -> NodeConfig:
-        memory = Path(str(context.node_config.get("memory") or default_memory())) / outline["key"]
+    def find_folder(context: Context) -> Path:
+        return Path(str(context.node_config.get("memory") or default_folder())) / str(outline["key"])
+
+    def find_runtime(context: Context) -> ClientRuntime:
         given = {name: str(context.node_config.get(name, "")) for name in ("data", "allow", "num-partitions", "partition-id")}
-        return NodeConfig((home / RUN).read_text(), memory, json.dumps({**given, "home": str(home)}))
+        return build_node_runtime(home, (home / RUN).read_text(), json.dumps(given))
 
-    return remote.client_app(where, mods=modes(outline["mods"]))
+    return make_client_app(find_runtime, find_folder, make_mods(outline["mods"]))
 
 
-def default_memory() -> Path:
+def default_folder() -> Path:
     return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "hetfl"
 
 
-def site(config: str, node: str) -> ClientApp:
-    """The run's ClientApp on a node. Raises UsageError for what the node does not allow."""
+@functools.cache
+def build_node_runtime(home: Path, config: str, node: str) -> ClientRuntime:
+    """What the client of a node has at hand, once a process. Raises UsageError for what the node does not allow."""
+    torch.set_num_threads(1)
     options, own = resolve(tomllib.loads(config)), json.loads(node)
-    home = Path(own["home"])
     refuse_not_allowed(options, [part.strip() for part in own["allow"].split(",")], home)
     outline = json.loads((home / OUTLINE).read_text())
     federation = node_data(options, own["data"], int(own["partition-id"]), int(own["num-partitions"]))
     if list(federation.classes) != outline["classes"]:
         raise UsageError(f"this node's data have the classes {', '.join(federation.classes)}, not {', '.join(outline['classes'])}")
-    return inner(setup.build_node_setup(options, federation, serialization.from_json(outline["widths"])).site(RecordCodec()))
+    return build_node_setup(options, federation, serialization.from_json(outline["widths"])).runtime(RecordCodec().pack)
 
 
 def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) -> None:

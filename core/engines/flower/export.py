@@ -12,14 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import flwr.clientapp.mod
 import tomli_w
 
 from hetfl.config import RunOptions, write
-from hetfl.engines.flower.client_app import OUTLINE, RUN
-from hetfl.errors import UsageError, unknown
+from hetfl.engines.flower.manifest import OUTLINE, RUN, read_mod
+from hetfl.errors import UsageError
 from hetfl.rounds import setup
-from hetfl.rounds.loop import norm_policy
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import Setup
 from hetfl.submodel import serialization
@@ -27,8 +25,6 @@ from hetfl.submodel import serialization
 PACKAGE = "hetfl_app"
 
 MOST = 10 * 1024 * 1024  # bytes, Flower's limit for an app
-
-MODS = ("LocalDpMod", "message_size_mod", "arrays_size_mod")
 
 HALVES = {"server_app": "hetfl.runs.server_app", "client_app": "hetfl.engines.flower.client_app"}
 
@@ -46,6 +42,7 @@ app = {half}(begin(__file__))
 def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     """Writes the app of a run into `folder`. Raises UsageError where it cannot be written or is too large."""
     common = setup.build_setup(options, NoCallback())
+    options = common.options.model_copy(update={"cohorts": "off", "engine": "flower", "out": None})
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "LICENSE").write_text("An experiment of whoever exported it; hetfl itself is under the Apache License 2.0.\n")
@@ -54,7 +51,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     (package / "__init__.py").write_text("")
     for half, module in HALVES.items():
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
-    (package / RUN).write_text(write(settled(common), common.plugins.options()))
+    (package / RUN).write_text(write(options, common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(outline(common, mods)))
     carry(options.model, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -63,35 +60,10 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     return folder
 
 
-def settled(common: Setup) -> RunOptions:
-    """The options with all that is open spelt out, for clients that are each by themselves."""
-    options, plugins, federation = common.options, common.plugins, common.federation
-    norms = norm_policy(options.norm_policy, plugins.norm_policy, federation.public is not None)
-    found = setup.resolve_defaults(options, federation, plugins, norms, "off")
-    return found.model_copy(update={"engine": "flower", "out": None})
-
-
 def outline(common: Setup, mods: Sequence[str]) -> dict[str, Any]:
     """What nodes know of the run beside its options; `key` sets its clients' memory apart from that of other runs."""
     widths, named = serialization.to_json(common.builder.widths), list(common.federation.classes)
-    return {"key": secrets.token_hex(8), "classes": named, "mods": [modded(m) for m in mods], "widths": widths}
-
-
-def modded(mod: str) -> list[Any]:
-    """A client mod of Flower, `name` or `name:argument:…`, as its name and numbers. Raises UsageError."""
-    name, *arguments = mod.split(":")
-    if name not in MODS:
-        raise unknown("client mod", name, MODS)
-    try:
-        return [name, *map(float, arguments)]
-    except ValueError as error:
-        raise UsageError(f"--client-mod takes a name and numbers such as LocalDpMod:1.0:0.1:8.0:0.00001, not '{mod}'") from error
-
-
-def modes(given: Sequence[Sequence[Any]]) -> list[Any]:
-    """The mods of an outline, made."""
-    found = [(getattr(flwr.clientapp.mod, name), arguments) for name, *arguments in given]
-    return [mod(*arguments) if arguments else mod for mod, arguments in found]
+    return {"key": secrets.token_hex(8), "classes": named, "mods": [read_mod(m) for m in mods], "widths": widths}
 
 
 def project(options: RunOptions) -> dict[str, Any]:

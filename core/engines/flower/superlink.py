@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from hetfl.engines.flower.client_app import EVENTS
+from hetfl.engines.flower.manifest import EVENTS
 from hetfl.errors import RunError
 
 BIN = Path(sys.executable).parent

@@ -150,8 +150,9 @@ class FedConv(Plugin):
         return [by_width[c.profile.width] for c in clients]
 
     @hookimpl
-    def recover(self, server: Server, replies: Sequence[ReceivedReply], round: int) -> Iterable[Update]:
+    def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update]:
         """Grows every reply to the global model's size with the client's own dilator (spec 2.2, findings 6.5)."""
+        replies = list(replies)
         uploads = server.pool.map(lambda r: self._uploaded(server, r, round), replies)
         trained = {r.client.id: state for r, state in zip(replies, uploads, strict=True)}
         dilated = [r for r in replies if isinstance(r.plan, Compressed) and r.reply.state]
@@ -166,7 +167,7 @@ class FedConv(Plugin):
         """What a client trained, fine-tuned on server data where the preset says so."""
         each = math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
         state, sizes = {**returned.sent, **returned.reply.state}, returned.plan.sizes
-        return server.trained(state, self.upload_epochs * each, "upload", round, sizes=sizes, lr=1e-4, client=returned.client.id)
+        return server.train(state, self.upload_epochs * each, "upload", round, sizes=sizes, lr=1e-4, client=returned.client.id)
 
     def _classes(self, server: Server, replies: Sequence[ReceivedReply]) -> list[list[ReceivedReply]]:
         """Clients whose dilators are tuned as one batch: of one size class, where the model is slight enough for it to pay."""
@@ -186,7 +187,7 @@ class FedConv(Plugin):
         x, y = (torch.cat(parts) for parts in zip(server.public.tune.all(), server.public.holdout.all(), strict=True))
         if self.objective == "distill":
             parts = x.split(server.options.eval_batch_size)
-            y = torch.cat(server.pool.map(lambda part: server.answers(server.state, part), parts))
+            y = torch.cat(server.pool.map(lambda part: server.predict(server.state, part), parts))
         return y[: len(server.public.tune)], y[len(server.public.tune) :]
 
     def _steps(self, server: Server, round: int) -> int:
@@ -306,7 +307,7 @@ class FedConv(Plugin):
         (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
         if self.objective == "ce":
             return y, hy
-        return server.answers(trained, x, sizes), server.answers(trained, hx, sizes)
+        return server.predict(trained, x, sizes), server.predict(trained, hx, sizes)
 
     def _large(self, state: State, filters: Filters, change: State, flat: Tensor) -> State:
         """The grown model of one client: its dilated weights, or the global model with its dilated update."""

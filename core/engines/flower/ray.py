@@ -13,28 +13,28 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hetfl.config import RunOptions
-from hetfl.engines.node import NodeConfig, client_app
-from hetfl.engines.remote import RemoteGrid
+from hetfl.engines.flower.node import build_runtime, make_client_app
+from hetfl.engines.flower.remote import FlowerEngine
 from hetfl.errors import UsageError
 from hetfl.parallel import cores
 
 
-class RaySimulation(RemoteGrid):
-    """A grid that is there while `drive` runs; an actor a core. Raises UsageError where Ray is not installed."""
+class RayEngine(FlowerEngine):
+    """Asks clients while `drive` runs; an actor a core. Raises UsageError where Ray is not installed."""
 
-    def __init__(self, clients: int, options: RunOptions, config: str, home: Path) -> None:
+    def __init__(self, clients: int, options: RunOptions, config: str, client_states: Path) -> None:
         super().__init__(clients, options.timeout, options.wait)
         if importlib.util.find_spec("ray") is None:
             raise UsageError("--engine ray needs Flower's simulation: pip install 'hetfl[ray]'")
-        self._place, self._workers = NodeConfig(config, home.absolute()), options.workers or cores()
+        self._config, self._folder, self._workers = config, client_states.absolute(), options.workers or cores()
 
-    def drive(self, work: Callable[[], Any]) -> None:
+    def drive(self, work: Callable[[], None]) -> None:
         """Does `work` while the simulation runs; what it raises is raised here."""
         os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         from flwr.simulation import run_simulation
 
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
-        place, failures, server = self._place, list[BaseException](), ServerApp()
+        config, folder, failures, server = self._config, self._folder, list[BaseException](), ServerApp()
 
         @server.main()
         def main(grid: Grid, context: Context) -> None:
@@ -48,6 +48,7 @@ class RaySimulation(RemoteGrid):
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             "init_args": {"num_cpus": self._workers, "include_dashboard": False, "log_to_driver": False},
         }
-        run_simulation(server, client_app(lambda _: place), self._clients, backend_config=resources)
+        app = make_client_app(lambda _: build_runtime(config), lambda _: folder)
+        run_simulation(server, app, self._clients, backend_config=resources)
         if failures:
             raise failures[0]

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hetfl.aggregation.mean import Fold, MeanAggregator
-from hetfl.aggregation.updates import Update, by_client
+from hetfl.aggregation.mean import running_mean
+from hetfl.aggregation.updates import Merged, Update, by_client
 from hetfl.hooks.hookspecs import hookimpl
 from hetfl.hooks.server import Server
-from hetfl.hooks.values import Client, ReceivedReply, put_back
+from hetfl.hooks.values import Client, ReceivedReply
 from hetfl.models.state import State
 from hetfl.profiling.node import Node, Profile
 from hetfl.submodel.plan import Plan
@@ -38,9 +38,9 @@ class Defaults:
         return local.fit(task)
 
     @hookimpl
-    def recover(self, replies: Sequence[ReceivedReply]) -> Iterable[Update]:
-        return [put_back(r) for r in replies]
+    def recover(self, replies: Iterable[ReceivedReply]) -> Iterable[Update]:
+        return (reply.update() for reply in replies)
 
     @hookimpl
-    def fold(self, server: Server) -> Fold:
-        return MeanAggregator(server.state, by_client)
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        return Merged(running_mean(server.state, updates, by_client))

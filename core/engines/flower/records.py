@@ -1,4 +1,4 @@
-"""Payloads as Flower records: what crosses process and network boundaries, and the checks before any of it is believed.
+"""Messages as Flower records: what crosses process and network boundaries, and the checks before any of it is believed.
 
 A message holds one ArrayRecord, the tensors of the model, and one ConfigRecord with everything else, so that Flower's own client
 mods can work on it. Nothing is unpickled or evaluated, and no more memory is taken than the message itself has bytes (a mask
@@ -38,17 +38,20 @@ class MalformedError(ValueError):
 
 
 class RecordCodec:
-    """A desk at which payloads are written into their messages; no value is an empty text, which Flower's mods choke on."""
+    """Writes what passes between server and client as Flower records, and reads it.
 
-    def seal(self, content: object) -> RecordDict:
-        """The content of a message that carries `content`."""
+    Empty texts are left out, for Flower's mods fail on them.
+    """
+
+    def encode(self, content: object) -> RecordDict:
+        """The records of a message that carries `content`."""
         for kind, write, _ in FORMS.values():
             if isinstance(content, kind):
                 return write(content)
         raise TypeError(f"{type(content).__name__} does not travel")
 
-    def open(self, content: RecordDict) -> Any:
-        """The payload of a message. Raises MalformedError."""
+    def decode(self, content: RecordDict) -> Any:
+        """What the records of a message carry. Raises MalformedError."""
         try:
             config = content["config"]
             assert isinstance(config, ConfigRecord)
@@ -59,10 +62,6 @@ class RecordCodec:
             raise MalformedError(
                 f"the message cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
             ) from error
-
-    def peek(self, content: RecordDict) -> Any:
-        """The same: a message can be read again."""
-        return self.open(content)
 
     def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
         """The reply with only the values that exist of tensors with a mask."""
@@ -135,24 +134,24 @@ def masking(masks: State) -> Values:
     return {"shapes": shapes, **group("mask", {name: encoding.pack_bits(mask) for name, mask in masks.items()})} if masks else {}
 
 
-def write_down(down: Instruction) -> RecordDict:
-    values: Values = {"form": "down", "round": down.round, "held": down.held, "local": down.local}
-    values |= {"remembers": down.remembers, **({"model": down.model} if down.model else {})}
-    values |= {} if down.sizes is None else {"sizes": json.dumps(down.sizes)}
-    values |= {} if down.up is None else {"up": json.dumps(sorted(down.up))}
+def write_instruction(sent: Instruction) -> RecordDict:
+    values: Values = {"form": "instruction", "round": sent.round, "held": sent.held, "local": sent.local}
+    values |= {"state_version": sent.state_version, **({"model": sent.model} if sent.model else {})}
+    values |= {} if sent.sizes is None else {"sizes": json.dumps(sent.sizes)}
+    values |= {} if sent.up is None else {"up": json.dumps(sorted(sent.up))}
     return message(
-        {**values, **masking(down.masks), **group("extra", down.extras)}, encoding.select_existing(down.state, down.masks)
+        {**values, **masking(sent.masks), **group("extra", sent.extras)}, encoding.select_existing(sent.state, sent.masks)
     )
 
 
-def read_down(content: RecordDict) -> Instruction:
+def read_instruction(content: RecordDict) -> Instruction:
     values = config(content)
     masks = masks_of(values)
     return Instruction(
         int(values["round"]), encoding.fill_masked(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values.get("model"), masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
-        bool(values["held"]), bool(values["local"]), int(values["remembers"]),
+        bool(values["held"]), bool(values["local"]), int(values["state_version"]),
     )  # fmt: skip
 
 
@@ -187,10 +186,10 @@ FORMS: dict[str, tuple[type, Callable[[Any], RecordDict], Callable[[RecordDict],
     "round": (int, lambda n: message({"form": "round", "round": n}), lambda c: int(config(c)["round"])),
     "profile": (
         Profile,
-        lambda p: message({"form": "profile", "width": float(p.width), **({"binding": p.bottleneck} if p.bottleneck else {})}),
-        lambda c: Profile(float(config(c)["width"]), str(config(c).get("binding", ""))),
+        lambda p: message({"form": "profile", "width": float(p.width), **({"bottleneck": p.bottleneck} if p.bottleneck else {})}),
+        lambda c: Profile(float(config(c)["width"]), str(config(c).get("bottleneck", ""))),
     ),
-    "down": (Instruction, write_down, read_down),
+    "instruction": (Instruction, write_instruction, read_instruction),
     "reply": (Reply, write_reply, read_reply),
     "scores": (dict, write_scores, read_scores),
 }

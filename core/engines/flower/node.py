@@ -1,0 +1,83 @@
+"""The ClientApp of clients that Flower runs elsewhere, on Ray or on the nodes of a federation."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from hetfl.config import resolve
+from hetfl.engines.flower.client_state import ClientStateStore
+from hetfl.engines.flower.records import RecordCodec
+from hetfl.engines.flower.remote import HELLO, TYPES
+from hetfl.errors import UsageError
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.messages import Content, Failure, Instruction, Kind
+from hetfl.rounds.reporting import NoCallback
+from hetfl.rounds.setup import build_setup
+
+RAISED = 2  # Flower's code for an exception in a client
+
+
+def make_client_app(
+    find_runtime: Callable[[Context], ClientRuntime], find_folder: Callable[[Context], Path], mods: list[Any] | None = None
+) -> ClientApp:
+    """The ClientApp for clients elsewhere; `mods` are Flower's, around training.
+
+    `find_runtime` gives what a client has at hand, `find_folder` the folder of the client states on this machine.
+    """
+    app, codec = ClientApp(), RecordCodec()
+
+    def handle(kind: Kind) -> Callable[[Message, Context], Message]:
+        def answer(message: Message, context: Context) -> Message:
+            try:
+                content = codec.decode(message.content)
+                found = answer_on_node(kind, content, find_runtime(context), find_folder(context), client_of(context))
+                return Message(codec.encode(found), reply_to=message)
+            except Exception as error:
+                return Message(Error(RAISED, Failure.of(error).text), reply_to=message)
+
+        return answer
+
+    def introduce(message: Message, context: Context) -> Message:
+        count = float(str(context.node_config.get("num-partitions", 0)))
+        return Message(codec.encode({"client": float(client_of(context)), "clients": count}), reply_to=message)
+
+    app.query(HELLO.partition(".")[2])(introduce)
+    app.query()(handle("profile"))
+    app.train(mods=mods or [])(handle("train"))
+    app.train(TYPES["statistics"].partition(".")[2])(handle("statistics"))
+    app.evaluate()(handle("evaluate"))
+    return app
+
+
+def answer_on_node(kind: Kind, content: Content, runtime: ClientRuntime, folder: Path, client: int) -> Any:
+    """The client's answer, with the state that the server counts on; what training leaves is kept on this disk."""
+    if not isinstance(content, Instruction):
+        return runtime.answer(kind, client, content, {})
+    if content.model and ":" in content.model:
+        raise UsageError(f"no module is imported because a message names it ('{content.model}')")
+    store = ClientStateStore(folder / str(client))
+    state = store.load(content.state_version)
+    found = runtime.answer(kind, client, content, state)
+    if kind == "train":
+        store.save(content.round, content.state_version, state)
+    return found
+
+
+def client_of(context: Context) -> int:
+    """A client is its partition; node ids are Flower's own."""
+    return int(str(context.node_config["partition-id"]))
+
+
+@functools.cache
+def build_runtime(config: str) -> ClientRuntime:
+    """The client runtime of the run that `config` resolves, once a process."""
+    torch.set_num_threads(1)
+    return build_setup(resolve(tomllib.loads(config)), NoCallback()).runtime(RecordCodec().pack)

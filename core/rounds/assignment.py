@@ -1,0 +1,110 @@
+"""Who takes part in a round, and what each client is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from hetfl.config import RunOptions
+from hetfl.errors import RunError, UsageError
+from hetfl.hooks.server import Server
+from hetfl.hooks.values import Client
+from hetfl.profiling.node import Profile
+from hetfl.rounds.messages import Assignment, Failure, exchange
+from hetfl.rounds.receiving import leave_out
+from hetfl.rounds.state import RoundState
+from hetfl.rounds.validation import check_profile, extras_fault
+from hetfl.submodel.plan import Plan
+
+
+def sample_clients(now: RoundState) -> list[int]:
+    """The clients of the round, ceil(fraction * clients) of them without replacement, in id order."""
+    run = now.run
+    size, generator = sample_size(run.clients, run.options.fraction), run.server.stream("sample", now.number)
+    chosen = sorted(torch.randperm(run.clients, generator=generator)[:size].tolist())
+    run.server.sampled, run.server.population, run.server.averages = size, run.clients, run.plugins.averages
+    return chosen
+
+
+def sample_size(clients: int, fraction: float) -> int:
+    """How many clients take part in a round."""
+    return max(1, math.ceil(fraction * clients - 1e-9))
+
+
+def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
+    """Asks each client what its device affords; one that does not say is left out.
+
+    Raises RunError where nobody says it in round 1.
+    """
+    run, profiles = now.run, dict[int, Profile]()
+    for client, answer in exchange(now.engine, "profile", dict.fromkeys(chosen, now.number)):
+        checked = check_profile(answer)
+        if isinstance(checked, Failure):
+            leave_out(now, client, f"its profile: {checked.reason}", answer)
+        else:
+            profiles[client] = checked
+    if now.number == 1 and not profiles:
+        first = now.row.clients[chosen[0]].fault.replace("its profile: ", "", 1)
+        raise RunError(f"no client can take part; the profile of client {chosen[0]}: {first}")
+    found = [Client(i, profile, run.extras.get(i, {}), run.last_round.get(i, 0)) for i, profile in profiles.items()]
+    run.server.clients |= {client.id: client for client in found}
+    return found
+
+
+def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, Assignment]:
+    """What each client is sent: its plan's part of the model, and the extras of the plugins. A client without a plan sits out."""
+    run = now.run
+    plans = run.plugins.extract(run.server, clients, now.number) if clients else []
+    refuse_unfit(plans, clients)
+    refuse_uncut(run.server, clients, plans)
+    found = {client.id: assign(now, client, plan) for client, plan in zip(clients, plans, strict=True) if plan is not None}
+    for assignment in found.values():
+        assignment.extras = run.plugins.client_extras(run.server, assignment.client, assignment.plan, now.number)
+        if fault := extras_fault(assignment.extras, run.plugins.extras_down):
+            raise RunError(f"a plugin sends what it did not declare: {fault}")
+    return found
+
+
+def assign(now: RoundState, client: Client, plan: Plan) -> Assignment:
+    """The part of the global model, or of the client's own branch, that `plan` takes for this client as it is now."""
+    run = now.run
+    source = run.plugins.base_state(run.server, client)
+    state = now.take(plan, source)
+    agreed = run.plugins.exchange(run.server, client, tuple(state))
+    travels = {name: t for name, t in state.items() if agreed.down is None or name in agreed.down}
+    personal = len(travels) < len(state) or source is not run.server.state
+    up = frozenset(state if agreed.up is None else (name for name in state if name in agreed.up))
+    return Assignment(client, plan, source, state, run.travelling(travels), up, personal)
+
+
+def renew_assignments(now: RoundState) -> None:
+    """Assigns the same plans to the same clients anew, of the model as it is now."""
+    now.assignments = {i: assign(now, a.client, a.plan) for i, a in now.assignments.items()}
+
+
+def passing(now: RoundState, assignment: Assignment) -> Assignment:
+    """The same plan's part of the global model as it is now, whatever the client was sent."""
+    return replace(assignment, travels=now.take(assignment.plan, now.run.server.state))
+
+
+def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan | None]) -> None:
+    """Where nothing can be cut, a narrower client would train the whole model."""
+    whole = any(p is not None and p.model is None and not p.masks for p in plans)
+    if not server.widths.groups and whole and any(c.profile.width < 1 for c in clients):
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(server.widths.frozen.items())[:3])
+        raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
+
+
+def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> None:
+    """A plugin's mistake, said before anything is sent."""
+    if len(plans) != len(clients):
+        raise RunError(f"the extraction gave {len(plans)} plans for {len(clients)} clients")
+
+
+def refuse_too_many(options: RunOptions, clients: int) -> None:
+    """A round cannot have more replies than clients."""
+    if options.min_clients > (count := sample_size(clients, options.fraction)):
+        raise UsageError(f"--min-clients {options.min_clients} is more than the {count} clients of a round")

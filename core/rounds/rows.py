@@ -1,0 +1,82 @@
+"""The rows of metrics.csv and clients.csv, and the names of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]  # a line of a table: column -> value
+
+ROUND, CLIENT, LEVEL, BOTTLENECK = "round", "client", "level", "bottleneck"
+BYTES_DOWN, BYTES_UP = "bytes down", "bytes up"
+EXAMPLES, CHANGE, FAULT, TRACEBACK = "examples", "change", "fault", "traceback"
+PARAMETERS, MACS, MEMORY = "parameters", "MACs", "memory"
+OWN_ACCURACY, OWN_LOSS, SECONDS = "own accuracy", "own loss", "seconds"  # metrics of a reply
+CLIENTS, LEFT_OUT, CLIENT_SECONDS, ALARMS = "clients", "left out", "client seconds", "alarms"
+SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
+RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}
+
+
+@dataclass(eq=False)
+class ClientRow:
+    """One client in one round: a line of clients.csv. `metrics` are the client's own; `costs` those of its submodel."""
+
+    round: int
+    client: int
+    level: str = ""
+    bottleneck: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    examples: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    change: float | None = None
+    fault: str = ""
+    traceback: str = ""
+    costs: dict[str, int] = field(default_factory=dict)
+
+    def columns(self) -> Row:
+        """The line; what is not known has no column."""
+        some = {LEVEL: self.level, BOTTLENECK: self.bottleneck}
+        more = {CHANGE: self.change, FAULT: self.fault or None, TRACEBACK: self.traceback or None}
+        return {
+            ROUND: self.round, CLIENT: self.client, **{k: v for k, v in some.items() if v},
+            BYTES_DOWN: self.bytes_down, BYTES_UP: self.bytes_up,
+            **({} if self.examples is None else {EXAMPLES: self.examples}), **self.metrics,
+            **{k: v for k, v in more.items() if v is not None}, **self.costs,
+        }  # fmt: skip
+
+
+@dataclass(eq=False)
+class RoundRow:
+    """One round: a line of metrics.csv. `results` are accuracies and losses by (model, split), `facts` the aggregation's."""
+
+    round: int
+    facts: dict[str, float] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
+    clients: dict[int, ClientRow] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    server_steps: int = 0
+    steps_saved: int = 0
+
+    def add_mean_and_decile(self, name: str, values: Sequence[float]) -> None:
+        """The mean and the worst decile over clients, under the metric's name."""
+        if values:
+            ordered = sorted(values)
+            self.results[name] = sum(values) / len(values)
+            self.results[f"{name} p10"] = ordered[int(0.1 * (len(ordered) - 1))]
+
+    def columns(self) -> Row:
+        """The line."""
+        people = self.clients.values()
+        return {
+            ROUND: self.round, **self.facts, **self.results,
+            BYTES_DOWN: sum(c.bytes_down for c in people), BYTES_UP: sum(c.bytes_up for c in people),
+            CLIENTS: len(people), LEFT_OUT: sum(bool(c.fault) for c in people),
+            CLIENT_SECONDS: sum(c.metrics.get(SECONDS, 0.0) for c in people), SECONDS: self.seconds,
+            SERVER_STEPS: self.server_steps, STEPS_SAVED: self.steps_saved,
+            **{f"{PHASE}{name}": value for name, value in self.phases.items()},
+            **({ALARMS: "; ".join(self.alarms)} if self.alarms else {}),
+        }  # fmt: skip

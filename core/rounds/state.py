@@ -1,0 +1,118 @@
+"""The state of a run between rounds, and of the round under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from hetfl.config import RunOptions
+from hetfl.data.dataset import Examples
+from hetfl.hooks.manager import PluginManager
+from hetfl.hooks.server import Server
+from hetfl.hooks.values import Coverage
+from hetfl.models.normalization import without_statistics
+from hetfl.models.state import State
+from hetfl.profiling.meter import Meter
+from hetfl.rounds.messages import Assignment, Engine
+from hetfl.rounds.reporting import Callback
+from hetfl.rounds.rows import RoundRow, Row
+from hetfl.submodel.plan import Plan
+
+
+@dataclass(eq=False)
+class RunState:
+    """A run between two rounds. `clients` is their number, `test` the global test split, `norm_policy` the one in force.
+
+    `control` is the server-only control's model, `initial` the global model before round 1. By client: `extras` and `last_round`
+    of its last valid reply (round 0: none), `state_versions` the round that its own state is of.
+    """
+
+    server: Server
+    plugins: PluginManager
+    callback: Callback
+    clients: int
+    test: Examples
+    meter: Meter
+    norm_policy: str
+    control: State
+    initial: State
+    rows: list[Row] = field(default_factory=list)
+    client_rows: list[Row] = field(default_factory=list)
+    extras: dict[int, State] = field(default_factory=dict)
+    last_round: dict[int, int] = field(default_factory=dict)
+    state_versions: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def options(self) -> RunOptions:
+        return self.server.options
+
+    @property
+    def local_norms(self) -> bool:
+        """Whether normalisation statistics stay with the clients."""
+        return self.norm_policy == "local"
+
+    def travelling(self, state: State) -> State:
+        """What of `state` crosses the network under the policy for normalisation."""
+        return without_statistics(state, self.server.builder.module()) if self.local_norms else state
+
+
+class RoundState:
+    """The round under way: who was sent what, where updates lay, and the row that becomes a line of metrics.csv."""
+
+    def __init__(self, run: RunState, number: int, engine: Engine) -> None:
+        self.run, self.number, self.engine = run, number, engine
+        self.row = RoundRow(number)
+        self.assignments: dict[int, Assignment] = {}
+        self.coverage: list[Coverage] = []
+        self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
+        self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}
+        self._started, self._phases = time.perf_counter(), list[str]()
+        self._mark = self._started
+        self._steps, self._saved = run.server.steps, run.server.steps_saved
+
+    def take(self, plan: Plan, source: State) -> State:
+        """What `plan` takes of `source`, once a round for all clients that share both."""
+        key = id(plan), id(source)
+        if key not in self._taken:
+            self._taken[key] = plan, source, plan.take(source)
+        return self._taken[key][2]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announces a phase, and counts its seconds."""
+        self.run.callback.phase(self.number, name)
+        with self.timed(name):
+            yield
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Counts the seconds within as those of phase `name`, and not of a phase around it."""
+        self._count()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._phases.pop()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._phases:
+            self.row.phases[self._phases[-1]] = self.row.phases.get(self._phases[-1], 0.0) + now - self._mark
+        self._mark = now
+
+    def alarm(self, text: str) -> None:
+        """A note that nobody may overlook; it stands in the round's row too."""
+        self.row.alarms.append(text)
+        self.run.callback.alarm(f"round {self.number}: {text}")
+
+    def count_steps(self) -> None:
+        """Notes the steps that the server has taken on its own data in this round, for the control to take as many."""
+        self.row.server_steps = self.run.server.steps - self._steps
+        self.row.steps_saved = self.run.server.steps_saved - self._saved
+
+    def close(self) -> None:
+        """Notes how long the round took."""
+        self.row.seconds = time.perf_counter() - self._started
