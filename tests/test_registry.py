@@ -19,10 +19,10 @@ def test_the_registry_agrees_with_the_classes(entry):
     assert strategy.__module__ == entry.plugin.partition(":")[0]
     for flag, tokens in (
         (entry.public, ["server.public"]),
-        (entry.memory, ["task.client_state", "remaining(task)", "Shares(down="]),
+        (entry.memory, ["task.client_state", "remaining(task)", "Exchange(down="]),
     ):
-        told = [t for t in tokens if t in inspect.getsource(inspect.getmodule(strategy) if flag else strategy)]
-        assert bool(told) == flag
+        found = [t for t in tokens if t in inspect.getsource(inspect.getmodule(strategy) if flag else strategy)]
+        assert bool(found) == flag
     if entry.role == "extract":
         assert registry.find("aggregate", entry.aggregate)
     assert all(field.description for field in strategy.model_fields.values())
@@ -39,7 +39,7 @@ def dist(place, name, entry, code):
 def test_two_plugins_of_one_name_are_refused_and_both_named(tmp_path, monkeypatch):
     dist(tmp_path, "rival", "[hetfl.extract]\nheterofl = rival:Rival\n", "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UsageError, match=r"built-in \(hetfl.plugins.heterofl:HeteroFL\) and rival 1.0 \(rival:Rival\)"):
+    with pytest.raises(UsageError, match=r"built-in \(hetfl.plugins.methods.heterofl:HeteroFL\) and rival 1.0 \(rival:Rival\)"):
         registry.find("extract", "heterofl")
 
 
@@ -50,5 +50,5 @@ def test_a_broken_plugin_fails_only_when_asked_for(tmp_path, monkeypatch):
     assert "broken" in {e.name for e in registry.entries("aggregate")}
     with pytest.raises(UsageError, match=r"'broken' of broken 1\.0 cannot be imported: RuntimeError: no licence"):
         registry.find("aggregate", "broken").load()
-    with pytest.raises(UsageError, match="not a hetfl Strategy class"):
+    with pytest.raises(UsageError, match="not a hetfl Plugin class"):
         registry.find("aggregate", "odd").load()

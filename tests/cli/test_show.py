@@ -33,7 +33,7 @@ def test_listing_imports_nothing_heavy():
     code = (
         "import sys\nfrom hetfl.cli.main import main\n"
         "try:\n    main(['list-plugins'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "heavy = {'torch', 'flwr', 'datasets', 'flwr_datasets', 'numpy', 'hetfl.plugins.fedconv'} & set(sys.modules)\n"
+        "heavy = [m for m in sys.modules if m in ('torch', 'flwr', 'datasets', 'numpy') or m.startswith('hetfl.plugins.')]\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from helpers.paths import ROOT
+
 
 def test_private_names_of_flower_stay_in_one_module_and_this_version_has_them():
     from importlib.metadata import version
-    from pathlib import Path
 
     from hetfl.engines import flower_internals as private
 
     assert version("flwr").startswith(private.TESTED), f"hetfl is tested with flwr {private.TESTED}"
-    root = Path(private.__file__).parents[1]
-    for path in [*root.glob("core/*.py"), *root.glob("plugins/*.py"), *root.glob("cli/*.py")]:
-        text = path.read_text()
-        assert path.name == "private.py" or ("flwr.supercore" not in text and '"_message_id"' not in text), path
+    using = {
+        str(path.relative_to(ROOT))
+        for folder in ("core", "plugins", "cli")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(name in path.read_text() for name in ("flwr.supercore", '"_message_id"'))
+    }
+    assert using == {"core/engines/flower_internals.py"}
 
 
 def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):

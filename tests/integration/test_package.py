@@ -11,6 +11,11 @@ import pytest
 from helpers.paths import ROOT
 
 
+def inside(path):
+    """Where a file of core/, plugins/ or cli/ lies in the wheel."""
+    return f"hetfl/{str(path.relative_to(ROOT)).removeprefix('core/')}"
+
+
 @pytest.mark.slow
 def test_wheel_holds_exactly_the_package(tmp_path):
     done = subprocess.run(
@@ -19,9 +24,11 @@ def test_wheel_holds_exactly_the_package(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("hetfl-*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    sources = {f"hetfl/{p.relative_to(ROOT)}" for folder in ("core", "plugins", "cli") for p in (ROOT / folder).glob("*.py")}
-    data = {f"hetfl/{p.relative_to(ROOT)}" for p in [*(ROOT / "core" / "digits").iterdir(), *(ROOT / "plugins").glob("*.toml")]}
-    assert names == sources | data | {"hetfl/registry.toml"}
+    sources = {inside(p) for folder in ("core", "plugins", "cli") for p in (ROOT / folder).rglob("*.py")}
+    data = {
+        inside(p) for p in [*(ROOT / "core/data/digits").glob("*.*"), *(ROOT / "plugins").rglob("*.toml"), ROOT / "core/py.typed"]
+    }
+    assert names == sources | data | {"hetfl/index/registry.toml"}
 
 
 def test_no_python_file_at_the_root():

@@ -20,4 +20,4 @@ def test_dac_clusters_are_isolated():
         other = plugin.aggregate(server, over([0.0], update(1, [9.0], 10.0), update(2, [3.0], 30.0), update(3, [7.0], 5.0)))
         assert torch.equal(other.branches["level 1"]["v"].values, merged.branches["level 1"]["v"].values)
     server.branches = merged.branches
-    assert close(plugin.source(server, server.clients[1])["v"], [2.0])
+    assert close(plugin.base_state(server, server.clients[1])["v"], [2.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from helpers.elastic import CNN
+from helpers.elastic import MODEL
 from helpers.oracles import T, close
 from helpers.plugin_states import loaded
 from helpers.states import same
@@ -102,8 +102,8 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
 
 
 def test_dac_gates_of_a_plain_net():
-    widths = trace(CNN, torch.randn(2, 1, 8, 8))
-    assert set(dac.gate_places(widths, CNN)) == {g.name for g in widths.groups}
+    widths = trace(MODEL, torch.randn(2, 1, 8, 8))
+    assert set(dac.gate_places(widths, MODEL)) == {g.name for g in widths.groups}
 
 
 def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
