@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hetfl.config import read, resolve
 from hetfl.profiling.cost import Cost
+from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import experiment, runner
 from hetfl.runs.folder import RunFolder
@@ -33,9 +34,9 @@ def simulate(monkeypatch):
 
     def start(steps=None, **values):
         made = experiment.prepare(resolve({**TINY, **values}), NoCallback())
-        made.rounds.meter = Unmetered()
+        made.state.meter = Unmetered()
         for round in range(1, (made.options.rounds if steps is None else steps) + 1):
-            run_round(made.state, round, made.engine)
+            made.last = run_round(made.state, round, made.engine)
         return made
 
     return start

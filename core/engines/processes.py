@@ -106,7 +106,7 @@ def answer(data: bytes) -> bytes:
     found: Answer
     try:
         found = RUNTIME[0].answer(kind, client, content, state)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = Failure.of(error)
     return to_bytes((found, state))
 

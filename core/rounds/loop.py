@@ -35,8 +35,8 @@ def run_rounds(run: RunState, engine: Engine) -> None:
         run_round(run, number, engine, evaluator)
 
 
-def run_round(run: RunState, number: int, engine: Engine, evaluator: Evaluator | None = None) -> None:
-    """Round `number`, with the clients on `engine`; its rows are added to those of `run`."""
+def run_round(run: RunState, number: int, engine: Engine, evaluator: Evaluator | None = None) -> RoundState:
+    """Does round `number`, with the clients on `engine`; its rows are added to those of `run`."""
     server, now = run.server, RoundState(run, number, engine)
 
     # 1. Sample clients, and ask each what its device affords.
@@ -73,6 +73,7 @@ def run_round(run: RunState, number: int, engine: Engine, evaluator: Evaluator |
 
     # 9. Report.
     report_round(now)
+    return now
 
 
 def count_replies(replies: Iterable[ReceivedReply], least: int) -> Iterator[ReceivedReply]:

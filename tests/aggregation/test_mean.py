@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.oracles import quick
-from hetfl.aggregation.mean import MeanAggregator, gather, mean, mean_with_absent
+from hetfl.aggregation.mean import MeanAggregator, mean, mean_with_absent
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.hooks.manager import PluginManager
 from hetfl.submodel.plan import Patch, window
@@ -72,14 +72,14 @@ def test_integer_buffers_are_not_averaged():
     assert mean(ups, [1.0, 1.0])["seen"].item() == 8
 
 
-FOLDS = [("overlap", {}), ("overlap", {"weighting": "samples"}), ("fedavg", {}), ("fiarse", {"rate": 0.5})]
+STREAMING = [("overlap", {}), ("overlap", {"weighting": "samples"}), ("fedavg", {}), ("fiarse", {"rate": 0.5})]
 
 
-@pytest.mark.parametrize(("name", "options"), FOLDS)
+@pytest.mark.parametrize(("name", "options"), STREAMING)
 def test_taking_updates_one_by_one_is_taking_them_together(name, options):
     from hetfl import registry
 
-    roles = PluginManager({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
+    plugins = PluginManager({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
     old = {"w": torch.randn(6, 4), "seen": torch.tensor(2)}
     rows = [torch.tensor([0, 1, 2]), torch.tensor([5, 1]), torch.arange(6)]
     updates = [
@@ -87,11 +87,13 @@ def test_taking_updates_one_by_one_is_taking_them_together(name, options):
         for i, at in enumerate(rows)
     ]
     server = SimpleNamespace(state=old, clients={})
-    fold = roles.stream(server, 1)
-    one_by_one = gather(fold, updates).state
-    together = roles.aggregate(server, Updates(updates[::-1], old), 1).state
-    assert torch.equal(one_by_one["w"], together["w"])
-    assert one_by_one["seen"] == together["seen"] == 5
+    one_by_one = plugins.aggregate(server, iter(updates), 1).state
+    together = Updates(updates[::-1], old)
+    weights = together.votes("samples" if name == "fedavg" or "weighting" in options else "uniform")
+    whole = (mean_with_absent if name == "fedavg" else mean)(together, weights)["w"]
+    whole = old["w"] + options.get("rate", 1) * (whole - old["w"]) if "rate" in options else whole
+    assert torch.equal(one_by_one["w"], whole)
+    assert one_by_one["seen"] == 5
     assert not torch.equal(one_by_one["w"], old["w"])
 
 
@@ -99,10 +101,10 @@ def test_a_running_aggregation_holds_no_reply(simulate, monkeypatch):
     """While a client's update is added, those before it are gone."""
     alive, seen, whole = [], weakref.WeakSet(), MeanAggregator.add
 
-    def add(self, update):
+    def add(self, update, weight):
         seen.add(update)
         alive.append(len(seen))
-        whole(self, update)
+        whole(self, update, weight)
 
     monkeypatch.setattr(MeanAggregator, "add", add)
     simulate(extract="heterofl", aggregate="overlap", clients=12, levels="1", steps=1, pretrain_steps=0)

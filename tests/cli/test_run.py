@@ -149,12 +149,12 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failed_run_ends_with_1_and_debug_shows_where(tmp_path, capsys, monkeypatch):
-    from hetfl.rounds.loop import Rounds
+    from hetfl.rounds import loop
 
-    def broken(self, *_):
+    def broken(*_):
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr(Rounds, "step", broken)
+    monkeypatch.setattr(loop, "run_round", broken)
     code, _, err = hfl(capsys, "run", *QUICK, "--out", tmp_path / "o")
     assert code == 1
     assert "ZeroDivisionError: boom" in err

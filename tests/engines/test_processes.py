@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
@@ -9,6 +10,7 @@ import pytest
 
 from helpers.runs import FOUR_CLIENTS
 from hetfl.config import resolve
+from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
 
@@ -17,12 +19,12 @@ from hetfl.runs.experiment import prepare
 def test_a_process_that_dies_takes_no_more_than_its_client_with_it():
     made = prepare(resolve({**FOUR_CLIENTS, "extract": "heterofl", "engine": "processes", "workers": 1}), NoCallback())
     try:
-        made.rounds.step(1, made.grid)
-        for pid in made.grid._crew._all[0]._processes:
-            os.kill(pid, signal.SIGKILL)
-        made.rounds.step(2, made.grid)
+        run_round(made.state, 1, made.engine)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        run_round(made.state, 2, made.engine)
     finally:
         made.close()
-    faults = [row["fault"] for row in made.rounds.client_rows if "fault" in row]
+    faults = [row["fault"] for row in made.state.client_rows if "fault" in row]
     assert faults == ["its profile: the client's process ended before it answered"]
-    assert made.rounds.rows[-1]["left out"] == 1
+    assert made.state.rows[-1]["left out"] == 1

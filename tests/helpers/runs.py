@@ -6,6 +6,7 @@ from safetensors.torch import load
 
 from hetfl import registry
 from hetfl.config import resolve
+from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
@@ -81,5 +82,5 @@ def ready(steps=2, **values):
     base = {"limit": 200, "clients": 4, "rounds": 3, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False}
     made = prepare(resolve({**base, **values}), NoCallback())
     for round in range(1, steps + 1):
-        made.rounds.step(round, made.grid)
+        run_round(made.state, round, made.engine)
     return made

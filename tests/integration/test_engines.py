@@ -7,6 +7,7 @@ import pytest
 from helpers.runs import FOUR_CLIENTS
 from helpers.states import same
 from hetfl.config import resolve
+from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
@@ -16,11 +17,11 @@ from hetfl.runs.folder import RunFolder
 def ran(engine, **values):
     made = prepare(resolve({**FOUR_CLIENTS, **values, "engine": engine}), NoCallback())
     try:
-        made.rounds.start(made.grid)
+        run_rounds(made.state, made.engine)
     finally:
         made.close()
-    metrics = [{k: v for k, v in row.items() if "@" in k or "bytes" in k} for row in made.rounds.rows]
-    return made.server.state, metrics, made.rounds.client_rows
+    metrics = [{k: v for k, v in row.items() if "@" in k or "bytes" in k} for row in made.state.rows]
+    return made.server.state, metrics, made.state.client_rows
 
 
 def alike(**values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,30 +11,30 @@ import torch
 from helpers.runs import AGGREGATIONS, EXTRACTIONS, TINY, run, tuned
 from helpers.states import same
 from hetfl.aggregation.updates import Updates
-from hetfl.hooks.manager import PluginManager
-from hetfl.rounds.loop import Rounds
+from hetfl.rounds import loop
 
 
 @pytest.mark.parametrize(("extract", "aggregate"), list(itertools.product(EXTRACTIONS, AGGREGATIONS)))
 def test_any_pair_is_finite_deterministic_and_moves_only_what_is_covered(extract, aggregate, tmp_path, monkeypatch):
-    moves, updates = [], []
-    recover, whole = PluginManager.recover, Rounds.aggregate_train
+    moves, whole = [], loop.aggregate_updates
 
-    def recovered(self, *given):
-        updates.extend(found := recover(self, *given))
-        return found
+    def watched(now, updates):
+        seen, before = [], now.run.server.state
 
-    def watched(self, *given):
-        updates.clear()
-        before = self.server.state
-        whole(self, *given)
-        if updates:
-            all_of_them = Updates(updates, before)
-            covered = {name: all_of_them.column(name)[1].amax(0) > 0 for name in all_of_them.averaged()}
-            moves.append({name: (self.server.state[name] != before[name], covered[name]) for name in covered})
+        def noted():
+            for update in updates:
+                patches = {n: replace(p, values=p.values.clone()) for n, p in update.patches.items()}  # sums may take them over
+                seen.append(replace(update, patches=patches))
+                yield update
 
-    monkeypatch.setattr(PluginManager, "recover", recovered)
-    monkeypatch.setattr(Rounds, "aggregate_train", watched)
+        merged = whole(now, noted())
+        if seen and merged is not None:
+            everybody = Updates(seen, before)
+            covered = {name: everybody.column(name)[1].amax(0) > 0 for name in everybody.averaged()}
+            moves.append({name: (merged.state[name] != before[name], covered[name]) for name in covered})
+        return merged
+
+    monkeypatch.setattr(loop, "aggregate_updates", watched)
     values = {**TINY, **tuned(extract, aggregate, 2)}
     one, summary = run(tmp_path / "1", workers=1, **values)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetfl.rounds import evaluation as exams
+from hetfl.rounds.loop import run_round
 from hetfl.training import evaluation
 
 
@@ -18,14 +19,14 @@ def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
 
     monkeypatch.setattr(exams, "examine", examine)
     made = simulate(extract="heterofl", aggregate="overlap", levels="1,0.5,0.5", steps=1)
-    pieces = -(-len(made.rounds.test) // (made.options.eval_batch_size * exams.PIECE))
+    pieces = -(-len(made.state.test) // (made.options.eval_batch_size * exams.PIECE))
     assert len(seen) == 4 * pieces  # in round 1: the new and the sent one of both levels
     seen.clear()
-    made.rounds.step(2, made.grid)
+    run_round(made.state, 2, made.engine)
     assert len(seen) == 2 * pieces
-    first, second = made.rounds.rows
+    first, second = made.state.rows
     assert second["sent-0.5@test"] == first["level-0.5@test"]
     assert second["level-1@test"] == second["global@test"]
-    score = made.server.score(made.server.state, made.rounds.test)
+    score = made.server.score(made.server.state, made.state.test)
     assert second["global@test"] == score.accuracy
     assert second["global@test loss"] == pytest.approx(score.loss)

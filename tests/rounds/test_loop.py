@@ -12,19 +12,20 @@ from helpers.runs import run
 from helpers.states import same
 from hetfl.aggregation.updates import Merged
 from hetfl.errors import RunError
+from hetfl.rounds.loop import run_round
 
 
 def test_a_late_client_is_left_out(monkeypatch):
     made = with_bad(monkeypatch, late, timeout=0.5, workers=2)
     began = time.perf_counter()
-    made.rounds.step(1, made.grid)
+    run_round(made.state, 1, made.engine)
     assert time.perf_counter() - began < 15
-    rows = {row["client"]: row for row in made.rounds.client_rows}
+    rows = {row["client"]: row for row in made.state.client_rows}
     assert rows[1]["fault"] == "it gave no answer within 0.5 s"
     assert {i for i, row in rows.items() if "fault" not in row} == {0, 2, 3}
     SPOILT.clear()
-    made.rounds.step(2, made.grid)
-    assert all("fault" not in row for row in made.rounds.client_rows[-4:])
+    run_round(made.state, 2, made.engine)
+    assert all("fault" not in row for row in made.state.client_rows[-4:])
 
 
 def test_a_client_is_asked_once_more(monkeypatch):
@@ -37,39 +38,37 @@ def test_a_client_is_asked_once_more(monkeypatch):
         return reply
 
     made = with_bad(monkeypatch, once, on_client_error="retry")
-    made.rounds.step(1, made.grid)
+    run_round(made.state, 1, made.engine)
     assert len(turns) == 2
-    assert made.rounds.rows[0]["left out"] == 0
+    assert made.state.rows[0]["left out"] == 0
     whole = with_bad(monkeypatch, None)
-    whole.rounds.step(1, whole.grid)
+    run_round(whole.state, 1, whole.engine)
     assert all(torch.equal(made.server.state[n], whole.server.state[n]) for n in made.server.state)
 
 
 def test_a_run_that_is_to_fail_fails_with_a_sentence(monkeypatch):
     made = with_bad(monkeypatch, boom, on_client_error="fail")
     with pytest.raises(RunError, match=r"client 1 failed in round 1: ValueError: boom \(--on-client-error fail\)"):
-        made.rounds.step(1, made.grid)
+        run_round(made.state, 1, made.engine)
 
 
 @pytest.mark.parametrize("values", [{"min_clients": 4}, {"min_clients": 4, "aggregate": "median"}])
 def test_too_few_replies_leave_the_model_as_it_was(monkeypatch, values):
     made = with_bad(monkeypatch, boom, **values)
     before = made.server.state
-    made.rounds.step(1, made.grid)
+    run_round(made.state, 1, made.engine)
     assert made.server.state is before
-    assert "3 of the 4 valid replies" in made.rounds.rows[0]["alarms"]
+    assert "3 of the 4 valid replies" in made.state.rows[0]["alarms"]
 
 
 def test_a_merge_that_is_no_number_is_not_taken(monkeypatch):
     made = with_bad(monkeypatch, None)
     before = made.server.state
-    monkeypatch.setattr(
-        made.rounds.roles, "finalize", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()})
-    )
-    monkeypatch.setattr(type(made.rounds.roles), "finalizes", property(lambda self: True))
-    made.rounds.step(1, made.grid)
+    monkeypatch.setattr(made.plugins, "finalize", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()}))
+    monkeypatch.setattr(type(made.plugins), "finalizes", property(lambda self: True))
+    run_round(made.state, 1, made.engine)
     assert made.server.state is before
-    assert "NaN or infinity" in made.rounds.rows[0]["alarms"]
+    assert "NaN or infinity" in made.state.rows[0]["alarms"]
 
 
 def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import torch
 
 from helpers.faults import boom, changed, first, quitting, with_bad
 from helpers.runs import run
-from hetfl.rounds import validation
-from hetfl.rounds.client import ClientRuntime, client_id
+from hetfl.rounds import receiving, validation
+from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.loop import run_round
 
 FAULTS = {
     "boom": (boom, "ValueError: boom"),
@@ -39,17 +40,17 @@ FAULTS = {
 def test_a_faulty_client_is_left_out_and_the_others_count(monkeypatch, name):
     spoil, said = FAULTS[name]
     made = with_bad(monkeypatch, spoil)
-    made.rounds.step(1, made.grid)
-    rows = {row["client"]: row for row in made.rounds.client_rows}
+    run_round(made.state, 1, made.engine)
+    rows = {row["client"]: row for row in made.state.client_rows}
     assert said in rows[1]["fault"]
     assert {i for i, row in rows.items() if "fault" not in row} == {0, 2, 3}
-    assert made.rounds.rows[0]["left out"] == 1
+    assert made.state.rows[0]["left out"] == 1
     if name in ("boom", "system exit"):
         assert "Traceback" in rows[1]["traceback"]
     good = with_bad(monkeypatch, None)
-    good.rounds._accept_all = good.rounds._accept
-    monkeypatch.setattr(good.rounds, "_accept", lambda c, m: None if c == 1 else good.rounds._accept_all(c, m))
-    good.rounds.step(1, good.grid)
+    check = receiving.check_reply
+    monkeypatch.setattr(receiving, "check_reply", lambda now, c, answer: None if c == 1 else check(now, c, answer))
+    run_round(good.state, 1, good.engine)
     assert all(torch.equal(made.server.state[n], good.server.state[n]) for n in made.server.state)
 
 
@@ -70,15 +71,15 @@ def test_a_faulty_client_is_left_out_and_the_others_count(monkeypatch, name):
 def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks, fault):
     whole = ClientRuntime.train
 
-    def answer(self, message, context):
-        reply = whole(self, message, context)
-        if client_id(context) == 0:
+    def answer(self, client, sent, state):
+        reply = whole(self, client, sent, state)
+        if client == 0:
             reply.kept, reply.masks = kept, masks
         return reply
 
     monkeypatch.setattr(ClientRuntime, "train", answer)
     made = simulate(extract="full", aggregate="overlap", cohorts="off", steps=1)
-    (row,) = [r for r in made.rounds.client_rows if "fault" in r]
+    (row,) = [r for r in made.state.client_rows if "fault" in r]
     assert row["client"] == 0
     assert re.search(fault, row["fault"])
 

@@ -84,11 +84,11 @@ RUN = {"extract": "heterofl", "aggregate": "overlap", "clients": 7, "partition":
 
 def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
     off, on, other = (simulate(**RUN, cohorts=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
-    assert (off.cohort, on.cohort > 1) == (1, True)
+    assert (off.group_size, on.group_size > 1) == (1, True)
     for name, tensor in off.server.state.items():
         assert torch.allclose(on.server.state[name], tensor, rtol=1e-3, atol=1e-4)
         assert torch.equal(on.server.state[name], other.server.state[name])
-    for a, b in zip(off.rounds.client_rows, on.rounds.client_rows, strict=True):
+    for a, b in zip(off.state.client_rows, on.state.client_rows, strict=True):
         assert set(a) == set(b)
         assert a["examples"] == b["examples"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-3)
@@ -100,7 +100,7 @@ def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simul
 ])  # fmt: skip
 def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
     made = simulate(steps=0, cohorts="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
-    assert made.cohort == 1
+    assert made.group_size == 1
     assert any(why in note for note in made.server.notes)
 
 

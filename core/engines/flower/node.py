@@ -40,7 +40,7 @@ def make_client_app(
                 content = codec.decode(message.content)
                 found = answer_on_node(kind, content, find_runtime(context), find_folder(context), client_of(context))
                 return Message(codec.encode(found), reply_to=message)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return Message(Error(RAISED, Failure.of(error).text), reply_to=message)
 
         return answer

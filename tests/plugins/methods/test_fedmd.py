@@ -69,20 +69,20 @@ def test_fedmd_sends_scores_and_no_parameters(simulate):
     rows, classes = len(made.server.public.tune), made.server.classes
     array = encoding.payload_bytes({"scores": torch.zeros(rows, classes)})
     assert array - encoding.payload_bytes({"scores": torch.zeros(0, classes)}) == rows * classes * 4
-    assert all(row["bytes up"] == array for row in made.rounds.client_rows)
+    assert all(row["bytes up"] == array for row in made.state.client_rows)
     assert encoding.payload_bytes({"s": torch.zeros(5000, 16)}) - encoding.payload_bytes({"s": torch.zeros(1, 16)}) == 4999 * 16 * 4
-    assert "personal@own" in made.rounds.rows[-1]
+    assert "personal@own" in made.state.rows[-1]
 
 
 def test_fedmd_of_foreign_architectures(simulate):
     models = {"fedmd": {"models": {"0.5": "fedconv-cnn"}, "public_epochs": 1}}
     options = {"extract": {"fedmd": {"models": {"0.5": "fedconv-cnn"}}}}
     made = simulate(extract="fedmd", aggregate="fedmd", set=options)
-    assert isinstance(made.rounds._sent[1].plan, OwnModel)
+    assert isinstance(made.last.assignments[1].plan, OwnModel)
     clustered = simulate(extract="fedmd", aggregate="cluster", set=options)
     branch = clustered.server.branches["level 0.5"]
     assert any(name.startswith("fedconv-cnn:") for name in branch)
-    assert "personal@own" in clustered.rounds.rows[-1]
+    assert "personal@own" in clustered.state.rows[-1]
     again = simulate(extract="fedmd", aggregate="cluster", set=options, workers=1)
     assert same({n: p.values for n, p in branch.items()}, {n: p.values for n, p in again.server.branches["level 0.5"].items()})
     with pytest.raises(UsageError, match="not applicable: the clients of 'fedmd' have architectures of their own"):

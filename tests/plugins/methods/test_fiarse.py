@@ -92,6 +92,6 @@ def test_fiarse_of_full_budgets_without_its_bias_is_fedavg(simulate):
 @pytest.mark.parametrize("by", ["layer", "neuron"])
 def test_other_granularities_of_fiarse(simulate, by):
     made = simulate(extract="fiarse", aggregate="fiarse", set={"extract": {"fiarse": {"by": by}}})
-    plan = made.rounds._sent[1].plan
+    plan = made.last.assignments[1].plan
     assert (plan.sizes == {"1": 4, "3": 3}) == (by == "neuron")
     assert bool(plan.masks) == (by == "layer")

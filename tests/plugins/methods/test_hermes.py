@@ -8,6 +8,7 @@ import torch
 from helpers.oracles import T, close, over, schedule, server_with, update
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.plugins.methods import hermes
+from hetfl.rounds.loop import run_round
 from hetfl.submodel.plan import Patch, Selection, grow
 
 
@@ -67,15 +68,15 @@ def test_hermes_drops_whole_channels_and_ends_on_its_budget(simulate):
     made = simulate(extract="hermes", aggregate="hermes", rounds=8, steps=0, set={"extract": {"hermes": {"threshold": 0.0}}})
     kept = {}
     for round in range(1, 9):
-        made.rounds.step(round, made.grid)
-        for client, sent in made.rounds._sent.items():
+        run_round(made.state, round, made.engine)
+        for client, sent in made.last.assignments.items():
             plan = sent.plan
             assert isinstance(plan, Selection)
             for name, units in plan.kept.items():
                 assert set(units.tolist()) <= set(kept.get((client, name), units).tolist())
                 kept[client, name] = units
-    assert made.rounds._sent[0].plan.sizes == {"1": 8, "3": 6}
-    assert made.rounds._sent[1].plan.sizes == {"1": 4, "3": 3}
+    assert made.last.assignments[0].plan.sizes == {"1": 8, "3": 6}
+    assert made.last.assignments[1].plan.sizes == {"1": 4, "3": 3}
     assert set(made.server.branches) == {"client 0", "client 1", "client 2"}
-    down = [row["bytes down"] for row in made.rounds.client_rows if row["client"] == 1]
+    down = [row["bytes down"] for row in made.state.client_rows if row["client"] == 1]
     assert down[-1] < down[0]

@@ -45,7 +45,7 @@ def test_lottery_rewinds_to_the_first_model_and_keeps_dead_weights_dead(simulate
     seen = sent_and_got(monkeypatch)
     monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 1.0)
     made = simulate(extract="lotteryfl", aggregate="overlap", levels="0.5", set={"lotteryfl": {"target": 0.6}})
-    first, masks = made.rounds.first, {}
+    first, masks = made.state.initial, {}
     remaining = {1: 0.8, 2: 0.64, 3: 0.512}
     for client, round, before, after, mask in seen:
         assert set(mask) == {"1.weight", "3.weight", "5.weight"}
@@ -65,15 +65,15 @@ def test_lottery_does_not_prune_at_the_threshold_itself(simulate, monkeypatch):
         made = simulate(
             extract="lotteryfl", aggregate="overlap", levels="0.5", steps=1, set={"lotteryfl": {"threshold": threshold}}
         )
-        assert bool(made.rounds._sent[0].plan.masks) == pruned
+        assert bool(made.last.assignments[0].plan.masks) == pruned
 
 
 def test_a_client_met_late_gets_the_first_model_too(simulate):
     made = simulate(extract="lotteryfl", aggregate="overlap", fraction=0.34, rounds=4, set={"lotteryfl": {"threshold": 0.0}})
     late = [
         row
-        for row in made.rounds.client_rows
-        if row["round"] == min(r["round"] for r in made.rounds.client_rows if r["client"] == row["client"])
+        for row in made.state.client_rows
+        if row["round"] == min(r["round"] for r in made.state.client_rows if r["client"] == row["client"])
     ]
     first = next(row for row in late if row["round"] == 1)
     assert any(row["bytes down"] > 1.5 * first["bytes down"] for row in late if row["round"] > 1)

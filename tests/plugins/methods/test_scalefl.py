@@ -70,10 +70,10 @@ def test_scale_split():
 def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     """spec scalefl O5"""
     made = simulate(extract="scalefl", aggregate="overlap", levels="0.5", model="fedconv-cnn", model_args={})
-    depth = made.rounds._sent[0].plan.depth
+    depth = made.last.assignments[0].plan.depth
     deeper = set(made.server.state) - made.server.builder.model.names(depth)
     assert deeper
-    assert all(torch.equal(made.server.state[n], made.rounds.first[n]) for n in deeper)
-    assert not same(made.server.state, made.rounds.first)
+    assert all(torch.equal(made.server.state[n], made.state.initial[n]) for n in deeper)
+    assert not same(made.server.state, made.state.initial)
     with every(made.server.builder.module()):
         pass

@@ -68,11 +68,11 @@ def test_budget_reads_the_sliced_module(simulate):
     made = simulate(
         extract="heterofl", aggregate="overlap", profile="budget", levels=None, set={"budget": {"parameters": "300"}}, steps=1
     )
-    width = float(made.rounds.client_rows[0]["level"])
+    width = float(made.state.client_rows[0]["level"])
     widths, model = made.server.widths, made.server.builder.model
     counted = {r: cost.parameters(build(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
     assert width == max(r for r, p in counted.items() if p <= 300)
-    assert made.rounds.client_rows[0]["bottleneck"].startswith("parameters: ")
+    assert made.state.client_rows[0]["bottleneck"].startswith("parameters: ")
 
 
 def test_measure_asks_the_machine_once():

@@ -37,6 +37,6 @@ def test_epsilon_grows_with_rounds_and_shrinks_with_noise_and_sampling():
 
 def test_epsilon_is_reported_only_where_the_mechanism_is_the_accountants():
     known, unknown = (ready(1, extract=e, aggregate=a, wrap=("dp",)) for e, a in (("full", "overlap"), ("full", "median")))
-    assert known.rounds.rows[0]["epsilon"] > 0
-    assert "epsilon" not in unknown.rounds.rows[0]
+    assert known.state.rows[0]["epsilon"] > 0
+    assert "epsilon" not in unknown.state.rows[0]
     assert any("no epsilon can be given" in note for note in unknown.server.notes)

@@ -14,5 +14,5 @@ PAIRS = [("heterofl", "overlap"), ("fedconv", "kld"), ("fiarse", "hermes"), ("lo
 @pytest.mark.parametrize("wrap", [("clip",), ("dp", "quantize")])
 def test_wraps_go_with_any_pair(extract, aggregate, wrap):
     made = ready(1, extract=extract, aggregate=aggregate, wrap=wrap)
-    assert all("fault" not in row for row in made.rounds.client_rows), made.rounds.client_rows[0].get("traceback")
+    assert all("fault" not in row for row in made.state.client_rows), made.state.client_rows[0].get("traceback")
     assert all(t.isfinite().all() for t in made.server.state.values())

@@ -10,6 +10,7 @@ from helpers.states import same
 from hetfl.config import resolve
 from hetfl.plugins.aggregations.kld import KLD
 from hetfl.plugins.methods.fedconv.strategy import FedConv, rate
+from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
 
@@ -41,7 +42,7 @@ def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objectiv
     for most in (1, 16):
         monkeypatch.setattr(fedconv, "TOGETHER", most)
         made = prepare(options, NoCallback())
-        made.rounds.start(made.grid)
+        run_rounds(made.state, made.engine)
         made.server.pool.close()
         found.append((made.server.state, sorted(made.server.saved)))
     (alone, spared), (together, spared_together) = found

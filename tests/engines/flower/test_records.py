@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from helpers.messages import masked_state
 from helpers.states import same
+from hetfl.engines.flower.records import MalformedError, RecordCodec, decoded, encoded
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import Instruction
-from hetfl.rounds.records import MalformedError, RecordCodec, decoded, encoded
 from hetfl.submodel import encoding
 from hetfl.training.task import Reply
 
@@ -57,7 +57,7 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
         Instruction(1, state, None, "mlp"),
         Instruction(1, {}, {}),
     ):
-        back = RecordCodec().open(RecordCodec().seal(down))
+        back = RecordCodec().decode(RecordCodec().encode(down))
         assert (back.round, back.sizes, back.model, back.up, back.held, back.local) == (
             down.round, down.sizes, down.model, down.up, down.held, down.local,
         )  # fmt: skip
@@ -69,7 +69,7 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
 def test_replies_profiles_scores_and_rounds_come_back_as_they_were():
     state, masks = masked_state()
     reply = Reply(state, 7, {"loss": 0.5}, {"x": torch.ones(2)}, {"g": torch.tensor([0, 2])}, masks)
-    back = RecordCodec().open(RecordCodec().seal(RecordCodec().pack(reply, masks)))
+    back = RecordCodec().decode(RecordCodec().encode(RecordCodec().pack(reply, masks)))
     assert back.packed == {"a"}
     assert same(encoding.fill_masked(back.state, masks), state)
     assert (back.examples, back.metrics) == (7, {"loss": 0.5})
@@ -77,12 +77,12 @@ def test_replies_profiles_scores_and_rounds_come_back_as_they_were():
     assert same(back.kept, reply.kept)
     assert same(back.masks, masks)
     for small in (Profile(0.5, "memory"), {"accuracy": 0.25}, {}, 4):
-        assert RecordCodec().open(RecordCodec().seal(small)) == small
+        assert RecordCodec().decode(RecordCodec().encode(small)) == small
 
 
 def test_payloads_are_as_large_as_they_are_said_to_be():
     state, masks = masked_state()
-    content = RecordCodec().seal(Instruction(1, state, {"g": 1}, None, masks, {"x": torch.ones(2)}))
+    content = RecordCodec().encode(Instruction(1, state, {"g": 1}, None, masks, {"x": torch.ones(2)}))
     arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
     beside = sum(len(name.encode()) + len(v) for name, v in content.config_records["config"].items() if isinstance(v, bytes))
     assert arrays + beside == encoding.payload_bytes(state, masks) + encoding.payload_bytes({"extra/x": torch.ones(2)})
@@ -104,20 +104,20 @@ def test_payloads_are_as_large_as_they_are_said_to_be():
 )
 def test_a_spoilt_message_is_refused_in_a_sentence(spoil):
     state, masks = masked_state()
-    content = RecordCodec().seal(RecordCodec().pack(Reply(state, 7, masks=masks), masks))
+    content = RecordCodec().encode(RecordCodec().pack(Reply(state, 7, masks=masks), masks))
     spoil(content)
     with pytest.raises(MalformedError, match=r"^\w.*"):
-        RecordCodec().open(content)
+        RecordCodec().decode(content)
 
 
 def test_quantised_bytes_are_those_of_the_message():
-    from hetfl.rounds.records import RecordCodec
+    from hetfl.engines.flower.records import RecordCodec
 
     state = {"a": torch.randn(50, 7), "n": torch.tensor(4)}
     for code in ("fp16", "int8"):
-        content = RecordCodec().seal(Reply(state, 3, code=code))
+        content = RecordCodec().encode(Reply(state, 3, code=code))
         arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
         scales = sum(8 + len(key.encode()) for key in content.config_records["config"] if key.startswith("scale/"))
         assert arrays + scales == encoding.payload_bytes(state, code=code)
-        back = RecordCodec().open(content)
+        back = RecordCodec().decode(content)
         assert torch.equal(back.state["a"], encoding.as_received(state, {}, code)["a"])

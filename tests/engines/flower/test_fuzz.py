@@ -8,15 +8,18 @@ import random
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetfl.config import resolve
-from hetfl.engines.flower_internals import number
-from hetfl.rounds.records import RecordCodec
+from hetfl.engines.flower.records import MalformedError, RecordCodec
+from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
+from hetfl.rounds.messages import Failure
+from hetfl.rounds.receiving import instruct
 from hetfl.rounds.reporting import NoCallback
-from hetfl.rounds.validation import ReplyValidator
+from hetfl.rounds.state import RoundState
+from hetfl.rounds.validation import ReplyValidator, check_scores
 from hetfl.runs.experiment import prepare
 
 TINY = {
@@ -26,17 +29,14 @@ TINY = {
 
 
 def round_of(extract, aggregate):
-    """What a server sent in a round, its intake, and a good reply as it travels."""
+    """What a server sent in a round, its validator, and a good reply as it travels."""
     made = prepare(resolve({**TINY, "extract": extract, "aggregate": aggregate}), NoCallback())
-    rounds = made.rounds
-    rounds._now.row["round"] = 1
-    messages = list(rounds.configure_train(1, ArrayRecord(), ConfigRecord(), made.grid))
-    replies = list(made.grid.send_and_receive(messages))
-    sent, wire = rounds._sent[0], RecordCodec()
-    content = wire.seal(wire.pack(rounds.desk.open(replies[0].content), sent.plan.masks))
-    intake = ReplyValidator(made.server, made.plugins, wire, rounds._travels)
-    number(messages[0], "m")
-    return sent, intake, content, messages[0]
+    now = RoundState(made.state, 1, made.engine)
+    now.assignments = assign_submodels(now, profile_clients(now, sample_clients(now)))
+    sent = now.assignments[0]
+    reply = dict(made.engine.ask("train", {0: instruct(now, sent)}))[0]
+    content = RecordCodec().encode(RecordCodec().pack(reply, sent.plan.masks))
+    return sent, ReplyValidator(made.server, made.plugins, made.state.travelling), content
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def sound(taken):
         assert taken.fault
         return False
     for name, tensor in taken.reply.state.items():
-        like = taken.sent.state[name]
+        like = taken.assignment.state[name]
         assert tensor.shape == like.shape
         assert tensor.dtype == like.dtype
         assert torch.isfinite(tensor).all() or not tensor.is_floating_point()
@@ -59,13 +59,17 @@ def sound(taken):
     return True
 
 
-def take(intake, sent, content, message):
-    return intake.take(sent, Message(content, reply_to=message))
+def take(validator, sent, content):
+    try:
+        answer = RecordCodec().decode(content)
+    except MalformedError as error:
+        answer = Failure(str(error))
+    return validator.check(sent, answer)
 
 
 def test_the_good_reply_is_taken(rounds):
-    for sent, intake, content, message in rounds:
-        assert sound(take(intake, sent, content, message))
+    for sent, validator, content in rounds:
+        assert sound(take(validator, sent, content))
 
 
 ODD = [float("nan"), float("inf"), -1, 0, 2**62, -(2**62), "", "x" * 300, b"", b"\x93NUMPY", True, 1.5, json.dumps({"a": [-1]})]
@@ -111,10 +115,10 @@ def mutate(content, random):
 def fuzz(rounds, tries, seed):
     drawn, taken = random.Random(seed), 0
     for _ in range(tries):
-        sent, intake, content, message = drawn.choice(rounds)
+        sent, validator, content = drawn.choice(rounds)
         for _ in range(drawn.randrange(1, 4)):
             content = mutate(content, drawn)
-        taken += sound(take(intake, sent, content, message))
+        taken += sound(take(validator, sent, content))
     return taken
 
 
@@ -132,14 +136,13 @@ def test_ten_thousand_mutated_replies(rounds):
     st.dictionaries(st.text(max_size=12), st.one_of(st.integers(-(2**62), 2**62), st.floats(), st.text(max_size=9), st.binary()))
 )
 def test_any_config_is_sound_or_refused(rounds, values):
-    sent, intake, content, message = rounds[1]
+    sent, validator, content = rounds[1]
     config = {**dict(content.config_records["config"]), **{k: v for k, v in values.items() if k}}
     made = RecordDict({"arrays": content.array_records["arrays"], "config": ConfigRecord(config)})
-    sound(take(intake, sent, made, message))
+    sound(take(validator, sent, made))
 
 
-def test_a_score_without_an_accuracy_is_none(rounds):
-    _, intake, _, message = rounds[0]
-    for said in ({"loss": 1.0}, {"accuracy": float("nan")}, {}):
-        assert intake.scores(Message(RecordCodec().seal(said), reply_to=message)) == {}
-    assert intake.scores(Message(RecordCodec().seal({"accuracy": 0.5}), reply_to=message)) == {"accuracy": 0.5}
+def test_a_score_without_an_accuracy_is_none():
+    for said in ({"loss": 1.0}, {"accuracy": float("nan")}, {}, Failure("boom"), 3):
+        assert check_scores(said) == {}
+    assert check_scores({"accuracy": 0.5}) == {"accuracy": 0.5}
