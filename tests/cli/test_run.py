@@ -22,7 +22,9 @@ def test_run_folder_holds_what_a_reader_needs(finished):
     assert (held.drop(columns=["client", "all"]).sum(axis=1) == held["all"]).all()
     table = pd.read_csv(finished / "metrics.csv")
     assert table["round"].tolist() == [1, 2]
-    assert table["global@test"].between(0, 1).all()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["accuracy"]["global@test"]["last"] == pytest.approx(table["global@test"].iloc[-1])
+    assert summary["bytes down"] == table["bytes down"].sum()
     assert (table["bytes down"] > 0).all()
     facts = json.loads((finished / "run.json").read_text())
     assert facts["versions"]["torch"]

@@ -23,8 +23,14 @@ def site(tmp_path_factory):
 
 
 def hfl(site, *words):
-    env = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "hetfl.cli.main", *words], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-m", "hetfl.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(site))
+
+
+def environment(site):
+    """This process's modules, and the example."""
+    places = [str(site), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "COLUMNS": "200"}
 
 
 def test_it_is_listed_without_being_imported(site):
@@ -35,8 +41,7 @@ def test_it_is_listed_without_being_imported(site):
         "import sys\nfrom hetfl.cli.main import main\ntry:\n    main(['list-plugins'])\nexcept SystemExit:\n    pass\n"
         "assert 'hetfl_example' not in sys.modules"
     )
-    env = {**os.environ, "PYTHONPATH": str(site)}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(site)).returncode == 0
 
 
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3"]

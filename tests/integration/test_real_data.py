@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 
 import pytest
 
@@ -67,6 +69,12 @@ def test_real_data_end_to_end(tmp_path, name, extract):
     assert ended.value.code == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["rounds"] == 2
-    assert 0 <= summary["accuracy"]["global@test"]["last"] <= 1
+    with open(tmp_path / "a" / "metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert summary["accuracy"]["global@test"]["last"] == pytest.approx(float(last["global@test"]))
+    assert math.isfinite(summary["accuracy"]["global@test"]["loss"])
+    assert summary["weights sha256"] != json.loads((tmp_path / "a" / "run.json").read_text())["initial weights sha256"]
+    parameters = [level["parameters"] for level in summary["levels"]]
+    assert parameters == sorted(set(parameters), reverse=True)
     assert not any("left out" in note for note in summary["notes"])
     assert summary["clients"] == {"sp_sw_har": 23, "wiar_height": 3}.get(name, 4)

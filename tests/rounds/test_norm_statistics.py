@@ -20,12 +20,11 @@ def test_statistics_policies(tmp_path, policy):
 
 
 def test_local_statistics_never_travel(tmp_path):
-    weights, local = run(tmp_path / "a", norm_policy="local", **NORMED)
+    _, local = run(tmp_path / "a", norm_policy="local", **NORMED)
     _, all_of_it = run(tmp_path / "b", norm_policy="aggregate", **NORMED)
     _, again = run(tmp_path / "c", norm_policy="local", workers=1, **NORMED)
     assert local["bytes up"] < all_of_it["bytes up"]
     assert local["bytes down"] < all_of_it["bytes down"]
     assert local["accuracy"] == again["accuracy"]
-    assert int(weights["1.num_batches_tracked"]) >= 0
     with pytest.raises(UsageError, match="--norm-policy local needs public data"):
         run(tmp_path / "d", norm_policy="local", server_data=0, **NORMED)

@@ -7,8 +7,6 @@ from torch import nn
 
 from helpers.elastic import MODEL
 from helpers.oracles import T, close
-from helpers.plugin_states import loaded
-from helpers.states import same
 from hetfl.models.state import tensors
 from hetfl.models.zoo import MobileNetV2
 from hetfl.plugins.methods import dac
@@ -121,4 +119,3 @@ def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
         assert ours[0] < budget[0]
         assert ours[1] < budget[1]
     assert {"level 0.7", "level 0.4"} <= set(made.server.branches)
-    assert same(plugin.state_dict(), loaded(plugin).state_dict())

@@ -75,7 +75,6 @@ def test_fedmd_sends_scores_and_no_parameters(simulate):
 
 
 def test_fedmd_of_foreign_architectures(simulate):
-    models = {"fedmd": {"models": {"0.5": "fedconv-cnn"}, "public_epochs": 1}}
     options = {"extract": {"fedmd": {"models": {"0.5": "fedconv-cnn"}}}}
     made = simulate(extract="fedmd", aggregate="fedmd", set=options)
     assert isinstance(made.last.assignments[1].plan, OwnModel)
@@ -87,4 +86,3 @@ def test_fedmd_of_foreign_architectures(simulate):
     assert same({n: p.values for n, p in branch.items()}, {n: p.values for n, p in again.server.branches["level 0.5"].items()})
     with pytest.raises(UsageError, match="not applicable: the clients of 'fedmd' have architectures of their own"):
         simulate(extract="fedmd", aggregate="overlap", set=options)
-    assert models

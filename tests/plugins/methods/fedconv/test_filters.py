@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from helpers.elastic import NAMES, STATE, WIDTHS, ratios
 from helpers.oracles import quick
+from hetfl.models.state import tensors
+from hetfl.models.zoo import FedConvCNN
 from hetfl.plugins.methods.fedconv import filters as filters_
-from hetfl.plugins.methods.fedconv.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr, tiled
+from hetfl.plugins.methods.fedconv.filters import Block, Compressor, Filters, Part, coverage, dilate, images, mlr, tiled
 from hetfl.submodel.plan import Selection, grow, prefix
+from hetfl.submodel.tracing.groups import trace
 
 
 def one_filter(v, small, large, p=0.0, q=0.0):
@@ -20,6 +23,28 @@ def one_filter(v, small, large, p=0.0, q=0.0):
     v = torch.tensor(v)[None]
     weights = [[torch.tensor([p]), torch.tensor([q]), v.flatten(1).norm(dim=1), v]]
     return Filters(Selection(WIDTHS, WIDTHS.select(prefix(1))), [block], weights)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "sizes"),
+    [(0.75, {16: (12, 5), 32: (24, 9), 1568: (1176, 393)}), (0.5625, {16: (9, 8), 32: (18, 15), 1568: (882, 687)})],
+)
+def test_sizes_and_kernels(ratio, sizes):
+    """spec fedconv 6.1: (n, r) -> (m, k) by the filters of the MNIST net; what is compressed to m is dilated to n again"""
+    model = FedConvCNN(10, 1, 28)
+    state, widths = tensors(model), trace(model, torch.randn(2, 1, 28, 28))
+    selection = Selection(widths, widths.select(prefix(ratio)))
+    filters = Filters(selection, tiled(selection, state, [name for name, _ in model.named_parameters()]))
+    found = {}
+    for block in filters.blocks:
+        found |= {n: (m, k) for n, m, k in zip(block.large, block.small, block.kernel, strict=True) if n in sizes}
+    assert found == sizes
+    filters.randomise(torch.Generator().manual_seed(0))
+    small = Compressor(filters, state)()
+    grown = dilate(filters, small, state)
+    for block in filters.blocks:
+        assert images(small[block.name], *(torch.arange(m) for m in block.small)).shape == (block.taps, *block.small)
+        assert images(grown[block.name], *(torch.arange(n) for n in block.large)).shape == (block.taps, *block.large)
 
 
 def test_compress_and_dilate_oracles():
