@@ -12,7 +12,7 @@ from hetfl.hooks.values import Coverage, ReceivedReply
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
-from hetfl.rounds.evaluation import Evaluator, evaluate_round
+from hetfl.rounds.evaluation import evaluate_round
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.norm_statistics import renew_statistics
 from hetfl.rounds.receiving import receive_replies
@@ -30,12 +30,11 @@ class TooFewReplies(Exception):  # noqa: N818 (not an error: the round keeps its
 
 def run_rounds(run: RunState, engine: Engine) -> None:
     """All rounds that are not done yet; the global model is `run.server.state` afterwards."""
-    evaluator = Evaluator(run.server, run.test)
     for number in range(len(run.rows) + 1, run.options.rounds + 1):
-        run_round(run, number, engine, evaluator)
+        run_round(run, number, engine)
 
 
-def run_round(run: RunState, number: int, engine: Engine, evaluator: Evaluator | None = None) -> RoundState:
+def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     """Does round `number`, with the clients on `engine`; its rows are added to those of `run`."""
     server, now = run.server, RoundState(run, number, engine)
 
@@ -69,7 +68,7 @@ def run_round(run: RunState, number: int, engine: Engine, evaluator: Evaluator |
 
     # 8. Test the global model, the levels' submodels, the clients' own models and the server-only control.
     with now.phase("evaluate"):
-        evaluate_round(now, evaluator or Evaluator(server, run.test))
+        evaluate_round(now)
 
     # 9. Report.
     report_round(now)

@@ -15,6 +15,7 @@ from hetfl.hooks.values import Coverage
 from hetfl.models.normalization import without_statistics
 from hetfl.models.state import State
 from hetfl.profiling.meter import Meter
+from hetfl.rounds.evaluator import Evaluator
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import RoundRow, Row
@@ -43,10 +44,11 @@ class RunState:
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
+    options: RunOptions = field(init=False)
+    evaluator: Evaluator = field(init=False)
 
-    @property
-    def options(self) -> RunOptions:
-        return self.server.options
+    def __post_init__(self) -> None:
+        self.options, self.evaluator = self.server.options, Evaluator(self.server, self.test)
 
     @property
     def local_norms(self) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hetfl import Client, Field, Merged, Plan, Plugin, Server, Updates, hookimpl, mean, unit_count
+from hetfl import Client, Field, Merged, Plan, Plugin, Server, Update, Updates, hookimpl, mean, unit_count
 
 
 class Alternate(Plugin):
@@ -30,7 +30,8 @@ class Midpoint(Plugin):
     """Per entry, half way between the extremes of the clients that cover it; what nobody covers keeps its old value."""
 
     @hookimpl
-    def aggregate(self, updates: Updates) -> Merged:
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
+        updates = Updates(updates, server.state)
         state = mean(updates, updates.weights)
         for name in updates.averaged():
             values, coverage = updates.column(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetfl.rounds import evaluation as exams
+from hetfl.rounds import evaluator as exams
 from hetfl.rounds.loop import run_round
 from hetfl.training import evaluation
 

@@ -13,7 +13,7 @@ def test_masks_save_no_compute(simulate):
     made = simulate(extract="fiarse", aggregate="fiarse", steps=1)
     plan = made.last.assignments[1].plan
     assert plan.sizes == made.server.builder.full
-    from hetfl.rounds.reporting import device_costs
+    from hetfl.rounds.loop import device_costs
 
     real = Cost(*(cost.measure(made.server.builder.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
     row = device_costs(real, made.last.assignments[1])

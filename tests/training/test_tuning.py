@@ -27,12 +27,12 @@ def test_early_stopping_keeps_the_best_step_and_says_what_it_saved(simulate):
     made = simulate(
         extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 2}}, steps=1
     )
-    steps, epochs = (sum(part) for part in zip(*made.server.saved, strict=True))
+    steps, epochs = made.server.steps_saved, made.server.epochs_saved
     assert steps > 0
     assert epochs > 0
     assert made.state.rows[0]["server steps saved"] == steps
     assert made.state.rows[0]["server steps"] == 400 - steps
-    assert any(f"saved {steps} of" in note for note in summary.early_stopping_note(made))
+    assert any(f"saved {steps} of" in note for note in summary.own_notes(made))
     whole = simulate(
         extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 0}}, steps=1
     )

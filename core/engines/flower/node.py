@@ -38,6 +38,7 @@ def make_client_app(
         def answer(message: Message, context: Context) -> Message:
             try:
                 content = codec.decode(message.content)
+                refuse_modules(content)
                 found = answer_on_node(kind, content, find_runtime(context), find_folder(context), client_of(context))
                 return Message(codec.encode(found), reply_to=message)
             except (Exception, SystemExit) as error:
@@ -57,12 +58,16 @@ def make_client_app(
     return app
 
 
+def refuse_modules(content: Content) -> None:
+    """Raises UsageError for a message that names a module to import."""
+    if isinstance(content, Instruction) and content.model and ":" in content.model:
+        raise UsageError(f"no module is imported because a message names it ('{content.model}')")
+
+
 def answer_on_node(kind: Kind, content: Content, runtime: ClientRuntime, folder: Path, client: int) -> Any:
     """The client's answer, with the state that the server counts on; what training leaves is kept on this disk."""
     if not isinstance(content, Instruction):
         return runtime.answer(kind, client, content, {})
-    if content.model and ":" in content.model:
-        raise UsageError(f"no module is imported because a message names it ('{content.model}')")
     store = ClientStateStore(folder / str(client))
     state = store.load(content.state_version)
     found = runtime.answer(kind, client, content, state)

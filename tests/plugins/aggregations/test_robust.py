@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +20,11 @@ def test_robust_means_stay_within_the_covering_clients(clients, seed):
     values, masks = torch.randn(clients, 6, generator=g), torch.rand(clients, 6, generator=g) > 0.4
     updates = over([9.0] * 6, *(update(c, v.tolist(), mask=m.tolist()) for c, (v, m) in enumerate(zip(values, masks, strict=True))))
     for plugin in (robust.Median(), robust.TrimmedMean(trim=0.25), robust.TrimmedMean(trim=0)):
-        new = plugin.aggregate(updates).state["v"]
+        new = plugin.aggregate(SimpleNamespace(state=updates.old), updates).state["v"]
         for k in range(6):
             held = values[masks[:, k], k]
             assert (held.min() - 1e-6 <= new[k] <= held.max() + 1e-6) if len(held) else new[k] == 9
-    assert close(robust.TrimmedMean(trim=0).aggregate(updates).state["v"], mean(updates, [1.0] * clients)["v"], 1e-5)
-    middle = robust.Median().aggregate(over([9.0], *(update(c, [float(v)]) for c, v in enumerate((1, 100, 2))))).state["v"]
+    assert close(robust.TrimmedMean(trim=0).aggregate(SimpleNamespace(state=updates.old), updates).state["v"], mean(updates, [1.0] * clients)["v"], 1e-5)
+    three = over([9.0], *(update(c, [float(v)]) for c, v in enumerate((1, 100, 2))))
+    middle = robust.Median().aggregate(SimpleNamespace(state={"v": torch.tensor([9.0])}), three).state["v"]
     assert middle.item() == 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.oracles import T, close, over, schedule, server_with, update
+from helpers.oracles import merged as merged_by
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.plugins.methods import hermes
 from hetfl.rounds.loop import run_round
@@ -20,7 +21,7 @@ def test_hermes_figure_5():
     one = Update(1, {"v": Patch(torch.stack([i, only]), {0: T([0, 2])})}, 1.0)
     two = Update(2, {"v": Patch(j[None], {0: T([0])})}, 1.0)
     server = server_with(c1=1.0, c2=1.0)
-    merged = hermes.HermesMean().aggregate(server, Updates([one, two], {"v": torch.zeros(3, 3, 3)}))
+    merged = merged_by(hermes.HermesMean(), Updates([one, two], {"v": torch.zeros(3, 3, 3)}), server)
     both = T([[2, 0.5, 1.5], [1.5, 0.8, -0.6], [1.2, 0.2, 0.5]])
     first, second = (grow(merged.branches[f"client {c}"], {"v": torch.zeros(3, 3, 3)})[0]["v"] for c in (1, 2))
     assert close(first[0], both)
@@ -53,13 +54,13 @@ def test_hermes_disjoint_and_identical_masks():
     """spec hermes O5"""
     server = server_with(c1=1.0, c2=1.0)
     apart = [update(1, [1.0, 0], mask=[1, 0]), update(2, [0.0, 5], mask=[0, 1])]
-    merged = hermes.HermesMean().aggregate(server, over([9.0, 9], *apart))
+    merged = merged_by(hermes.HermesMean(), over([9.0, 9], *apart), server)
     assert [grow(merged.branches[f"client {c}"], {"v": T([0.0, 0])})[0]["v"][c - 1].item() for c in (1, 2)] == [1, 5]
-    same = hermes.HermesMean(weighting="samples").aggregate(server, over([9.0], update(1, [1.0], 10.0), update(2, [3.0], 30.0)))
+    same = merged_by(hermes.HermesMean(weighting="samples"), over([9.0], update(1, [1.0], 10.0), update(2, [3.0], 30.0)), server)
     assert same.state["v"].tolist() == [2.5]
     assert all(branch["v"].values.tolist() == [2.5] for branch in same.branches.values())
     three = [update(1, [1.0]), update(2, [3.0]), update(3, [0.0], mask=[0])]
-    every_one = hermes.HermesMean(overlap="all").aggregate(server, over([9.0], *three))
+    every_one = merged_by(hermes.HermesMean(overlap="all"), over([9.0], *three), server)
     assert every_one.branches["client 1"]["v"].values.tolist() == [1]
 
 
@@ -68,15 +69,15 @@ def test_hermes_drops_whole_channels_and_ends_on_its_budget(simulate):
     made = simulate(extract="hermes", aggregate="hermes", rounds=8, steps=0, set={"extract": {"hermes": {"threshold": 0.0}}})
     kept = {}
     for round in range(1, 9):
-        run_round(made.state, round, made.engine)
-        for client, sent in made.last.assignments.items():
+        last = run_round(made.state, round, made.engine)
+        for client, sent in last.assignments.items():
             plan = sent.plan
             assert isinstance(plan, Selection)
             for name, units in plan.kept.items():
                 assert set(units.tolist()) <= set(kept.get((client, name), units).tolist())
                 kept[client, name] = units
-    assert made.last.assignments[0].plan.sizes == {"1": 8, "3": 6}
-    assert made.last.assignments[1].plan.sizes == {"1": 4, "3": 3}
+    assert last.assignments[0].plan.sizes == {"1": 8, "3": 6}
+    assert last.assignments[1].plan.sizes == {"1": 4, "3": 3}
     assert set(made.server.branches) == {"client 0", "client 1", "client 2"}
     down = [row["bytes down"] for row in made.state.client_rows if row["client"] == 1]
     assert down[-1] < down[0]

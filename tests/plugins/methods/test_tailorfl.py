@@ -66,8 +66,8 @@ def test_tailor_keeps_capacity_and_shares_its_lower_groups(simulate):
         extract="tailorfl", aggregate="tailorfl", rounds=5, steps=0, set={"extract": {"tailorfl": {"steps": 2, "tune": 0.5}}}
     )
     for round in range(1, 6):
-        run_round(made.state, round, made.engine)
-        plans = {client: sent.plan for client, sent in made.last.assignments.items()}
+        last = run_round(made.state, round, made.engine)
+        plans = {client: sent.plan for client, sent in last.assignments.items()}
         if round == 1:
             assert all(row["bytes up"] < row["bytes down"] / 3 for row in made.state.client_rows)
             assert same(made.server.state, made.state.initial)
