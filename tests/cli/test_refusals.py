@@ -53,7 +53,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(words, said, tmp_path, capsys
 )
 def test_models_and_data_that_do_not_fit_are_refused(nets, capsys, tmp_path, words, sentence):
     code, _, error = hfl(capsys, "run", *QUICK, "--out", tmp_path / "a", *words)
-    assert code == 2
+    assert code == 2, error
     assert sentence in error
     assert "Traceback" not in error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.datasets import rows, write
+from helpers.data_files import rows, write
 
 
 @pytest.fixture(autouse=True, scope="module")

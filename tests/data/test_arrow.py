@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from helpers.datasets import IMAGES, png, refused, rows, write
+from helpers.data_files import IMAGES, png, refused, rows, write
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers.datasets import KINDS, parts, rows, same, write
+from helpers.data_files import KINDS, parts, rows, same, write
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
 

@@ -7,7 +7,7 @@ import httpx
 import huggingface_hub
 import pytest
 
-from helpers.datasets import IMAGES, png, refused, same, write
+from helpers.data_files import IMAGES, png, refused, same, write
 from hetfl.config import DataOptions
 from hetfl.data.catalog import KNOWN, find
 from hetfl.data.loading import load

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.datasets import KINDS, parts, refused, rows, write
+from helpers.data_files import KINDS, parts, refused, rows, write
 from helpers.paths import ROOT
 from hetfl.config import DataOptions
 from hetfl.data.loading import _fingerprint, load

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.datasets import refused
+from helpers.data_files import refused
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.datasets import rows, write
+from helpers.data_files import rows, write
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
 from hetfl.data.partition import deal, spread

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from helpers.datasets import parts, real_folder, refused
+from helpers.data_files import parts, real_folder, refused
 from hetfl.config import DataOptions
 from hetfl.data.dataset import FederatedDataset
 from hetfl.data.loading import load

@@ -37,4 +37,4 @@ def test_early_stopping_keeps_the_best_step_and_says_what_it_saved(simulate):
         extract="fedconv", aggregate="overlap", set={"fedconv": {"first_steps": 400, "lr": 0.5, "patience": 0}}, steps=1
     )
     assert whole.state.rows[0]["server steps"] == 400
-    assert not summary.early_stopping_note(whole)
+    assert not any("early stopping" in note for note in summary.own_notes(whole))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.states import same
+from hetfl.rounds.loop import run_round
 
 FILTERS = {"start": "random", "steps": 5, "first_steps": 5, "lr": 0.1}
 
@@ -34,9 +35,9 @@ def after_a_third_round(simulate, values, between):
     made = simulate(**values, steps=2)
     for plugin in made.plugins.plugins.values():
         between(plugin)
-    made.rounds.step(3, made.grid)
+    run_round(made.state, 3, made.engine)
     branches = {f"{name}/{n}": patch.values for name, branch in made.server.branches.items() for n, patch in branch.items()}
-    spent = [[row["bytes down"], row["bytes up"]] for row in made.rounds.client_rows]
+    spent = [[row["bytes down"], row["bytes up"]] for row in made.state.client_rows]
     return {**made.server.state, **branches, "bytes": torch.tensor(spent)}
 
 

@@ -47,7 +47,7 @@ def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objectiv
         found.append((made.server.state, (made.server.steps_saved, made.server.epochs_saved)))
     (alone, spared), (together, spared_together) = found
     assert spared == spared_together
-    assert objective != "ce" or len({steps for steps, _ in spared}) > 1
+    assert objective != "ce" or spared[0] > 0
     x = made.federation.test.all()[0]
     said = [made.server.predict(state, x).log_softmax(1) for state in (alone, together)]  # a shift of all logits is free
     assert torch.allclose(*said, atol=1e-3)
