@@ -29,9 +29,9 @@ from hetfl.plugins.methods.pruning import prune_share
 from hetfl.profiling import cost as cost_
 from hetfl.profiling.node import Profile
 from hetfl.submodel.plan import Patch, Selection, grow, prefix
-from hetfl.submodel.slicing import build
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.units import gated, readers
+from hetfl.submodel.units import apply_gates, locate_gates
 from hetfl.submodel.widths import within
 from hetfl.training.local import descend
 
@@ -185,7 +185,7 @@ def test_dac_costs():
     hidden = next(g.name for g in widths.groups if g.size == 8)
 
     def prices(h):
-        small = build(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
+        small = build_submodel(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
         conv = sum(p.numel() for p in small.parameters() if p.ndim > 1)
         return conv, cost_.parameters(small) - conv, cost_.macs(small, x)
 
@@ -204,7 +204,7 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     assert len(places) == 20  # and before the classifier, and on two block outputs that only the next block reads
     state = tensors(model)
     gates = {g.name: torch.rand(g.size) + 0.2 for g in widths.groups if g.name in places}
-    folded = {**state, **gated(state, gates, readers(widths, places))}
+    folded = {**state, **apply_gates(state, gates, locate_gates(widths, places))}
     x = torch.randn(2, 3, 8, 8)
     whole = torch.func.functional_call(model, folded, (x,))
     hooks = [gate_before(model, place[0], gates[group]) for group, (place,) in places.items()]
@@ -464,7 +464,7 @@ def test_exits_of_a_model_end_where_they_should():
         assert torch.equal(small(x), logits[depth - 1])
         assert set(small.state_dict()) == model.names(depth) <= set(model.state_dict())
         plan = Selection(widths, widths.select(prefix(0.5)), names=model.names(depth), depth=depth)
-        narrow = build(widths, small, plan.kept)
+        narrow = build_submodel(widths, small, plan.kept)
         taken = plan.take(tensors(model))
         assert {n: t.shape for n, t in tensors(narrow).items()} == {n: t.shape for n, t in taken.items()}
         full, cover = grow(plan.put(taken), {n: t + 1 for n, t in tensors(model).items()})

@@ -20,9 +20,9 @@ from hetfl.models.zoo import CNN, LSTM, CNN1d, Encoder, FedConvHAR, GoogLeNet, M
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
-from hetfl.submodel.slicing import build
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.tracing.verify import chosen, compared
+from hetfl.submodel.tracing.verify import compare_cut, draw_units
 
 
 class Heads(nn.Module):
@@ -166,8 +166,8 @@ def test_sliced_is_masked_and_trains(name, seed):
     assert all(torch.equal(t, before[n]) for n, t in tensors(model).items())
     assert widths.elastic() > 0.7
     draw = torch.Generator().manual_seed(seed)
-    kept = {g.name: chosen(g.size, draw) for g in widths.groups}
-    small, error = compared(widths, model, [x], kept, draw)
+    kept = {g.name: draw_units(g.size, draw) for g in widths.groups}
+    small, error = compare_cut(widths, model, [x], kept, draw)
     assert error <= 1e-5
     small.train()(x).sum().backward()
 
@@ -190,7 +190,7 @@ def test_what_is_cut_of_heads(whole):
     widths = trace(model, torch.randn(2, 5, 8), heads="whole" if whole else "width")
     kept = widths.prefix(0.5)
     rows = widths.index(kept)["attention.in_proj_weight"][0]
-    small = build(widths, model, kept)
+    small = build_submodel(widths, model, kept)
     assert rows[:4].tolist() == ([0, 1, 2, 3] if whole else [0, 1, 4, 5])
     assert (small.attention.num_heads, small.attention.embed_dim) == ((1, 4) if whole else (2, 4))
 
@@ -198,7 +198,7 @@ def test_what_is_cut_of_heads(whole):
 def test_whole_heads_of_attention_by_hand():
     model = Encoder(4, 50, 12, 16, 1, 4)
     widths = trace(model, torch.randint(1, 50, (2, 12)), heads="whole")
-    small = build(widths, model, widths.prefix(0.5))
+    small = build_submodel(widths, model, widths.prefix(0.5))
     assert small.layers[0].attention.heads == 2
     assert small.layers[0].attention.q.weight.shape == (8, 8)
 
@@ -279,5 +279,5 @@ def test_batch_norm_nets_are_equal_without_leaving_anything_out():
     torch.manual_seed(0)
     model, x = CNN(10, 1, (16, 32, 64)).eval(), torch.randn(2, 1, 28, 28)
     widths = trace(model, x)
-    kept = {g.name: chosen(g.size, torch.Generator().manual_seed(1)) for g in widths.groups}
-    assert compared(widths, model, [x], kept, torch.Generator().manual_seed(2))[1] <= 1e-5
+    kept = {g.name: draw_units(g.size, torch.Generator().manual_seed(1)) for g in widths.groups}
+    assert compare_cut(widths, model, [x], kept, torch.Generator().manual_seed(2))[1] <= 1e-5

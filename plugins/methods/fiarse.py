@@ -16,7 +16,7 @@ from hetfl import Client, ExtraSpec, Field, Plan, Plugin, Reply, Server, State, 
 from hetfl.aggregation.mean import Fold, MeanAggregator
 from hetfl.aggregation.updates import by_client
 from hetfl.models.normalization import plain_norms
-from hetfl.submodel.units import fitting, means
+from hetfl.submodel.units import mean_powers, select_units
 
 
 class FIARSE(Plugin):
@@ -40,8 +40,8 @@ class FIARSE(Plugin):
         """Takes the submodels anew from the current global model, one for each budget (spec 1)."""
         names, whole = plain_norms(server.builder.model), server.select(torch.arange)
         if self.by == "neuron":
-            values = means(server.widths, server.state, names)
-            return [server.select(fitting(server.widths, values, c.profile.width)) for c in clients]
+            values = mean_powers(server.widths, server.state, names)
+            return [server.select(select_units(server.widths, values, c.profile.width)) for c in clients]
         weights = {name: server.state[name] for name in names if name in server.state}
         budgets = {client.profile.parameters for client in clients}
         self._thresholds = {gamma: thresholds(weights, gamma, self.by == "layer") for gamma in budgets}
