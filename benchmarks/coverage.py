@@ -121,7 +121,7 @@ def made(source: str, name: str) -> tuple[nn.Module, torch.Tensor]:
         inputs, args, full = Inputs((3, side(source, name), side(source, name)), 10), arguments(source, name), f"{source}:{name}"
     if name in TEXT:
         inputs = Inputs((16,), 10, 200)
-    return factory.build(full, args, inputs, 0), inputs.batch()
+    return factory.build_model(full, args, inputs, 0), inputs.batch()
 
 
 def side(source: str, name: str) -> int:

@@ -18,7 +18,7 @@ from hetfl.config import resolve
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
-from hetfl.models.early_exit import every, with_exits
+from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.models.state import tensors
 from hetfl.models.zoo import MLP, FedConvCNN, MobileNetV2
 from hetfl.plugins.aggregations import cluster, robust
@@ -454,9 +454,9 @@ def test_scale_split():
 def test_exits_of_a_model_end_where_they_should():
     torch.manual_seed(0)
     x = torch.randn(3, 1, 8, 8)
-    model = with_exits(FedConvCNN(10, 1, 8), x, 10, 4, 1).eval()
+    model = add_exits(FedConvCNN(10, 1, 8), x, 10, 4, 1).eval()
     assert model.depth == len(model.points) + 1 >= 3
-    with every(model):
+    with all_exits(model):
         widths, logits = trace(model, x), model(x).chunk(model.depth, 1)
     assert torch.equal(logits[-1], model(x))
     for depth in range(1, model.depth + 1):

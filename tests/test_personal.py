@@ -9,7 +9,7 @@ import torch
 
 from hetfl.aggregation.mean import mean
 from hetfl.errors import UsageError
-from hetfl.models.early_exit import every
+from hetfl.models.early_exit import all_exits
 from hetfl.models.state import tensors
 from hetfl.plugins.methods import lotteryfl
 from hetfl.rounds import validation
@@ -284,16 +284,16 @@ def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     assert deeper
     assert all(torch.equal(made.server.state[n], made.rounds.first[n]) for n in deeper)
     assert not same(made.server.state, made.rounds.first)
-    with every(made.server.builder.module()):
+    with all_exits(made.server.builder.module()):
         pass
 
 
 def test_a_model_may_bring_its_own_exits(simulate, monkeypatch):
     from hetfl.models import zoo as models
-    from hetfl.models.early_exit import with_exits
+    from hetfl.models.early_exit import add_exits
 
     def net(classes, channels, size):
-        return with_exits(models.FedConvCNN(classes, channels, size), torch.randn(2, channels, size, size), classes, 2, 0)
+        return add_exits(models.FedConvCNN(classes, channels, size), torch.randn(2, channels, size, size), classes, 2, 0)
 
     monkeypatch.setitem(models.ZOO, "exitnet", net)
     made = simulate(extract="scalefl", aggregate="overlap", model="exitnet", model_args={})

@@ -53,7 +53,7 @@ def inspect_model(
 
     Raises UsageError where the model cannot be built or run.
     """
-    model = normalization.replace_norms(factory.build(name, args, inputs, 0), norm_policy)
+    model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
     x, started = inputs.batch(), time.perf_counter()
     widths = trace(model, x, heads=heads)
     seconds, rows = time.perf_counter() - started, []
@@ -79,7 +79,7 @@ def measure_widths(
     batch: int, steps: int, deadline: float, share: float,
 ) -> list[WidthReport]:  # fmt: skip
     """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
-    model, x = factory.build(name, args, inputs, 0), inputs.batch()
+    model, x = factory.build_model(name, args, inputs, 0), inputs.batch()
     widths, allowed = trace(model, x), share * free()
     x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
     offers = []

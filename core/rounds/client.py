@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.data.dataset import ClientData, FederatedDataset
 from hetfl.hooks.manager import PluginManager
-from hetfl.models.normalization import measure_statistics, unset_statistics, without_statistics
+from hetfl.models.normalization import drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
@@ -110,7 +110,7 @@ class ClientRuntime:
             remember(context, "home", self._kept(down, context, {n: t for n, t in now.items() if n not in down.up}))
             reply.state = {name: t for name, t in reply.state.items() if name in down.up}
         if down.local:
-            reply.state = without_statistics(reply.state, self.builder.module(down.sizes, down.model))
+            reply.state = drop_statistics(reply.state, self.builder.module(down.sizes, down.model))
         return self.desk.pack(reply, self._existing(down, reply))
 
     def _existing(self, down: Instruction, reply: Reply) -> Mapping[str, Tensor]:
@@ -141,7 +141,7 @@ class ClientRuntime:
     def _model(self, down: Instruction, context: Context) -> nn.Module:
         """The submodel with what was sent, and for the rest what the client has."""
         model = self.builder.module(down.sizes, down.model)
-        state = {**unset_statistics(model), **down.state} if down.local else down.state
+        state = {**initial_statistics(model), **down.state} if down.local else down.state
         missing = {name: tensor for name, tensor in tensors(model).items() if name not in state}
         return load_state(model, {**self._home(down, context, missing), **state})
 

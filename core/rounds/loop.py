@@ -24,7 +24,7 @@ from hetfl.errors import RunError, UsageError
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client, Coverage, ReceivedReply, put_back
-from hetfl.models.normalization import measure_statistics, running_names, without_statistics
+from hetfl.models.normalization import drop_statistics, measure_statistics, running_names
 from hetfl.models.state import State
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Profile
@@ -288,7 +288,7 @@ class Rounds(Strategy):
 
     def _travels(self, state: State) -> State:
         """What of `state` crosses the network under the policy for normalisation."""
-        return without_statistics(state, self.server.builder.module()) if self.policy == "local" else state
+        return drop_statistics(state, self.server.builder.module()) if self.policy == "local" else state
 
     def _message(self, client: int, kind: str, content: object) -> Message:
         return Message(self.desk.seal(content), node(client), kind, group_id=str(self._now.row.get("round", 0)))

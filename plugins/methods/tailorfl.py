@@ -38,7 +38,7 @@ from hetfl import (
 )
 from hetfl.aggregation.mean import Fold, MeanAggregator
 from hetfl.hooks.values import put_back
-from hetfl.models.normalization import plain_norms
+from hetfl.models.normalization import list_prunable
 from hetfl.submodel.units import apply_gates, find_gates, locate_gates, select_largest, sum_powers
 from hetfl.training.local import local_batches
 
@@ -77,7 +77,7 @@ class TailorFL(Plugin):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
-        strength = sum_powers(server.widths, server.state, plain_norms(server.builder.model))
+        strength = sum_powers(server.widths, server.state, list_prunable(server.builder.model))
         self._lists = {c: self._shared(server, lists, strength) for c, lists in self._tuned(server).items()}
         return [self._plan(server, client, strength) for client in clients]
 
