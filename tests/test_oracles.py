@@ -18,9 +18,10 @@ from hetfl.config import resolve
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
+from hetfl.models.convnets import MLP, FedConvCNN
+from hetfl.models.deep_convnets import MobileNetV2
 from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.models.state import tensors
-from hetfl.models.zoo import MLP, FedConvCNN, MobileNetV2
 from hetfl.plugins.aggregations import cluster, robust
 from hetfl.plugins.aggregations.fedavg import FedAvg
 from hetfl.plugins.aggregations.overlap import Overlap

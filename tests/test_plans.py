@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from hetfl.aggregation.mean import mean, mean_with_absent
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.config import resolve
+from hetfl.models.convnets import MLP, FedConvCNN
 from hetfl.models.state import tensors
-from hetfl.models.zoo import MLP, FedConvCNN
 from hetfl.plugins.methods.fedconv import filters as filters_
 from hetfl.plugins.methods.fedconv.filters import Block, Compressor, Filters, Part, coverage, dilate, mlr, tiled
 from hetfl.rounds.reporting import NoCallback

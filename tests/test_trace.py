@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from hetfl.config import resolve
 from hetfl.errors import UsageError
+from hetfl.models.convnets import CNN, FedConvHAR
+from hetfl.models.deep_convnets import GoogLeNet, MobileNetV2
+from hetfl.models.sequences import LSTM, CNN1d, Encoder
 from hetfl.models.state import tensors
-from hetfl.models.zoo import CNN, LSTM, CNN1d, Encoder, FedConvHAR, GoogLeNet, MobileNetV2
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from hetfl.errors import UsageError
+from hetfl.models.convnets import CNN, MLP, FedAvgCNN, FedConvCNN
+from hetfl.models.deep_convnets import PreResNet, ResNet
 from hetfl.models.state import load_state, tensors
-from hetfl.models.zoo import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
 from hetfl.submodel.blocks import put, take
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.widths import unit_count
+from hetfl.submodel.widths import make_axis, unit_count
 
 
 class Strange(nn.Module):
@@ -154,6 +155,14 @@ def test_slice_shapes():
     assert small.get_submodule("1").conv1.weight.shape == (16, 16, 3, 3)
     assert small.get_submodule("13").weight.shape == (10, 128)
     assert [unit_count(64, 2.0**-i) for i in range(5)] == [64, 32, 16, 8, 4]
+
+
+def test_positions_of_kept_units_are_in_the_order_of_the_smaller_tensor():
+    """The example of Axis.index: queries and keys of 4 units, of which 3 and 1 are kept; and a fixed position among them."""
+    axis = make_axis(("heads",), [(0, unit) for unit in (0, 1, 2, 3, 0, 1, 2, 3)])
+    assert axis.index({"heads": torch.tensor([3, 1])}).tolist() == [3, 1, 7, 5]
+    mixed = make_axis(("a", "b"), [(0, 0), (-1, -1), (1, 0), (1, 1), (0, 1)])
+    assert mixed.index({"a": torch.tensor([1]), "b": torch.tensor([0, 1])}).tolist() == [4, 1, 2, 3]
 
 
 def test_a_size_fixed_in_the_code_is_frozen_and_the_rest_is_cut():

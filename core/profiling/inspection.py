@@ -61,7 +61,7 @@ def inspect_model(
         kept = widths.prefix(ratio)
         error = compare_cut(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
         rows.append(LevelReport(ratio, costs.measure(build_submodel(widths, model, kept), x, inputs.classes, batch), error))
-    return ModelReport(name, inputs, widths, members(widths), rows, seconds)
+    return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,6 @@ def measure_widths(
         over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
         offers.append(WidthReport(ratio, spent, seconds, "; ".join(over)))
     return offers
-
-
-def members(widths: Widths) -> dict[str, list[str]]:
-    """For each group the dims of tensors that it cuts."""
-    found: dict[str, list[str]] = {group.name: [] for group in widths.groups}
-    for name, dims in widths.axes.items():
-        for dim, axis in dims.items():
-            for group in axis.positions:
-                found[axis.groups[group]].append(f"{name}[{dim}]")
-    return found
 
 
 def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:

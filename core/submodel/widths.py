@@ -80,7 +80,7 @@ class Axis:
         return index
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Widths:
     """The width groups of a module, from `trace`.
 
@@ -107,6 +107,25 @@ class Widths:
     def index(self, kept: Kept) -> dict[str, Index]:
         """For each tensor that can be cut: dim -> the positions that `kept` leaves, in the order of the submodel."""
         return {name: Index({dim: axis.index(kept) for dim, axis in axes.items()}) for name, axes in self.axes.items()}
+
+    def members(self) -> dict[str, list[str]]:
+        """For each group the dims of tensors that it cuts, as NAME[DIM]."""
+        found: dict[str, list[str]] = {group.name: [] for group in self.groups}
+        for name, dims in self.axes.items():
+            for dim, axis in dims.items():
+                for group in axis.positions:
+                    found[axis.groups[group]].append(f"{name}[{dim}]")
+        return found
+
+    def __repr__(self) -> str:
+        number, members = len(self.groups), self.members()
+        plural = ("", "it cuts") if number == 1 else ("s", "they cut")
+        lines = [f"{number} width group{plural[0]}; {self.elastic():.1%} of the entries are in tensors that {plural[1]}"]
+        for g in self.groups:
+            more = f" and {len(members[g.name]) - 6} more" if len(members[g.name]) > 6 else ""
+            lines.append(f"  {g.name}: {g.size} units in {', '.join(members[g.name][:6])}{more}")
+        lines += ["not cut:", *(f"  {name}: {why}" for name, why in self.frozen.items())] if self.frozen else []
+        return "\n".join(lines)
 
     def elastic(self) -> float:
         """The share of all entries that lie in tensors that some cut makes smaller, in [0, 1]."""

@@ -25,7 +25,7 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
     is frozen. `heads` says what is cut of attention: the width of every head or whole heads. The model and torch's random state are
     left as they were. Raises UsageError where the model does not run.
     """
-    mode, before = model.training, {name: t.clone() for name, t in model.named_buffers()}
+    modes, before = [(m, m.training) for m in model.modules()], {name: t.clone() for name, t in model.named_buffers()}
     try:
         tracer = Tracer(model, heads)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -42,7 +42,8 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
         raise UsageError(explain_failure(model, inputs, error)) from error
     finally:
         restore_buffers(model, before)
-        model.train(mode)
+        for module, training in modes:
+            module.training = training
 
 
 def refuse_branches(tracer: Tracer, model: nn.Module) -> None:
