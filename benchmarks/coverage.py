@@ -28,7 +28,7 @@ from hetfl.models.zoo import ZOO
 from hetfl.profiling.inspection import inputs_of
 from hetfl.rng import stream
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.tracing.verify import compared
+from hetfl.submodel.tracing.verify import compare_cut
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,7 +121,7 @@ def made(source: str, name: str) -> tuple[nn.Module, torch.Tensor]:
         inputs, args, full = Inputs((3, side(source, name), side(source, name)), 10), arguments(source, name), f"{source}:{name}"
     if name in TEXT:
         inputs = Inputs((16,), 10, 200)
-    return factory.build(full, args, inputs, 0), inputs.batch()
+    return factory.build_model(full, args, inputs, 0), inputs.batch()
 
 
 def side(source: str, name: str) -> int:
@@ -175,7 +175,7 @@ def cut(widths: Any, model: nn.Module, x: torch.Tensor, seed: int) -> float:
         g.name: torch.randperm(g.size, generator=draw)[: int(torch.randint(1, g.size + 1, (1,), generator=draw))]
         for g in widths.groups
     }
-    return compared(widths, model, [x], kept, draw)[1]
+    return compare_cut(widths, model, [x], kept, draw)[1]
 
 
 def exact(row: dict[str, Any]) -> bool:

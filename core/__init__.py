@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hetfl.models.state import State
     from hetfl.profiling.node import Node, Profile
     from hetfl.submodel.plan import OwnModel, Patch, Plan, Selection, prefix, window
-    from hetfl.submodel.widths import unit_count
+    from hetfl.submodel.shrinking import Shrunk, shrink, width_groups
+    from hetfl.submodel.widths import Widths, unit_count
     from hetfl.training.task import Reply, Task
 
 __version__ = "0.1.0"
@@ -36,7 +37,8 @@ _HOMES = {
     "models.state": ("State",),
     "profiling.node": ("Node", "Profile"),
     "submodel.plan": ("OwnModel", "Patch", "Plan", "Selection", "prefix", "window"),
-    "submodel.widths": ("unit_count",),
+    "submodel.shrinking": ("Shrunk", "shrink", "width_groups"),
+    "submodel.widths": ("Widths", "unit_count"),
     "training.task": ("Reply", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -46,6 +48,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "Server", "Client", "Node", "Task", "ReceivedReply", "Update", "Updates", "Coverage", "State",
     "Profile", "Plan", "Selection", "OwnModel", "Patch", "Reply", "Exchange", "ExtraSpec", "Merged",
     "prefix", "window", "unit_count", "mean", "mean_with_absent", "running_mean", "MeanAggregator",
+    "shrink", "Shrunk", "width_groups", "Widths",
     "UsageError", "NotApplicable", "RunError",
 ]  # fmt: skip
 

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.part")
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Gives the path of a draft to write; when the block ends it is on disk in the place of `path`.
+
+    Where the block or the disk fails, `path` stays as it was and the draft is removed. Several processes may write one path.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield draft
+        with open(draft, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError:
+    finally:
         draft.unlink(missing_ok=True)
-        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all. Raises OSError."""
+    with replace_file(path) as draft:
+        draft.write_bytes(data)
 
 
 def reason(error: BaseException) -> str:
+    """What went wrong, in the system's words and without the path."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def shipped(installed: str, checkout: str) -> Path:
-    """A file that comes with hetfl: its path within the installed package, or within a checkout."""
-    home = Path(__file__).resolve().parent
-    within = home / installed
-    return within if within.exists() else home.parent / checkout
+def find_resource(installed: str, checkout: str) -> Path:
+    """A file that comes with hetfl: at `installed` within the package, else at `checkout` within a checkout."""
+    package = Path(__file__).resolve().parent
+    path = package / installed
+    return path if path.exists() else package.parent / checkout

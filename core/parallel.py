@@ -1,4 +1,4 @@
-"""Worker threads that each run one thread of torch: one client or one evaluation per core."""
+"""Worker threads that each run one thread of torch, one client or one evaluation per core; and a cache for each thread."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -117,3 +117,19 @@ class Pool:
         self._closed = True
         for _ in range(self.workers):
             self._turns.put(None)
+
+
+class ThreadCache(Generic[Out]):
+    """For each thread the `size` values that it used last, by key; what one thread gets, no other does."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._local = size, threading.local()
+
+    def get(self, key: Hashable, make: Callable[[], Out]) -> Out:
+        """This thread's value for `key`, from `make` where it has none; the least recently used value goes for a new one."""
+        values: dict[Hashable, Out] = self._local.__dict__.setdefault("values", {})
+        value = values.pop(key) if key in values else make()
+        values[key] = value  # dicts keep the order of insertion: the first is the least recently used
+        if len(values) > self._size:
+            del values[next(iter(values))]
+        return value

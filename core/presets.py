@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from hetfl.errors import UsageError, nearest
-from hetfl.files import shipped
+from hetfl.files import find_resource
 
-PATH = shipped("plugins/presets.toml", "plugins/presets.toml")
+PATH = find_resource("plugins/presets.toml", "plugins/presets.toml")
 
 
 @dataclass(frozen=True)

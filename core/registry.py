@@ -10,14 +10,14 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from hetfl.errors import UsageError, unknown
-from hetfl.files import shipped
+from hetfl.files import find_resource
 
 if TYPE_CHECKING:
     from hetfl.hooks.base import Plugin
 
 ROLES = ("extract", "aggregate", "profile", "wrap")
 
-PATH = shipped("index/registry.toml", "registry.toml")
+PATH = find_resource("index/registry.toml", "registry.toml")
 
 
 @dataclass(frozen=True)

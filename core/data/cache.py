@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hetfl.files import replace_file
 
 Stored = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON-able facts
 
@@ -45,12 +46,8 @@ def _read(path: Path) -> Stored:
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(tensors, part, {"facts": json.dumps(facts | {"checksum": _checksum(tensors)})})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replace_file(path) as draft:
+        save_file(tensors, draft, {"facts": json.dumps(facts | {"checksum": _checksum(tensors)})})
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

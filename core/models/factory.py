@@ -18,7 +18,7 @@ from hetfl.errors import UsageError, nearest, unknown
 from hetfl.models.zoo import ZOO
 from hetfl.rng import seed_of
 
-NAMES = {
+ALIASES = {  # how factories call the facts about inputs that they can be given
     "classes": ("classes", "num_classes", "n_classes", "num_labels", "out_features"),
     "channels": ("channels", "in_channels", "in_chans", "num_channels", "input_channels"),
     "size": ("size", "image_size", "img_size", "input_size"),
@@ -30,7 +30,7 @@ Factory = Callable[..., nn.Module]
 
 
 class Logits(nn.Module):
-    """A model that answers with an object, reduced to the object's `logits`."""
+    """`net`, which answers with an object, answering with the object's `logits` alone."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class Logits(nn.Module):
         return getattr(out, "logits", out)
 
 
-def build(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -> nn.Module:
-    """The model `name` for `inputs`, with weights drawn from the stream (seed, "init").
+def build_model(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -> nn.Module:
+    """Builds the model `name` for `inputs`, with weights drawn from the stream (seed, "init"); `args` are those of its factory.
 
     Raises UsageError for an unknown name, a factory that cannot be imported or that refuses its arguments.
     """
-    factory = find(name)
-    given = arguments(name, factory, inputs, args)
+    factory = find_factory(name)
+    given = choose_arguments(name, factory, inputs, args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "init"))
         try:
@@ -57,45 +57,51 @@ def build(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -> nn.M
             raise UsageError(f"model '{name}' could not be built with {shown}: {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):
             raise UsageError(f"model factory '{name}' returned {type(model).__name__}, not a torch.nn.Module")
-        return model if name in ZOO else answering(model, inputs)
+        return model if name in ZOO else unwrap_logits(model, inputs)
 
 
-def answering(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """`model`, or where it answers with an object that has logits, the model that answers with these alone."""
+def unwrap_logits(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """`model`, within a `Logits` where it answers with an object that has logits."""
     try:
         with torch.no_grad():
             out = [copy.deepcopy(model).train(training)(inputs.batch()) for training in (False, True)]
     except Exception:
-        return model  # what is wrong is said where it is traced
+        return model  # the error is reported when the model is traced
     return Logits(model) if any(hasattr(o, "logits") for o in out) else model
 
 
-def find(name: str) -> Factory:
-    """The factory behind a zoo name, `package.module:factory` (looked up in the current directory too) or `timm:name`."""
-    shelf, _, model = name.partition(":")
-    if shelf in SHELVES and model:
-        return SHELVES[shelf](model)
+def find_factory(name: str) -> Factory:
+    """The factory behind a zoo name, `package.module:factory` (looked up in the current directory too) or `library:name`.
+
+    Raises UsageError where there is none.
+    """
+    module, _, model = name.partition(":")
+    if module in LIBRARIES and model:
+        return LIBRARIES[module](model)
     if ":" not in name:
         if name not in ZOO:
-            raise unknown("model", name, [*ZOO, "package.module:factory", *(f"{shelf}:name" for shelf in SHELVES)])
+            raise unknown("model", name, [*ZOO, "package.module:factory", *(f"{library}:name" for library in LIBRARIES)])
         return ZOO[name]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = getattr(importlib.import_module(shelf), model, None)
+        found: Any = getattr(importlib.import_module(module), model, None)
     except Exception as error:
-        raise UsageError(f"model module '{shelf}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise UsageError(f"model module '{module}' cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise UsageError(f"module '{shelf}' has no factory '{model}'{nearest(model, dir(sys.modules[shelf]))}")
-    made: Factory = found
-    return made
+        raise UsageError(f"module '{module}' has no factory '{model}'{nearest(model, dir(sys.modules[module]))}")
+    factory: Factory = found
+    return factory
 
 
-def arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[str, Any]) -> dict[str, Any]:
-    """What to call `factory` with: those of classes, channels, size, vocab and length that its signature names, then `args`."""
+def choose_arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for `factory`: those facts about `inputs` that its signature names (ALIASES), then `args`.
+
+    Raises UsageError for one of `args` that it does not take, and for one that it needs and does not get.
+    """
     parameters = inspect.signature(factory).parameters
     facts = inputs.facts
-    given = {n: facts[what] for what, names in NAMES.items() for n in names if n in parameters and what in facts}
+    given = {n: facts[what] for what, names in ALIASES.items() for n in names if n in parameters and what in facts}
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in args:
         if key not in parameters and not free:
@@ -103,13 +109,13 @@ def arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[str, An
     given |= args
     asked = (p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     if lacking := [p.name for p in asked if p.default is p.empty and p.name not in given]:
-        raise UsageError(f"model '{name}' needs '{lacking[0]}'{missing(lacking[0], inputs)}")
+        raise UsageError(f"model '{name}' needs '{lacking[0]}'{explain_missing(lacking[0], inputs)}")
     return given
 
 
-def missing(argument: str, inputs: Inputs) -> str:
-    """Why an argument of a factory is not known, and what to do."""
-    what = next((what for what, names in NAMES.items() if argument in names), None)
+def explain_missing(argument: str, inputs: Inputs) -> str:
+    """The end of the sentence for an argument that `inputs` say nothing about: why, and what to do."""
+    what = next((what for what, names in ALIASES.items() if argument in names), None)
     if what in ("channels", "size"):
         return ", so it takes pictures or arrays, but the inputs are text: choose another, such as --model encoder"
     if what in ("vocab", "length"):
@@ -118,7 +124,8 @@ def missing(argument: str, inputs: Inputs) -> str:
     return f": give it with --model-args {argument}=…"
 
 
-def library(name: str) -> Any:
+def import_library(name: str) -> Any:
+    """The module `name`. Raises UsageError where it is not installed or cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -127,46 +134,50 @@ def library(name: str) -> Any:
         raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def timm(model: str) -> Factory:
+def find_timm(model: str) -> Factory:
     """timm's `model` without pretrained weights."""
-    names = library("timm").list_models()
+    names = import_library("timm").list_models()
     if model.partition(".")[0] not in names:
         raise UsageError(f"timm has no model '{model}'{nearest(model, names)}")
-    return lambda num_classes, in_chans, **args: library("timm").create_model(
+    return lambda num_classes, in_chans, **args: import_library("timm").create_model(
         model, pretrained=False, num_classes=num_classes, in_chans=in_chans, **args
     )
 
 
-def torchvision(model: str) -> Factory:
+def find_torchvision(model: str) -> Factory:
     """torchvision's classifier `model` without pretrained weights (3 channels)."""
-    models = library("torchvision").models
+    models = import_library("torchvision").models
     names = models.list_models(module=models)
     if model not in names:
         raise UsageError(f"torchvision has no classifier '{model}'{nearest(model, names)}")
     return lambda num_classes, **args: models.get_model(model, weights=None, num_classes=num_classes, **args)
 
 
-def transformers(model: str) -> Factory:
+def find_transformers(model: str) -> Factory:
     """A classifier of transformers' model type `model` (bert, vit, …), built from its configuration, without downloads.
 
     Arguments are those of the configuration (hidden_size, num_hidden_layers, …).
     """
-    hub = library("transformers")
+    hub = import_library("transformers")
     if model not in hub.CONFIG_MAPPING:
         raise UsageError(f"transformers has no model type '{model}'{nearest(model, list(hub.CONFIG_MAPPING))}")
     config = hub.CONFIG_MAPPING[model]
     if config in hub.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return lambda num_labels, num_channels, image_size, **args: hub.AutoModelForImageClassification.from_config(
-            config(num_labels=num_labels, **known(config, num_channels=num_channels, image_size=image_size), **args)
+            config(num_labels=num_labels, **select_known(config, num_channels=num_channels, image_size=image_size), **args)
         )
     return lambda num_labels, vocab_size, **args: hub.AutoModelForSequenceClassification.from_config(
         config(num_labels=num_labels, vocab_size=vocab_size, pad_token_id=0, **args)
     )
 
 
-def known(config: Any, **values: Any) -> dict[str, Any]:
+def select_known(config: Any, **values: Any) -> dict[str, Any]:
     """Those of `values` that a configuration has."""
     return {name: value for name, value in values.items() if hasattr(config(), name)}
 
 
-SHELVES: dict[str, Callable[[str], Factory]] = {"timm": timm, "torchvision": torchvision, "transformers": transformers}
+LIBRARIES: dict[str, Callable[[str], Factory]] = {
+    "timm": find_timm,
+    "torchvision": find_torchvision,
+    "transformers": find_transformers,
+}

@@ -8,41 +8,18 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-
-def pack_tensors(group: State) -> bytes:
-    """Tensors and the order they stand in."""
-    storages: set[int] = set()
-    found: bytes = safetensors.save({f"{i}:{name}": own_storage(t, storages) for i, (name, t) in enumerate(group.items())})
-    return found
-
-
-def unpack_tensors(data: bytes) -> State:
-    """The inverse of `packed`."""
-    found = sorted(safetensors.load(data).items(), key=lambda item: int(item[0].split(":", 1)[0]))
-    return {key.split(":", 1)[1]: tensor for key, tensor in found}
-
-
-def own_storage(tensor: Tensor, storages: set[int]) -> Tensor:
-    """The tensor in main memory, in plain layout and in a storage that is none of `storages`, as safetensors wants it."""
-    plain = tensor.detach().cpu().contiguous()
-    if plain.untyped_storage().nbytes() != plain.nbytes or plain.untyped_storage().data_ptr() in storages:
-        plain = plain.clone()
-    storages.add(plain.untyped_storage().data_ptr())
-    return plain
-
-
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # by name
 
 
 def tensors(model: nn.Module) -> State:
-    """Parameters and buffers by name, those of `state_dict` (tied ones under their first name)."""
+    """Parameters and buffers by name, those in `state_dict` (tied ones under their first name); they share the model's memory."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = model.state_dict()
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
 
 
 def copy_state(model: nn.Module) -> State:
-    """The tensors of `model` as they are now, in main memory and the plain layout whatever the model's."""
+    """Copies of the tensors of `model`, in main memory and contiguous."""
     return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors(model).items()}
 
 
@@ -52,6 +29,28 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         torch._foreach_copy_(list(mine.values()), [state[name] for name in mine])
     return model
+
+
+def pack_tensors(state: State) -> bytes:
+    """Tensors by name as the bytes of a safetensors file that keeps their order: tensor NAME at index i is `i:NAME`."""
+    storages: set[int] = set()
+    data: bytes = safetensors.save({f"{i}:{name}": to_own_storage(t, storages) for i, (name, t) in enumerate(state.items())})
+    return data
+
+
+def unpack_tensors(data: bytes) -> State:
+    """The inverse of `pack_tensors`."""
+    found = sorted(safetensors.load(data).items(), key=lambda item: int(item[0].split(":", 1)[0]))
+    return {key.split(":", 1)[1]: tensor for key, tensor in found}
+
+
+def to_own_storage(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor in main memory, contiguous and in a storage that is none of `storages` (to which it is added), for safetensors."""
+    dense = tensor.detach().cpu().contiguous()
+    if dense.untyped_storage().nbytes() != dense.nbytes or dense.untyped_storage().data_ptr() in storages:
+        dense = dense.clone()
+    storages.add(dense.untyped_storage().data_ptr())
+    return dense
 
 
 def join_states(states: Mapping[str, State]) -> State:

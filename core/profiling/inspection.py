@@ -19,10 +19,10 @@ from hetfl.profiling import cost as costs
 from hetfl.profiling.cost import Cost
 from hetfl.profiling.meter import free, step_seconds
 from hetfl.rng import stream
-from hetfl.submodel.slicing import build
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.tracing.tracer import Heads
-from hetfl.submodel.tracing.verify import compared
+from hetfl.submodel.tracing.table import Heads
+from hetfl.submodel.tracing.verify import compare_cut
 from hetfl.submodel.widths import Widths
 
 
@@ -53,15 +53,15 @@ def inspect_model(
 
     Raises UsageError where the model cannot be built or run.
     """
-    model = normalization.replace_norms(factory.build(name, args, inputs, 0), norm_policy)
+    model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
     x, started = inputs.batch(), time.perf_counter()
     widths = trace(model, x, heads=heads)
     seconds, rows = time.perf_counter() - started, []
     for ratio in levels:
         kept = widths.prefix(ratio)
-        error = compared(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
-        rows.append(LevelReport(ratio, costs.measure(build(widths, model, kept), x, inputs.classes, batch), error))
-    return ModelReport(name, inputs, widths, members(widths), rows, seconds)
+        error = compare_cut(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
+        rows.append(LevelReport(ratio, costs.measure(build_submodel(widths, model, kept), x, inputs.classes, batch), error))
+    return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,17 @@ def measure_widths(
     batch: int, steps: int, deadline: float, share: float,
 ) -> list[WidthReport]:  # fmt: skip
     """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
-    model, x = factory.build(name, args, inputs, 0), inputs.batch()
+    model, x = factory.build_model(name, args, inputs, 0), inputs.batch()
     widths, allowed = trace(model, x), share * free()
     x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
     offers = []
     for ratio in levels:
-        small = build(widths, model, widths.prefix(ratio))
+        small = build_submodel(widths, model, widths.prefix(ratio))
         spent, seconds = costs.measure(small, x, inputs.classes, batch), step_seconds(small, x, y)
         over = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if spent.memory > allowed else []
         over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
         offers.append(WidthReport(ratio, spent, seconds, "; ".join(over)))
     return offers
-
-
-def members(widths: Widths) -> dict[str, list[str]]:
-    """For each group the dims of tensors that it cuts."""
-    found: dict[str, list[str]] = {group.name: [] for group in widths.groups}
-    for name, dims in widths.axes.items():
-        for dim, axis in dims.items():
-            for group in axis.places:
-                found[axis.groups[group]].append(f"{name}[{dim}]")
-    return found
 
 
 def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:

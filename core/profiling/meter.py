@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
-from hetfl.models.early_exit import every
+from hetfl.models.early_exit import all_exits
 from hetfl.profiling import cost as cost_
 from hetfl.profiling.cost import Cost
 from hetfl.submodel.builder import SubmodelBuilder
@@ -39,7 +39,7 @@ class Meter:
         with self._lock:
             if key not in self._costs:
                 module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
-                with every(module):
+                with all_exits(module):
                     self._costs[key] = cost_.measure(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
 

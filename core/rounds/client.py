@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
-from hetfl.models.normalization import measure_statistics, unset_statistics, without_statistics
+from hetfl.models.normalization import drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
@@ -88,7 +88,7 @@ class ClientRuntime:
             keep(state, "home", merge_home(at_home, state.get("home", {}), sent.masks))
             reply.state = {name: t for name, t in reply.state.items() if name in sent.up}
         if sent.local:
-            reply.state = without_statistics(reply.state, self.builder.module(sent.sizes, sent.model))
+            reply.state = drop_statistics(reply.state, self.builder.module(sent.sizes, sent.model))
         return self.pack(reply, self._existing(sent, reply))
 
     def train_group(self, clients: Sequence[int], sent: Sequence[Instruction]) -> list[Reply]:
@@ -135,7 +135,7 @@ class ClientRuntime:
     def _model(self, sent: Instruction, state: ClientState) -> nn.Module:
         """The submodel with what was sent, and for the rest what the client has."""
         model = self.builder.module(sent.sizes, sent.model)
-        given = {**unset_statistics(model), **sent.state} if sent.local else sent.state
+        given = {**initial_statistics(model), **sent.state} if sent.local else sent.state
         missing = {name: tensor for name, tensor in tensors(model).items() if name not in given}
         return load_state(model, {**self._from_home(sent, state, missing), **given})
 

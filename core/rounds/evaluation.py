@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import cast
 
-from torch import Tensor
-
-from hetfl.data.dataset import Examples
-from hetfl.hooks.server import Server
-from hetfl.models.state import State
 from hetfl.rounds.assignment import renew_assignments
 from hetfl.rounds.evaluator import EvalJob
 from hetfl.rounds.messages import Instruction, exchange
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_scores
-from hetfl.submodel.plan import Plan, Selection, is_whole
-from hetfl.training.evaluation import Score, Seen, examine, total_score
+
 
 def evaluate_round(now: RoundState) -> None:
     """Test accuracies by their (model, split) names, and one round of the server-only control beside them."""

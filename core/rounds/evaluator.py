@@ -60,5 +60,3 @@ class Evaluator:
         how = (None, None) if plan is None else (plan.sizes, plan.model)
         model = self._server.builder.loaded(state if plan is None else take(plan, state), *how)
         return examine(model, self._test, piece)
-
-

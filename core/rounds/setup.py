@@ -16,7 +16,7 @@ from hetfl.errors import UsageError
 from hetfl.hooks import loading
 from hetfl.hooks.manager import PluginManager
 from hetfl.models import factory, normalization, zoo
-from hetfl.models.early_exit import every
+from hetfl.models.early_exit import all_exits
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
 from hetfl.rounds.client import ClientRuntime, Pack, round_reply
@@ -100,13 +100,13 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
 def build_model(options: RunOptions, federation: FederatedDataset, name: str) -> nn.Module:
     """The model `name` of a run, with the run's arguments where it is the run's own model."""
     args = options.model_args if name == model_of(options) else {}
-    return normalization.replace_norms(factory.build(name, args, federation.inputs, options.seed), options.norm_policy)
+    return normalization.replace_norms(factory.build_model(name, args, federation.inputs, options.seed), options.norm_policy)
 
 
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
-    with every(model):
+    with all_exits(model):
         widths = trace(model, x, heads=options.heads)
     with torch.no_grad():
         out = model.eval()(x)

@@ -12,7 +12,7 @@ from hetfl.data.dataset import Examples
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Coverage
-from hetfl.models.normalization import without_statistics
+from hetfl.models.normalization import drop_statistics
 from hetfl.models.state import State
 from hetfl.profiling.meter import Meter
 from hetfl.rounds.evaluator import Evaluator
@@ -57,7 +57,7 @@ class RunState:
 
     def travelling(self, state: State) -> State:
         """What of `state` crosses the network under the policy for normalisation."""
-        return without_statistics(state, self.server.builder.module()) if self.local_norms else state
+        return drop_statistics(state, self.server.builder.module()) if self.local_norms else state
 
 
 class RoundState:

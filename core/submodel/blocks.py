@@ -1,4 +1,4 @@
-"""Blocks of tensors: the positions along some dims that a submodel holds, for reading, writing and adding."""
+"""Blocks of tensors: the positions along some dims that a submodel has, for reading, writing and adding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Index(dict[int, Tensor]):
-    """dim -> positions; a dim that is not there is whole. What follows from the positions is found once and kept."""
+    """dim -> positions, int64 (number,); a dim that is not there is whole. What is derived from the positions is cached."""
 
     @classmethod
     def of(cls, index: Mapping[int, Tensor]) -> Index:
@@ -20,15 +20,15 @@ class Index(dict[int, Tensor]):
 
     @cached_property
     def leads(self) -> bool:
-        """Whether the block is the leading part of the tensor, so that it is a view."""
-        return all(leading(where) for where in self.values())
+        """Whether the block is a leading part of the tensor along every dim, so that reading it needs no copy."""
+        return all(is_leading(where) for where in self.values())
 
     @cached_property
     def _slices(self) -> dict[int, tuple[slice, ...]]:
         return {}
 
     def slices(self, ndim: int) -> tuple[slice, ...]:
-        """A leading block of a tensor of `ndim` dims."""
+        """The slices that address a leading block in a tensor of `ndim` dims."""
         if ndim not in self._slices:
             self._slices[ndim] = tuple(slice(0, len(self[d])) if d in self else slice(None) for d in range(ndim))
         return self._slices[ndim]
@@ -38,7 +38,10 @@ class Index(dict[int, Tensor]):
         return {}
 
     def rows(self, shape: torch.Size) -> Tensor:
-        """Of an index on the first two dims alone: where its rows lie in a tensor of `shape` with these dims flattened."""
+        """The rows of a block of dims 0 and 1 in a tensor of `shape` whose first max(dim) + 1 dims are flattened, (number,).
+
+        Example: positions 1, 3 of dim 0 and 0, 2 of dim 1 in shape (4, 5, 3, 3): rows 5, 7, 15, 17 of (20, 9).
+        """
         sides = tuple(shape[: max(self) + 1])
         if sides not in self._rows:
             first = self.get(0, torch.arange(sides[0]))
@@ -58,27 +61,28 @@ class Index(dict[int, Tensor]):
             total[cells(self, total)] += values * weight
 
 
-def leading(where: Tensor) -> bool:
-    return bool(len(where)) and int(where[0]) == 0 and bool((where == torch.arange(len(where))).all())
+def is_leading(positions: Tensor) -> bool:
+    """Whether `positions` are 0, 1, 2, …"""
+    return bool(len(positions)) and int(positions[0]) == 0 and bool((positions == torch.arange(len(positions))).all())
 
 
 def take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
-    """The entries of `tensor` at `index` along each of its dims; a leading run of positions is a view."""
+    """The block of `tensor` at `index`; where all of its positions are leading ones it is a view."""
     index = Index.of(index)
     for dim, where in index.items():
-        tensor = tensor.narrow(dim, 0, len(where)) if index.leads or leading(where) else tensor.index_select(dim, where)
+        tensor = tensor.narrow(dim, 0, len(where)) if index.leads or is_leading(where) else tensor.index_select(dim, where)
     return tensor
 
 
 def put(small: Tensor, index: Mapping[int, Tensor], like: Tensor) -> Tensor:
-    """`like` with the entries at `index` replaced by `small`; the inverse of `take` there."""
+    """A copy of `like` with `small` in the block at `index`: `take` of it gives `small` back."""
     full = like.clone()
     full[cells(index, like)] = small.to(like)
     return full
 
 
 def cells(index: Mapping[int, Tensor], like: Tensor) -> tuple[Any, ...]:
-    """Indices that address the block `index` of a tensor of the shape of `like`, for reading or assignment."""
+    """What addresses the block at `index` in a tensor of the shape of `like`: `x[cells(index, x)]`, to read or to assign."""
     index = Index.of(index)
     if index.leads:
         return index.slices(like.ndim)

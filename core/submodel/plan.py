@@ -1,4 +1,4 @@
-"""How a client's parameters lie inside the global ones: what travels down (`take`) and where it belongs (`put`)."""
+"""A client's part of the global model: what travels down to it (`take`) and where its tensors belong (`put`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from hetfl.models.state import State
-from hetfl.submodel.blocks import Index, cells, leading, take
+from hetfl.submodel.blocks import Index, cells, is_leading, take
 from hetfl.submodel.widths import DEPTH, Kept, Widths, unit_count, within
 
-WHOLE = Index()  # of a tensor that is not cut
+WHOLE = Index()  # the index of a tensor that is not cut
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What one client says of one tensor: `values` for the block of the global tensor at `index` (dim -> positions).
+    """One client's values for one global tensor: `values` for its block at `index` (dim -> positions; a dim not there is whole).
 
-    `coverage` (shape of `values`) says how much each entry counts; None means 1 everywhere. Outside the block it is 0.
+    `coverage` (shape of `values`) is the weight of each entry in means; None means 1 everywhere. Outside the block it is 0.
     """
 
     values: Tensor
@@ -29,16 +29,16 @@ class Patch:
     coverage: Tensor | None = None
 
     def full(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and coverage in the shape of `like`; uncovered entries show `like` and coverage 0."""
+        """(values, coverage) in the shape of `like`, the global tensor; where nothing is covered, its values and coverage 0."""
         values, coverage = like.clone(), torch.zeros(like.shape)
-        where = cells(self.index, like)
-        there = torch.ones(()) if self.coverage is None else self.coverage.to(coverage)
-        values[where] = torch.where(there > 0, self.values.to(like), like[where])
-        coverage[where] = there
+        block = cells(self.index, like)
+        weight = torch.ones(()) if self.coverage is None else self.coverage.to(coverage)
+        values[block] = torch.where(weight > 0, self.values.to(like), like[block])
+        coverage[block] = weight
         return values, coverage
 
     def rows(self, keep: Tensor) -> Patch:
-        """This patch without the rows (dim 0) where `keep`, a bool for each global row, is False."""
+        """This patch without the rows (dim 0) for which `keep`, bool (global rows,), is False."""
         rows = self.index.get(0, torch.arange(len(keep)))
         ours = keep[rows].nonzero().squeeze(1)
         coverage = None if self.coverage is None else self.coverage[ours]
@@ -49,36 +49,36 @@ Patches = Mapping[str, Patch]
 
 
 class Plan(Protocol):
-    """One client's submodel. A plan serves as long as the server's state keeps its shapes."""
+    """One client's submodel. A plan is valid as long as the server's tensors keep their shapes."""
 
     @property
     def model(self) -> str | None:
-        """The client's own architecture by its name; None: it trains a part of the run's model."""
+        """The name of the client's own architecture; None: it trains a part of the run's model."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Units kept in each width group: all that a node needs to build the submodel."""
+        """The number of units kept in each width group: all that a node needs to build the submodel."""
 
     @property
     def masks(self) -> State:
-        """Bool tensors in the shapes of what travels: the entries that exist; a tensor without a mask is dense."""
+        """For each pruned tensor which entries exist, bool in the shape that travels; one without a mask is dense."""
 
     def take(self, state: State) -> State:
-        """What the client gets of the global `state`."""
+        """The tensors of the submodel, cut out of the global `state`; they may be views of it."""
 
     def put(self, trained: State) -> Patches:
-        """What `trained`, the client's tensors, says of the global ones."""
+        """For each of `trained`, the submodel's tensors, the patch of the global tensor that it is."""
 
     def narrow(self, kept: Kept, masks: State) -> Plan:
-        """The plan of a client that went on to keep only `kept` (local unit numbers) and `masks` of what it was sent."""
+        """The plan of a client that pruned what it was sent to the units `kept` (numbered as in its submodel) and to `masks`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The submodel of the units in `kept` (group -> unit numbers in local order): a slice, a window, any set of them.
+    """The submodel of the units in `kept` (group -> unit numbers in the submodel's order): a prefix, a window, any set of them.
 
-    `masks` (bool, shaped like the slices) are the entries that exist. `names`: the tensors that it has, all
-    by default; `depth`: the exits that it has, where the model has several.
+    `masks` (bool, in the submodel's shapes) are the entries that exist. `names`: the tensors that it has, all by default; `depth`:
+    how many exits, where the model has several.
     """
 
     widths: Widths
@@ -95,25 +95,26 @@ class Selection:
 
     @cached_property
     def index(self) -> dict[str, Index]:
+        """For each tensor that can be cut: dim -> the global positions that the submodel has, in its order."""
         return self.widths.index(self.kept)
 
     @cached_property
-    def places(self) -> dict[str, Index]:
-        """`index` without the dims that are whole."""
-        return {name: self._cut(name, index) for name, index in self.index.items()}
+    def cuts(self) -> dict[str, Index]:
+        """`index` without the dims that are whole and in order."""
 
-    def _cut(self, name: str, index: Index) -> Index:
-        sides = self.widths.shapes.get(name)
-        return index if sides is None else Index({d: w for d, w in index.items() if len(w) < sides[d] or not leading(w)})
+        def cut(index: Index, shape: tuple[int, ...]) -> Index:
+            return Index({d: w for d, w in index.items() if len(w) < shape[d] or not is_leading(w)})
+
+        shapes = self.widths.shapes
+        return {name: cut(index, shapes[name]) if name in shapes else index for name, index in self.index.items()}
 
     def take(self, state: State) -> State:
-        mine = {
-            name: take(t, self.places.get(name, WHOLE)) for name, t in state.items() if self.names is None or name in self.names
-        }
-        return {name: t * self.masks[name] if name in self.masks else t for name, t in mine.items()}
+        names = state.keys() if self.names is None else [name for name in state if name in self.names]
+        small = {name: take(state[name], self.cuts.get(name, WHOLE)) for name in names}
+        return {name: t * self.masks[name] if name in self.masks else t for name, t in small.items()}
 
     def put(self, trained: State) -> dict[str, Patch]:
-        return {name: Patch(values, self.places.get(name, WHOLE), self.masks.get(name)) for name, values in trained.items()}
+        return {name: Patch(values, self.cuts.get(name, WHOLE), self.masks.get(name)) for name, values in trained.items()}
 
     def narrow(self, kept: Kept, masks: State) -> Selection:
         units = {name: units[kept[name]] if name in kept else units for name, units in self.kept.items()}
@@ -123,15 +124,18 @@ class Selection:
 
 
 def is_whole(selection: Selection) -> bool:
-    """Whether a selection is the global model itself, unit by unit."""
+    """Whether a selection is the global model itself, every unit in its own place."""
     cut = any(len(selection.kept[g.name]) < g.size for g in selection.widths.groups)
     plain = not selection.masks and selection.names is None and selection.depth is None and selection.model is None
-    return plain and not cut and all(leading(units) for units in selection.kept.values())
+    return plain and not cut and all(is_leading(units) for units in selection.kept.values())
 
 
 @dataclass(frozen=True, eq=False)
 class OwnModel:
-    """A client's own architecture `model`, which shares no coordinates with the global one; `initial` are its first tensors."""
+    """A client's own architecture `model`, which shares no tensors with the global one; `initial` are its tensors before training.
+
+    In the server's state tensor NAME of the architecture is `MODEL:NAME`.
+    """
 
     model: str
     initial: State
@@ -152,21 +156,21 @@ class OwnModel:
 
 
 def grow(patches: Patches, like: State) -> tuple[State, State]:
-    """Patches at full size: (state, coverage), with the entries of `like` where nothing is covered.
+    """Patches at full size: (state, coverage), both in the shapes of `like`, with its entries where coverage is 0.
 
-    What `like` does not have (the tensors of an own architecture) is whole by itself.
+    A tensor that `like` does not have (of an own architecture) is whole by itself.
     """
     absent = {name: (tensor, torch.zeros(tensor.shape)) for name, tensor in like.items() if name not in patches}
     full = absent | {name: patch.full(like.get(name, patch.values)) for name, patch in patches.items()}
-    full = {name: full[name] for name in [*like, *full]}
-    return {name: values for name, (values, _) in full.items()}, {name: cover for name, (_, cover) in full.items()}
+    order = dict.fromkeys([*like, *full])
+    return {name: full[name][0] for name in order}, {name: full[name][1] for name in order}
 
 
 def prefix(ratio: float) -> Callable[[int], Tensor]:
-    """The first `ceil(ratio * size)` units, for `Server.select` (spec heterofl 2.1)."""
+    """For `Server.select`: of a group of `size` the first `ceil(ratio * size)` units (spec heterofl 2.1)."""
     return lambda size: torch.arange(unit_count(size, ratio))
 
 
 def window(ratio: float, start: int) -> Callable[[int], Tensor]:
-    """`ceil(ratio * size)` units from `start` on, wrapping around, for `Server.select` (spec fedrolex 2.1)."""
+    """For `Server.select`: `ceil(ratio * size)` units from `start` on, wrapping around (spec fedrolex 2.1)."""
     return lambda size: (start + torch.arange(unit_count(size, ratio))) % size

@@ -1,4 +1,4 @@
-"""Width groups as JSON."""
+"""Width groups as JSON, for nodes that build submodels without tracing."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Json = dict[str, Any]
 
 
 def to_json(widths: Widths) -> Json:
-    """`widths` as JSON can say it."""
+    """`widths` as lists, dicts, numbers and strings."""
     return {
         "groups": [[g.name, g.size] for g in widths.groups],
         "axes": {name: {str(dim): axis_to_json(axis) for dim, axis in dims.items()} for name, dims in widths.axes.items()},
         "shapes": {name: list(shape) for name, shape in widths.shapes.items()},
         "frozen": widths.frozen,
         "draws": widths.draws,
-        "sizes": [[*place, axis_to_json(axis), str(share)] for place, (axis, share) in widths.sizes.items()],
+        "sizes": [[*attribute, axis_to_json(axis), str(share)] for attribute, (axis, share) in widths.sizes.items()],
     }
 
 
 def from_json(plain: Json) -> Widths:
-    """The inverse of `drawn`."""
+    """The inverse of `to_json`."""
     return Widths(
         tuple(Group(name, size) for name, size in plain["groups"]),
         {name: {int(dim): axis_from_json(axis) for dim, axis in dims.items()} for name, dims in plain["axes"].items()},
         {name: tuple(shape) for name, shape in plain["shapes"].items()},
         plain["frozen"], plain["draws"],
-        {(module, attribute): (axis_from_json(axis), Fraction(share)) for module, attribute, axis, share in plain["sizes"]},
+        {(module, name): (axis_from_json(axis), Fraction(share)) for module, name, axis, share in plain["sizes"]},
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def axis_from_json(plain: Json) -> Axis:
 
 
 def to_runs(numbers: Tensor) -> list[list[int]]:
-    """Integers as runs: first, step, count."""
+    """Integers as runs [first, step, count]: 0 1 2 3 8 10 12 gives [[0, 1, 4], [8, 2, 3]]."""
     found: list[list[int]] = []
     for n in numbers.tolist():
         if found and found[-1][2] == 1:
@@ -58,5 +58,5 @@ def to_runs(numbers: Tensor) -> list[list[int]]:
 
 
 def from_runs(runs: list[list[int]]) -> Tensor:
-    """The inverse of `runs`."""
+    """The inverse of `to_runs`, int64."""
     return torch.tensor([first + step * i for first, step, count in runs for i in range(count)], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Builds the smaller module of the units that are kept."""
+"""Builds the smaller module of the units that a submodel keeps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from hetfl.submodel.blocks import take
 from hetfl.submodel.widths import Kept, Widths
 
 
-def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
-    """A copy of `model` whose tensors have the sizes that `kept` leaves; its values are to be loaded.
+def build_submodel(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
+    """A copy of `model` whose tensors are its blocks at `kept`, with parameters of its own.
 
-    Attributes of layers that repeat a size (features, channels, groups, normalized_shape, heads) follow.
+    Attributes of layers that repeat a size (features, channels, groups, normalized_shape, heads) follow. A `model` of meta tensors
+    gives one of meta tensors.
     """
     memo: dict[int, Any] = {}
     index = widths.index(kept)
@@ -23,19 +24,20 @@ def build(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
     small_model = copy.deepcopy(model, memo)
     present = {path for path, _ in small_model.named_modules()}
-    for (path, attribute), (counted, share) in ((p, c) for p, c in widths.sizes.items() if p[0] in present):
-        resize(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
+    for (path, attribute), (counted, share) in widths.sizes.items():
+        if path in present:
+            set_size(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
     for layer in small_model.modules():
-        refit(layer)
+        refit_layer(layer)
     return small_model
 
 
-def resize(module: nn.Module, attribute: str, size: int) -> None:
+def set_size(module: nn.Module, attribute: str, size: int) -> None:
     """Sets an attribute that counts channels; one that is a shape keeps its form."""
     setattr(module, attribute, (size,) if isinstance(getattr(module, attribute, None), tuple) else size)
 
 
-def refit(layer: nn.Module) -> None:
+def refit_layer(layer: nn.Module) -> None:
     """Sets the size attributes of one of torch's layers to the shapes of its tensors."""
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.modules.conv._ConvNd):
@@ -57,6 +59,7 @@ def refit(layer: nn.Module) -> None:
 
 
 def refit_conv(layer: nn.modules.conv._ConvNd) -> None:
+    """Sets a convolution's numbers of channels by its weight, (out, in / groups, …), transposed (in, out / groups, …)."""
     o, i = (1, 0) if layer.transposed else (0, 1)
     layer.out_channels = layer.weight.shape[o] * (layer.groups if layer.transposed else 1)
     layer.in_channels = layer.weight.shape[i] * (1 if layer.transposed else layer.groups)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hetfl.submodel.blocks import Index
-from hetfl.submodel.tracing.sizes import Place
 
-Kept = Mapping[str, Tensor]
+Kept = Mapping[str, Tensor]  # for each group the units that a submodel keeps, in its own order
+
+Attribute = tuple[str, str]  # a module's name and one of its attributes
 
 DEPTH = "depth"  # among the sizes of a submodel: how many exits it has, where the model has several
 
@@ -26,7 +27,7 @@ def unit_count(size: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be cut together, as the ordered units 0 … size - 1."""
+    """Channels that can only be cut together, as the ordered units 0 … size - 1 (a pruning library's "dependency group")."""
 
     name: str
     size: int
@@ -34,54 +35,58 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One dim of a parameter: the group (-1: fixed) and the unit of each of its positions."""
+    """One dim of a tensor: for each of its positions the group (an index into `groups`; -1: fixed) and the unit, both (size,)."""
 
     groups: tuple[str, ...]
     group: Tensor
     unit: Tensor
 
     @cached_property
-    def turn(self) -> Tensor:
-        """How many earlier positions bear the same unit."""
+    def occurrence(self) -> Tensor:
+        """For each position how many earlier ones bear the same unit, (size,)."""
         seen: dict[tuple[int, int], int] = {}
-        turns = []
+        counts = []
         for key in zip(self.group.tolist(), self.unit.tolist(), strict=True):
-            turns.append(seen.get(key, 0))
-            seen[key] = turns[-1] + 1
-        return torch.tensor(turns)
+            counts.append(seen.get(key, 0))
+            seen[key] = counts[-1] + 1
+        return torch.tensor(counts)
 
     @cached_property
-    def places(self) -> dict[int, Tensor]:
-        """For each group: positions of its units, (units, occurrences)."""
-        return {g: self._places(g) for g in self.group.unique().tolist() if g >= 0}
-
-    def _places(self, group: int) -> Tensor:
-        where = (self.group == group).nonzero().squeeze(1)
-        order = self.unit[where].argsort(stable=True)
-        return where[order].reshape(int(self.unit[where].max()) + 1, -1)
+    def positions(self) -> dict[int, Tensor]:
+        """For each group the positions of its units, (units, occurrences)."""
+        found = {}
+        for g in self.group.unique().tolist():
+            if g >= 0:
+                ours = (self.group == g).nonzero().squeeze(1)
+                order = self.unit[ours].argsort(stable=True)
+                found[g] = ours[order].reshape(int(self.unit[ours].max()) + 1, -1)
+        return found
 
     def index(self, kept: Kept) -> Tensor:
-        """Positions that remain, in the order in which the smaller module holds them.
+        """Positions that remain, in the order in which the smaller tensor holds them, shape (remaining,).
 
-        The smaller module lays its units out as this one lays out its first ones, so the positions are those of a prefix,
-        with the kept units put in the places of the first.
+        Where the smaller tensor has its unit u for the n-th time, this one's n-th position of unit kept[u] goes.
+
+        Example: rows that hold 4 units twice (queries, keys), units 0 1 2 3 0 1 2 3, of which `kept` = [3, 1] remain. The smaller
+        tensor's rows are then units 0 1 0 1, as this one's are when units 2 and 3 are left out: positions 0 1 4 5. Its unit 0 is
+        unit 3 here, its unit 1 is unit 1, so the answer is 3 1 7 5.
         """
-        limits = torch.tensor([*(len(kept[name]) for name in self.groups), len(self.group) + 1])
-        prefix = ((self.unit < limits[self.group]) | (self.group < 0)).nonzero().squeeze(1)
+        counts = torch.tensor([*(len(kept[name]) for name in self.groups), len(self.group) + 1])  # the last is for group -1
+        prefix = ((self.unit < counts[self.group]) | (self.group < 0)).nonzero().squeeze(1)
         index = prefix.clone()
-        for g, places in self.places.items():
+        for g, positions in self.positions.items():
             ours = self.group[prefix] == g
-            index[ours] = places[kept[self.groups[g]][self.unit[prefix[ours]]], self.turn[prefix[ours]]]
+            index[ours] = positions[kept[self.groups[g]][self.unit[prefix[ours]]], self.occurrence[prefix[ours]]]
         return index
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Widths:
     """The width groups of a module, from `trace`.
 
-    `axes` maps a parameter's or buffer's name to an Axis for each dim that can be cut; `frozen` says why a layer's channels
-    cannot; `draws` tells whether the forward pass draws random numbers (dropout); `sizes` are the attributes of modules that
-    count channels: (module, attribute) to the channels and the share of their number that the attribute is.
+    `axes` maps a parameter's or buffer's name to an Axis for each dim that can be cut; `shapes` has the full shape of every tensor;
+    `frozen` says why a layer's channels cannot be cut; `draws` whether the forward pass draws random numbers (dropout); `sizes` are
+    the attributes of modules that count channels: attribute -> (these channels, share), with share x attribute their number.
     """
 
     groups: tuple[Group, ...]
@@ -89,10 +94,10 @@ class Widths:
     shapes: dict[str, tuple[int, ...]]
     frozen: dict[str, str] = field(default_factory=dict)
     draws: bool = False
-    sizes: dict[Place, tuple[Axis, Fraction]] = field(default_factory=dict)
+    sizes: dict[Attribute, tuple[Axis, Fraction]] = field(default_factory=dict)
 
     def select(self, choose: Callable[[int], Tensor]) -> dict[str, Tensor]:
-        """Units kept in every group, `choose(size)` giving the unit numbers in local order."""
+        """For every group the units `choose(size)`, int64 in the order of the submodel."""
         return {group.name: choose(group.size) for group in self.groups}
 
     def prefix(self, ratio: float) -> dict[str, Tensor]:
@@ -100,16 +105,36 @@ class Widths:
         return self.select(lambda size: torch.arange(unit_count(size, ratio)))
 
     def index(self, kept: Kept) -> dict[str, Index]:
-        """For each cut tensor: the positions along its dims that `kept` leaves, in local order."""
+        """For each tensor that can be cut: dim -> the positions that `kept` leaves, in the order of the submodel."""
         return {name: Index({dim: axis.index(kept) for dim, axis in axes.items()}) for name, axes in self.axes.items()}
 
+    def members(self) -> dict[str, list[str]]:
+        """For each group the dims of tensors that it cuts, as NAME[DIM]."""
+        found: dict[str, list[str]] = {group.name: [] for group in self.groups}
+        for name, dims in self.axes.items():
+            for dim, axis in dims.items():
+                for group in axis.positions:
+                    found[axis.groups[group]].append(f"{name}[{dim}]")
+        return found
+
+    def __repr__(self) -> str:
+        number, members = len(self.groups), self.members()
+        plural = ("", "it cuts") if number == 1 else ("s", "they cut")
+        lines = [f"{number} width group{plural[0]}; {self.elastic():.1%} of the entries are in tensors that {plural[1]}"]
+        for g in self.groups:
+            more = f" and {len(members[g.name]) - 6} more" if len(members[g.name]) > 6 else ""
+            lines.append(f"  {g.name}: {g.size} units in {', '.join(members[g.name][:6])}{more}")
+        lines += ["not cut:", *(f"  {name}: {why}" for name, why in self.frozen.items())] if self.frozen else []
+        return "\n".join(lines)
+
     def elastic(self) -> float:
-        """Share of the entries that some cut can remove."""
+        """The share of all entries that lie in tensors that some cut makes smaller, in [0, 1]."""
         total = sum(math.prod(shape) for shape in self.shapes.values())
         return sum(math.prod(self.shapes[name]) for name in self.axes if name in self.shapes) / max(total, 1)
 
 
-def axis(names: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Axis:
+def make_axis(names: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Axis:
+    """The axis whose positions are the units `pairs`: (index of the group in `names`, unit), or (-1, -1)."""
     group, unit = torch.tensor(list(pairs)).T.contiguous()
     return Axis(names, group, unit)
 
@@ -123,21 +148,23 @@ def without(widths: Widths, reasons: dict[str, str]) -> Widths:
     axes: dict[str, dict[int, Axis]] = {}
     for name, dims in widths.axes.items():
         for dim, old in dims.items():
-            if (new := narrowed(old, names)) is not None:
+            if (new := narrow_axis(old, names)) is not None:
                 axes.setdefault(name, {})[dim] = new
-    sizes = {place: (new, share) for place, (old, share) in widths.sizes.items() if (new := narrowed(old, names)) is not None}
+    sizes = {
+        attribute: (new, share) for attribute, (old, share) in widths.sizes.items() if (new := narrow_axis(old, names)) is not None
+    }
     return replace(widths, groups=groups, axes=axes, frozen={**widths.frozen, **reasons}, sizes=sizes)
 
 
-def narrowed(old: Axis, names: tuple[str, ...]) -> Axis | None:
+def narrow_axis(old: Axis, names: tuple[str, ...]) -> Axis | None:
     """`old` with the groups `names` only; None where it has none of them."""
     to = [names.index(g) if g in names else -1 for g in old.groups] + [-1]
     pairs = [(to[g], u if to[g] >= 0 else -1) for g, u in zip(old.group.tolist(), old.unit.tolist(), strict=True)]
-    return axis(names, pairs) if any(g >= 0 for g, _ in pairs) else None
+    return make_axis(names, pairs) if any(g >= 0 for g, _ in pairs) else None
 
 
 def within(widths: Widths, sizes: Mapping[str, int], kept: Kept) -> dict[str, dict[int, Tensor]]:
-    """Where the units `kept` (local numbers) of a submodel of `sizes` lie in that submodel's own tensors."""
+    """Tensor -> dim -> positions in the tensors of a submodel of `sizes` at which its units `kept` (its own numbers) lie."""
     ours = {group.name: torch.arange(sizes[group.name]) for group in widths.groups}
     outer, inner = widths.index(ours), widths.index({**ours, **kept})
     return {name: {dim: torch.searchsorted(outer[name][dim], where) for dim, where in dims.items()} for name, dims in inner.items()}

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetfl.models.state import State
-
-MOST = 8  # benches that a worker keeps
+from hetfl.parallel import ThreadCache
 
 WARM = 3  # steps before a recording, as CUDA graphs ask for
 
 LOCAL = threading.local()
+
+BENCHES: ThreadCache[GraphedSteps] = ThreadCache(8)
 
 
 class GraphedSteps:
@@ -137,13 +138,7 @@ def run_beside(device: torch.device) -> Iterator[None]:
 def cached_bench(
     model: nn.Module, key: tuple[object, ...], make: Callable[[], GraphedSteps], states: Sequence[State]
 ) -> GraphedSteps:
-    """This worker's bench for `model` and `key`, loaded with `states`; made where there is none."""
-    shelf: dict[object, tuple[nn.Module, GraphedSteps]] = LOCAL.__dict__.setdefault("shelf", {})
-    known = shelf.pop((id(model), *key), None)
-    if known is None or known[0] is not model:
-        known = model, make()
-    shelf[(id(model), *key)] = known  # the last in use is the last to go
-    if len(shelf) > MOST:
-        del shelf[next(iter(shelf))]
-    known[1].load(states)
-    return known[1]
+    """This thread's bench for `model` and `key`, from `make` where it has none, loaded with `states`."""
+    found = BENCHES.get((model, *key), make)
+    found.load(states)
+    return found

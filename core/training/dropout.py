@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hetfl.submodel.tracing.channels import name_of
+from hetfl.submodel.tracing.channels import op_name
 
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
 
@@ -35,7 +35,7 @@ class SeededRandomMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = name_of(func).removesuffix("_")
+        name = op_name(func).removesuffix("_")
         if name in DROPOUTS:
             return self.drop(name, *args, **kwargs)
         if name == "scaled_dot_product_attention" and given(args, kwargs, 4, "dropout_p", 0.0) > 0:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hetfl import Client, Field, Plan, Plugin, Server, State, flatten_state, hookimpl, unflatten_state
 from hetfl.profiling import cost
 from hetfl.submodel.blocks import take
-from hetfl.submodel.units import Gate, consumers, gated, readers, strongest
+from hetfl.submodel.units import Gate, apply_gates, find_gates, locate_gates, select_largest
 from hetfl.submodel.widths import Widths, within
 from hetfl.training.dropout import seeded_random
 from hetfl.training.tuning import rows_of
@@ -79,7 +79,7 @@ class DAC(Plugin):
         """Weights and gates trained together (eq. 3); the weights with the gates folded into them, and the gates."""
         model, (x, y) = server.builder.loaded(state, sizes).train(), server.public.tune.all()
         places = gate_places(server.widths, server.builder.model)
-        where = readers(server.widths, places, sizes)
+        where = locate_gates(server.widths, places, sizes)
         gates = {name: torch.ones(sizes[name], requires_grad=True) for name in places}
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
@@ -89,12 +89,12 @@ class DAC(Plugin):
             for _, rows in zip(range(steps), rows_of(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:
                     optimizer.zero_grad()
-                    logits = functional_call(model, gated(weights, gates, where), (x[rows],))
+                    logits = functional_call(model, apply_gates(weights, gates, where), (x[rows],))
                     (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * bound(gates)).backward()
                     optimizer.step()
         trained = {name: t.detach().clone() for name, t in {**weights, **dict(model.named_buffers())}.items() if name in state}
         learned = {name: gate.detach() for name, gate in gates.items()}
-        return {**trained, **gated(trained, learned, where)}, learned
+        return {**trained, **apply_gates(trained, learned, where)}, learned
 
     def state_dict(self) -> State:
         return flatten_state(kept=self._kept, state=self._states)
@@ -105,7 +105,7 @@ class DAC(Plugin):
 
 def gate_places(widths: Widths, model: nn.Module) -> dict[str, list[Gate]]:
     """Each group that one layer makes and one layer reads, perhaps through depthwise filters: where its gate stands."""
-    read = consumers(widths, model)
+    read = find_gates(widths, model)
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     makers = {g.name: 0 for g in widths.groups}
     for name in weights:
@@ -135,7 +135,9 @@ def survivors(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]
     if gates and all(bool((gate > threshold).all()) for gate in gates.values()):
         values = torch.cat([gate for gate in gates.values() if len(gate) > 1] or list(gates.values()))
         least = float(values.sort().values[max(0, int(stall * len(values)) - 1)])
-    return {name: keep if len(keep := (gate > least).nonzero().squeeze(1)) else strongest(gate, 1) for name, gate in gates.items()}
+    return {
+        name: keep if len(keep := (gate > least).nonzero().squeeze(1)) else select_largest(gate, 1) for name, gate in gates.items()
+    }
 
 
 def price(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:

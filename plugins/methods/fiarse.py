@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from hetfl import Client, ExtraSpec, Field, Merged, Plan, Plugin, Reply, Server, State, Task, Update, hookimpl, running_mean
 from hetfl.aggregation.updates import by_client
-from hetfl.models.normalization import plain_norms
-from hetfl.submodel.units import fitting, means
+from hetfl.models.normalization import list_prunable
+from hetfl.submodel.units import mean_powers, select_units
 
 
 class FIARSE(Plugin):
@@ -37,10 +37,10 @@ class FIARSE(Plugin):
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
         """Takes the submodels anew from the current global model, one for each budget (spec 1)."""
-        names, whole = plain_norms(server.builder.model), server.select(torch.arange)
+        names, whole = list_prunable(server.builder.model), server.select(torch.arange)
         if self.by == "neuron":
-            values = means(server.widths, server.state, names)
-            return [server.select(fitting(server.widths, values, c.profile.width)) for c in clients]
+            values = mean_powers(server.widths, server.state, names)
+            return [server.select(select_units(server.widths, values, c.profile.width)) for c in clients]
         weights = {name: server.state[name] for name in names if name in server.state}
         budgets = {client.profile.parameters for client in clients}
         self._thresholds = {gamma: thresholds(weights, gamma, self.by == "layer") for gamma in budgets}
@@ -55,7 +55,7 @@ class FIARSE(Plugin):
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if self.biased and "thresholds" in task.extras:
-            names = [name for name in plain_norms(task.model) if name in task.masks]
+            names = [name for name in list_prunable(task.model) if name in task.masks]
             task.forward = through(dict(zip(names, task.extras["thresholds"], strict=True)))
         return (yield)
 

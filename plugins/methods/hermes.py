@@ -31,11 +31,11 @@ from hetfl import (
     unflatten_state,
     unit_count,
 )
-from hetfl.models.normalization import plain_norms
+from hetfl.models.normalization import list_prunable
 from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
 from hetfl.submodel.blocks import cells
 from hetfl.submodel.plan import Patches
-from hetfl.submodel.units import scores, strongest
+from hetfl.submodel.units import select_largest, sum_powers
 
 
 class Hermes(Plugin):
@@ -126,9 +126,9 @@ def merged(patch: Patch, mean: Tensor, shared: Tensor) -> Patch:
 
 def strong(task: Task, ratio: float) -> dict[str, Tensor]:
     """The strongest channels of each group by the L2 norm of what makes them, so many that `ratio` of the whole group is left."""
-    strength = scores(task.builder.widths, task.padded(), plain_norms(task.model), 2)
+    strength = sum_powers(task.builder.widths, task.padded(), list_prunable(task.model), 2)
     sizes = {name: min(size, unit_count(task.full_sizes[name], ratio)) for name, size in task.plan_sizes.items()}
-    return {name: strongest(strength[name][: task.plan_sizes[name]], size) for name, size in sizes.items()}
+    return {name: select_largest(strength[name][: task.plan_sizes[name]], size) for name, size in sizes.items()}
 
 
 def group_lasso(model: nn.Module) -> Tensor:

@@ -27,7 +27,7 @@ from hetfl import (
     hookimpl,
     unflatten_state,
 )
-from hetfl.models.normalization import plain_norms
+from hetfl.models.normalization import list_prunable
 from hetfl.models.state import load_state, tensors
 from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
 from hetfl.submodel.encoding import pack_bits, unpack_bits
@@ -85,7 +85,7 @@ class LotteryFL(Plugin):
         """New masks for the task, and its model rewound to the first one under them (spec 1)."""
         state, now = tensors(task.model), remaining_share(task)
         after = prune_share(now, self.rate, target, self.clamp)
-        weights = {name: state[name] for name in plain_norms(task.model) if state[name].ndim > 1}
+        weights = {name: state[name] for name in list_prunable(task.model) if state[name].ndim > 1}
         task.masks = {name: survivors(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
         task.client_state["remaining"] = torch.tensor(after)
         first = {name: task.client_state[INITIAL + name] for name in state}

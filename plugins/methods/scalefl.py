@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix
-from hetfl.models.early_exit import every, with_exits
+from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.training.local import kl_divergence
 
 Split = tuple[int, float]  # exits, width ratio
@@ -36,7 +36,7 @@ class ScaleFL(Plugin):
 
     @hookimpl
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
-        return model if hasattr(model, "at_depth") else with_exits(model, x, classes, self.exits, self.convs)
+        return model if hasattr(model, "at_depth") else add_exits(model, x, classes, self.exits, self.convs)
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
@@ -56,7 +56,7 @@ class ScaleFL(Plugin):
         depth = int(task.model.depth)  # type: ignore[arg-type]
         form, t = self.form, self.temperature
         task.loss = lambda z, y: loss(z.chunk(depth, 1), y, weight, t, form, self.detach)
-        with every(task.model):
+        with all_exits(task.model):
             return (yield)
 
 

@@ -38,8 +38,14 @@ from hetfl import (
     running_mean,
     unflatten_state,
 )
-from hetfl.models.normalization import plain_norms
-from hetfl.submodel.units import consumers, gated, readers, scores, strongest
+from hetfl.models.normalization import list_prunable
+from hetfl.submodel.units import (
+    apply_gates,
+    find_gates,
+    locate_gates,
+    select_largest,
+    sum_powers,
+)
 from hetfl.training.local import local_batches
 
 Lists = dict[str, Tensor]  # for each group the kept filters, ascending
@@ -77,7 +83,7 @@ class TailorFL(Plugin):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
-        strength = scores(server.widths, server.state, plain_norms(server.builder.model))
+        strength = sum_powers(server.widths, server.state, list_prunable(server.builder.model))
         self._lists = {c: self._shared(server, lists, strength) for c, lists in self._tuned(server).items()}
         return [self._plan(server, client, strength) for client in clients]
 
@@ -88,14 +94,14 @@ class TailorFL(Plugin):
         p, lists = ratio(client.profile.width, self.step), self._lists.get(client.id)
         if lists is None or any(len(lists[g.name]) != kept(g.size, p) for g in server.widths.groups):
             own = self._importance[client.id]
-            lists = {g.name: strongest(own[g.name] ** 2, kept(g.size, p)) for g in server.widths.groups}
+            lists = {g.name: select_largest(own[g.name] ** 2, kept(g.size, p)) for g in server.widths.groups}
             self._lists[client.id] = lists = self._shared(server, lists, strength)
         return Scaled(server.widths, lists, p=p)
 
     def _shared(self, server: Server, lists: Lists, strength: Mapping[str, Tensor]) -> Lists:
         """`lists` with the shared groups ranked anew by the global model."""
         names = [g.name for g in server.widths.groups][: self._border(server)]
-        return {**lists, **{name: strongest(strength[name], len(lists[name])) for name in names}}
+        return {**lists, **{name: select_largest(strength[name], len(lists[name])) for name in names}}
 
     def _border(self, server: Server) -> int:
         return int(len(server.widths.groups) * (1 - self.personal))
@@ -131,12 +137,12 @@ class TailorFL(Plugin):
 
     def _learn(self, task: Task, steps: int) -> dict[str, Tensor]:
         widths, model = task.builder.widths, task.model.eval()
-        where, state = readers(widths, consumers(widths, model)), dict(model.named_parameters())
+        where, state = locate_gates(widths, find_gates(widths, model)), dict(model.named_parameters())
         u = {g.name: torch.ones(g.size, requires_grad=True) for g in widths.groups}
         optimizer = torch.optim.SGD(u.values(), self.importance_lr)
         for _, (x, y) in zip(range(steps), endless(task), strict=False):
             optimizer.zero_grad()
-            logits = functional_call(model, gated(state, u, where), (x,))
+            logits = functional_call(model, apply_gates(state, u, where), (x,))
             (F.cross_entropy(logits, y) + self.regularise * mean_square(u)).backward()
             optimizer.step()
             with torch.no_grad():

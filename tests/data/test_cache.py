@@ -45,7 +45,7 @@ def test_damaged_cache_is_rebuilt(cache, harm):
         else:
             file.write_bytes({"cut": data[:-1], "flip": flipped, "empty": b"", "text": b"hello" * 99}[harm])
     assert same(load(DataOptions()), whole)
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob("*.part"))
     assert harm == "folder" or sum(file.stat().st_size for file in cache.iterdir()) > 100_000
 
 

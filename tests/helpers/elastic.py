@@ -6,8 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from hetfl.models.convnets import CNN, MLP, FedAvgCNN, FedConvCNN
+from hetfl.models.deep_convnets import PreResNet, ResNet
 from hetfl.models.state import tensors
-from hetfl.models.zoo import CNN, MLP, FedAvgCNN, FedConvCNN, PreResNet, ResNet
 from hetfl.submodel.tracing.groups import trace
 
 ratios = st.floats(0.05, 1.0)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hetfl.models.zoo import LSTM, CNN1d, FedConvHAR, GoogLeNet, MobileNetV2
+from hetfl.models.convnets import FedConvHAR
+from hetfl.models.deep_convnets import GoogLeNet, MobileNetV2
+from hetfl.models.sequences import LSTM, CNN1d
 
 
 class Heads(nn.Module):

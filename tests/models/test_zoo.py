@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hetfl.models.zoo import LSTM, Encoder, FedConvHAR, GoogLeNet, MobileNetV2
+from hetfl.models.convnets import FedConvHAR
+from hetfl.models.deep_convnets import GoogLeNet, MobileNetV2
+from hetfl.models.sequences import LSTM, Encoder
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from helpers.elastic import STATE, WIDTHS, ratios
 from helpers.oracles import quick
+from hetfl.models.convnets import MLP
 from hetfl.models.state import tensors
-from hetfl.models.zoo import MLP
 from hetfl.submodel.plan import Selection, grow, prefix, window
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.widths import within

@@ -1,4 +1,4 @@
-"""Finds the width groups of any module, and proves them: what is cut must compute what the masked full model does."""
+"""Finds the width groups of any module and proves them: a model that is cut must compute what the full one with zeros does."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from torch import Tensor, nn
 
 from hetfl.errors import UsageError
 from hetfl.models.state import tensors
-from hetfl.submodel.tracing.sizes import Place
-from hetfl.submodel.tracing.tracer import Heads, Tracer
+from hetfl.submodel.tracing.table import ChannelTable, Heads
+from hetfl.submodel.tracing.tracer import Tracer
 from hetfl.submodel.tracing.verify import prove
-from hetfl.submodel.widths import Axis, Group, Widths, axis
+from hetfl.submodel.widths import Attribute, Axis, Group, Widths, make_axis
 
 
 def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width") -> Widths:
     """The width groups of `model`, found by running it on `inputs` (a batch of two or more), in evaluation and training mode.
 
-    Every group is proven: the model cut at random must compute what the full model computes with the removed entries zero
-    (normalisation over channels left out of both); a group that fails is frozen. `heads` says what is cut of attention: the
-    width of every head or whole heads. The model and torch's random state are left as they were.
-    Raises UsageError where the model does not run.
+    With `verify` every group is proven: the model cut at random must compute what the full model computes with the removed entries
+    zero (`verify.prove`: two cuts, relative error at most 1e-4, normalisation over channels left out of both); a group that fails
+    is frozen. `heads` says what is cut of attention: the width of every head or whole heads. The model and torch's random state are
+    left as they were. Raises UsageError where the model does not run.
     """
-    mode, before = model.training, {name: t.clone() for name, t in model.named_buffers()}
+    modes, before = [(m, m.training) for m in model.modules()], {name: t.clone() for name, t in model.named_buffers()}
     try:
         tracer = Tracer(model, heads)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for training in (False, True):
                 tracer.run(model.train(training), *inputs)
-                restore(model, before)
+                restore_buffers(model, before)
             refuse_branches(tracer, model)
             model.eval()
-            widths = gather(tracer, model)
+            widths = form_widths(tracer.table, model)
             return prove(widths, model, inputs) if verify else widths
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(refusal(model, inputs, error)) from error
+        raise UsageError(explain_failure(model, inputs, error)) from error
     finally:
-        restore(model, before)
-        model.train(mode)
+        restore_buffers(model, before)
+        for module, training in modes:
+            module.training = training
 
 
 def refuse_branches(tracer: Tracer, model: nn.Module) -> None:
-    """A path that was not taken cannot be traced, so its parameters must not exist."""
+    """Raises UsageError where the code chose a path by the values of tensors and parameters lie on another: it was not traced."""
     missed = [name for name, p in model.named_parameters() if id(p) not in tracer.reached]
     if tracer.branches and missed:
         raise UsageError(
@@ -55,15 +56,15 @@ def refuse_branches(tracer: Tracer, model: nn.Module) -> None:
         )
 
 
-def restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Puts the values of buffers back, in place."""
+def restore_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Sets the buffers of `model` to the values in `buffers`, in place."""
     with torch.no_grad():
         for name, tensor in model.named_buffers():
             tensor.copy_(buffers[name])
 
 
-def refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str:
-    """Why a model that raised cannot be used, and what to do."""
+def explain_failure(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str:
+    """The sentence for a model whose forward pass raised `error`: what is wrong, and what to do."""
     needed = [
         p.name for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -74,112 +75,111 @@ def refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> str
             "module whose forward takes one tensor and returns the logits"
         )
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    said = str(error).strip().splitlines() or ["no message"]
-    return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {said[0]}"
+    message = str(error).strip().splitlines() or ["no message"]
+    return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {message[0]}"
 
 
 Key = tuple[str, int]  # a tensor's name and one of its dims
 
-Places = dict[int, dict[Key, int]]  # for each unit: how often it occurs where
+Occurrences = dict[int, dict[Key, int]]  # for each channel: how often it occurs in which dims
 
 
-def gather(tracer: Tracer, model: nn.Module) -> Widths:
-    """Turns the tracer's labels into groups: units that lie in the same dims of the same tensors form one group."""
+def form_widths(table: ChannelTable, model: nn.Module) -> Widths:
+    """The groups that the table's channels form: those that lie in the same dims of the same tensors are one group's units."""
     shapes = {name: tuple(t.shape) for name, t in tensors(model).items()}
-    lines = settled(tracer, model, shapes)
-    members, reasons = occurrences(lines), frozen_units(tracer)
-    groups, at = grouped({unit: places for unit, places in members.items() if unit not in reasons}, tracer.raw.keys())
+    lines = resolve_axes(table, model, shapes)
+    occurrences, reasons = count_occurrences(lines), collect_reasons(table)
+    cut = {channel: found for channel, found in occurrences.items() if channel not in reasons}
+    groups, numbers = form_groups(cut, table.raw.keys())
     names = tuple(g.name for g in groups)
 
-    def counted(line: Tensor) -> Axis | None:
-        pairs = [at.get(unit, (-1, -1)) for unit in line.tolist()]
-        return axis(names, pairs) if any(group >= 0 for group, _ in pairs) else None
+    def to_axis(line: Tensor) -> Axis | None:
+        pairs = [numbers.get(channel, (-1, -1)) for channel in line.tolist()]
+        return make_axis(names, pairs) if any(group >= 0 for group, _ in pairs) else None
 
     axes: dict[str, dict[int, Axis]] = {}
     for (name, dim), line in lines.items():
-        if (found := counted(line)) is not None:
-            axes.setdefault(name, {})[dim] = found
-    claims = {place: (counted(tracer.root(units)), share) for place, units, share in reversed(tracer.claims)}
-    sizes = {place: (found, share) for place, (found, share) in claims.items() if found is not None}
-    frozen = {min(members[unit])[0]: why for unit, why in reasons.items() if unit in members}
-    return Widths(tuple(groups), axes, shapes, frozen, tracer.draws, sizes)
+        if (axis := to_axis(line)) is not None:
+            axes.setdefault(name, {})[dim] = axis
+    claims = {claim.attribute: (to_axis(table.find(claim.ids)), claim.share) for claim in reversed(table.claims)}
+    sizes = {attribute: (axis, share) for attribute, (axis, share) in claims.items() if axis is not None}
+    frozen = {min(occurrences[channel])[0]: why for channel, why in reasons.items() if channel in occurrences}
+    return Widths(tuple(groups), axes, shapes, frozen, table.draws, sizes)
 
 
-def settled(tracer: Tracer, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Tensor]:
-    """The units of every dim of every tensor, after all that ties and freezes them."""
-    lines = dict(tracer.axes)
-    for name, labels in tracer.raw.items():
-        for dim in range(labels.ndim):
-            units = raw_axis(tracer, labels, dim)
+def resolve_axes(table: ChannelTable, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Tensor]:
+    """The channels of every dim of every tensor, shape (size,), after the last ties: raw parameters, attributes, unsent buffers."""
+    lines = dict(table.axes)
+    for name, ids in table.raw.items():
+        for dim in range(ids.ndim):
+            line = read_raw_axis(table, ids, dim)
             if (name, dim) in lines:
-                tracer.tie(lines[name, dim], units)
-            elif bool((units >= 0).any()):
-                lines[name, dim] = units
+                table.tie(lines[name, dim], line)
+            elif bool((line >= 0).any()):
+                lines[name, dim] = line
     for name, dim in [key for key in lines if key[0] not in shapes]:
-        refuse_unsent(tracer, model.get_buffer(name), dim, lines[name, dim])
-    agree(tracer)
-    return {key: tracer.root(units) for key, units in lines.items()}
+        buffer = model.get_buffer(name)  # outside the state: it keeps its first entries, right only if all entries are the same
+        if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
+            table.freeze(lines[name, dim], "a buffer that is not part of the state")
+    tie_claims(table)
+    return {key: table.find(line) for key, line in lines.items()}
 
 
-def occurrences(lines: Mapping[Key, Tensor]) -> Places:
-    found: Places = {}
-    for key, line in lines.items():
-        for unit in line.tolist():
-            if unit >= 0:
-                place = found.setdefault(unit, {})
-                place[key] = place.get(key, 0) + 1
-    return found
-
-
-def frozen_units(tracer: Tracer) -> dict[int, str]:
-    """Why a unit cannot be cut, for those that cannot."""
-    reasons: dict[int, str] = {}
-    for units, why in tracer.frozen:
-        for unit in tracer.root(units).unique().tolist():
-            reasons.setdefault(unit, why)
-    return reasons
-
-
-def grouped(members: Places, raw: Collection[str]) -> tuple[list[Group], dict[int, tuple[int, int]]]:
-    """The groups, and (group, unit) for each of the tracer's units; a raw table that nothing else depends on is no group."""
-    alike: dict[tuple[tuple[Key, int], ...], list[int]] = {}
-    for unit in sorted(members):
-        alike.setdefault(tuple(members[unit].items()), []).append(unit)
-    groups: list[Group] = []
-    at: dict[int, tuple[int, int]] = {}
-    for signature, whole in alike.items():
-        named = {name for (name, _), _ in signature}
-        if len(whole) > 1 and not (len(named) == 1 and named <= set(raw)):
-            at.update({unit: (len(groups), i) for i, unit in enumerate(whole)})
-            groups.append(Group(unique(signature[0][0][0], groups), len(whole)))
-    return groups, at
-
-
-def agree(tracer: Tracer) -> None:
-    """What one attribute counts must be cut alike everywhere."""
-    first: dict[Place, tuple[Tensor, Fraction]] = {}
-    for place, units, share in tracer.claims:
-        ours, other = first.setdefault(place, (units, share))
-        if len(ours) == len(units) and share == other:
-            tracer.tie(ours, units)
-        else:
-            tracer.freeze(units, f"'{place[1]}' counts other channels too")
-
-
-def refuse_unsent(tracer: Tracer, buffer: Tensor, dim: int, units: Tensor) -> None:
-    """A buffer outside the state cannot follow other channels than the first, unless it is the same for all."""
-    if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
-        tracer.freeze(units, "a buffer that is not part of the state")
-
-
-def raw_axis(tracer: Tracer, labels: Tensor, dim: int) -> Tensor:
-    """Units of one dim of a parameter that was used raw: those that are the same along every other dim, and shared."""
-    lines = tracer.root(labels).movedim(dim, 0).reshape(labels.shape[dim], -1)
+def read_raw_axis(table: ChannelTable, ids: Tensor, dim: int) -> Tensor:
+    """The channels of one dim of a parameter used like an activation: those that are the same along every other dim; else -1."""
+    lines = table.find(ids).movedim(dim, 0).reshape(ids.shape[dim], -1)
     same = (lines == lines[:, :1]).all(dim=1)
     return torch.where(same, lines[:, 0], -1) if bool(same.all()) else torch.full((len(lines),), -1)
 
 
-def unique(parameter: str, groups: Sequence[Group]) -> str:
+def tie_claims(table: ChannelTable) -> None:
+    """Ties the channels that one attribute counts in several places; where their numbers differ they are frozen."""
+    first: dict[Attribute, tuple[Tensor, Fraction]] = {}
+    for attribute, ids, share in table.claims:
+        ours, other = first.setdefault(attribute, (ids, share))
+        if len(ours) == len(ids) and share == other:
+            table.tie(ours, ids)
+        else:
+            table.freeze(ids, f"'{attribute[1]}' counts other channels too")
+
+
+def count_occurrences(lines: Mapping[Key, Tensor]) -> Occurrences:
+    """For each channel how often it occurs in which dims."""
+    found: Occurrences = {}
+    for key, line in lines.items():
+        for channel in line.tolist():
+            if channel >= 0:
+                counts = found.setdefault(channel, {})
+                counts[key] = counts.get(key, 0) + 1
+    return found
+
+
+def collect_reasons(table: ChannelTable) -> dict[int, str]:
+    """Why a channel cannot be cut, for those that cannot: the first reason noted."""
+    reasons: dict[int, str] = {}
+    for ids, why in table.frozen:
+        for channel in table.find(ids).unique().tolist():
+            reasons.setdefault(channel, why)
+    return reasons
+
+
+def form_groups(occurrences: Occurrences, raw: Collection[str]) -> tuple[list[Group], dict[int, tuple[int, int]]]:
+    """The groups, and (group, unit) for each channel; a raw parameter that nothing else depends on is no group."""
+    alike: dict[tuple[tuple[Key, int], ...], list[int]] = {}
+    for channel in sorted(occurrences):
+        alike.setdefault(tuple(occurrences[channel].items()), []).append(channel)
+    groups: list[Group] = []
+    numbers: dict[int, tuple[int, int]] = {}
+    for signature, channels in alike.items():
+        named = {name for (name, _), _ in signature}
+        if len(channels) > 1 and not (len(named) == 1 and named <= set(raw)):
+            numbers.update({channel: (len(groups), unit) for unit, channel in enumerate(channels)})
+            groups.append(Group(make_unique_name(signature[0][0][0], groups), len(channels)))
+    return groups, numbers
+
+
+def make_unique_name(parameter: str, groups: Sequence[Group]) -> str:
+    """A group's name: that of the first layer it cuts, with #2, #3, … where a group has it already."""
     name = parameter.removesuffix(".weight")
-    taken = {g.name for g in groups}
-    return next(n for n in (name, *(f"{name}#{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    used = {g.name for g in groups}
+    return next(n for n in (name, *(f"{name}#{i}" for i in range(2, len(used) + 3))) if n not in used)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetfl import Selection, State
-from hetfl.submodel.blocks import leading
+from hetfl.submodel.blocks import is_leading
 from hetfl.submodel.plan import WHOLE
 from hetfl.submodel.widths import Axis
 
@@ -109,7 +109,7 @@ def images(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def pick(tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
-    return tensor.narrow(dim, 0, len(positions)) if leading(positions) else tensor.index_select(dim, positions)
+    return tensor.narrow(dim, 0, len(positions)) if is_leading(positions) else tensor.index_select(dim, positions)
 
 
 @dataclass(frozen=True, eq=False)

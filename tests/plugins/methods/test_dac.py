@@ -7,13 +7,13 @@ from torch import nn
 
 from helpers.elastic import MODEL
 from helpers.oracles import T, close
+from hetfl.models.deep_convnets import MobileNetV2
 from hetfl.models.state import tensors
-from hetfl.models.zoo import MobileNetV2
 from hetfl.plugins.methods import dac
 from hetfl.profiling import cost as cost_
-from hetfl.submodel.slicing import build
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.units import gated, readers
+from hetfl.submodel.units import apply_gates, locate_gates
 
 
 def test_dac_entropy():
@@ -66,7 +66,7 @@ def test_dac_costs():
     hidden = next(g.name for g in widths.groups if g.size == 8)
 
     def prices(h):
-        small = build(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
+        small = build_submodel(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
         conv = sum(p.numel() for p in small.parameters() if p.ndim > 1)
         return conv, cost_.parameters(small) - conv, cost_.macs(small, x)
 
@@ -90,7 +90,7 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     assert len(places) == 20  # and before the classifier, and on two block outputs that only the next block reads
     state = tensors(model)
     gates = {g.name: torch.rand(g.size) + 0.2 for g in widths.groups if g.name in places}
-    folded = {**state, **gated(state, gates, readers(widths, places))}
+    folded = {**state, **apply_gates(state, gates, locate_gates(widths, places))}
     x = torch.randn(2, 3, 8, 8)
     whole = torch.func.functional_call(model, folded, (x,))
     hooks = [gate_before(model, place[0], gates[group]) for group, (place,) in places.items()]

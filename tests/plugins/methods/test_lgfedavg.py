@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.states import same, sent_and_got
-from hetfl.models.zoo import MLP
+from hetfl.models.convnets import MLP
 from hetfl.plugins.methods import lgfedavg
 
 

@@ -9,7 +9,7 @@ from helpers.oracles import T, close, over, update
 from helpers.states import same
 from hetfl.aggregation.mean import mean
 from hetfl.aggregation.updates import Updates
-from hetfl.models.early_exit import every
+from hetfl.models.early_exit import all_exits
 from hetfl.plugins.methods import scalefl
 from hetfl.submodel.plan import prefix
 
@@ -75,5 +75,5 @@ def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     assert deeper
     assert all(torch.equal(made.server.state[n], made.state.initial[n]) for n in deeper)
     assert not same(made.server.state, made.state.initial)
-    with every(made.server.builder.module()):
+    with all_exits(made.server.builder.module()):
         pass

@@ -11,7 +11,7 @@ from hetfl.plugins.profiles.schedule import Trace
 from hetfl.profiling import cost
 from hetfl.profiling.cost import Cost
 from hetfl.profiling.node import Node
-from hetfl.submodel.slicing import build
+from hetfl.submodel.slicing import build_submodel
 
 
 def priced(ratio):
@@ -70,7 +70,7 @@ def test_budget_reads_the_sliced_module(simulate):
     )
     width = float(made.state.client_rows[0]["level"])
     widths, model = made.server.widths, made.server.builder.model
-    counted = {r: cost.parameters(build(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
+    counted = {r: cost.parameters(build_submodel(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
     assert width == max(r for r, p in counted.items() if p <= 300)
     assert made.state.client_rows[0]["bottleneck"].startswith("parameters: ")
 

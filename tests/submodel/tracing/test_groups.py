@@ -10,8 +10,8 @@ from torch import nn
 
 from helpers.elastic import traced_net
 from hetfl.errors import UsageError
-from hetfl.models.zoo import Encoder
-from hetfl.submodel.slicing import build
+from hetfl.models.sequences import Encoder
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
 
 
@@ -33,7 +33,7 @@ def test_what_is_cut_of_heads(whole):
     widths = trace(model, torch.randn(2, 5, 8), heads="whole" if whole else "width")
     kept = widths.prefix(0.5)
     rows = widths.index(kept)["attention.in_proj_weight"][0]
-    small = build(widths, model, kept)
+    small = build_submodel(widths, model, kept)
     assert rows[:4].tolist() == ([0, 1, 2, 3] if whole else [0, 1, 4, 5])
     assert (small.attention.num_heads, small.attention.embed_dim) == ((1, 4) if whole else (2, 4))
 
@@ -41,7 +41,7 @@ def test_what_is_cut_of_heads(whole):
 def test_whole_heads_of_attention_by_hand():
     model = Encoder(4, 50, 12, 16, 1, 4)
     widths = trace(model, torch.randint(1, 50, (2, 12)), heads="whole")
-    small = build(widths, model, widths.prefix(0.5))
+    small = build_submodel(widths, model, widths.prefix(0.5))
     assert small.layers[0].attention.heads == 2
     assert small.layers[0].attention.q.weight.shape == (8, 8)
 
