@@ -105,7 +105,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     min_clients: int = Field(1, ge=1, description="valid replies that a round needs; with fewer the global model stays as it was")
     checkpoint_every: int = Field(1, ge=0, description="write a checkpoint every N rounds (0: never), for hfl resume")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")
-    cohorts: Literal["off", "on", "auto"] = Field(
+    vmap: Literal["off", "on", "auto"] = Field(
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
     )
     device: str = Field("cpu", description="where clients train and models are evaluated: cpu, cuda, cuda:0 …")
@@ -131,15 +131,15 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         return self
 
 
-def flag(field: str) -> str:
+def format_flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def sentence(error: ValidationError, options: type[BaseModel], prefix: str = "") -> str:
+def explain_validation_error(error: ValidationError, options: type[BaseModel], prefix: str = "") -> str:
     """One clear sentence for the first thing that pydantic refused; `prefix` names the plugin whose options they are."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"][:1])
-    shown = f"{prefix}{name}" if prefix else flag(name) if name else ""
+    shown = f"{prefix}{name}" if prefix else format_flag(name) if name else ""
     if first["type"] == "extra_forbidden":
         known = sorted(options.model_fields)
         return f"unknown option '{prefix}{name}'{nearest(name, known)} (known: {', '.join(known)})"
@@ -157,10 +157,10 @@ def resolve(values: dict[str, Any]) -> RunOptions:
     try:
         return RunOptions.model_validate(values)
     except ValidationError as error:
-        raise UsageError(sentence(error, RunOptions)) from error
+        raise UsageError(explain_validation_error(error, RunOptions)) from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
     """The values of a run file (TOML, keys as the command line's flags with _ for -)."""
     try:
         return tomllib.loads(path.read_text())
@@ -172,7 +172,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"run file '{path}' is not TOML: {error}") from error
 
 
-def write(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:
+def format_run_file(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:
     """The run file of `options`; with `plugins` (role.name -> options) the whole resolved set is spelt out."""
     values = options.model_dump(mode="json", exclude_none=True, exclude={"overwrite"})
     if plugins is not None:

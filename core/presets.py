@@ -36,13 +36,13 @@ def presets() -> dict[str, Preset]:
     """The experiments by name; those that only others are made from are not among them."""
     table = tomllib.loads(PATH.read_text())
     bases = {values["like"] for values in table.values() if "like" in values}
-    return {name: preset(name, inherited(table, name)) for name in table if name not in bases and "/" in name}
+    return {name: preset(name, resolve_inheritance(table, name)) for name in table if name not in bases and "/" in name}
 
 
-def inherited(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+def resolve_inheritance(table: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The settings of `name` over those of what it is like."""
     own = dict(table[name])
-    return over(inherited(table, own.pop("like")), own) if "like" in own else own
+    return over(resolve_inheritance(table, own.pop("like")), own) if "like" in own else own
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def preset(name: str, values: dict[str, Any]) -> Preset:
     return Preset(name, values.pop("about"), values.pop("unlike", ""), values)
 
 
-def find(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset of that name. Raises UsageError where there is none."""
     if name not in presets():
         raise UsageError(f"unknown preset '{name}'{nearest(name, presets())} (hfl presets lists them)")

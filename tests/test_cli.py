@@ -258,14 +258,14 @@ def test_listing_imports_nothing_heavy():
 
 
 def test_help_names_every_option():
-    from hetfl.config import RunOptions, flag
+    from hetfl.config import RunOptions, format_flag
 
     done = subprocess.run(
         [sys.executable, "-m", "hetfl.cli.main", "run", "--help"],
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "240", "TERMINAL_WIDTH": "240"},
     )  # fmt: skip
     assert done.returncode == 0
-    assert not [name for name in RunOptions.model_fields if flag(name) not in done.stdout]
+    assert not [name for name in RunOptions.model_fields if format_flag(name) not in done.stdout]
 
 
 @pytest.fixture

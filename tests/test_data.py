@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hetfl.config import DataOptions
-from hetfl.data.catalog import KNOWN, find
+from hetfl.data.catalog import KNOWN, find_dataset
 from hetfl.data.dataset import FederatedDataset
-from hetfl.data.loading import _fingerprint, load
-from hetfl.data.partition import Split, deal, spread
-from hetfl.data.tokens import hashed
+from hetfl.data.loading import fingerprint_split, load
+from hetfl.data.partition import Split, split_rows, stratified_order
+from hetfl.data.tokens import hash_tokens
 from hetfl.errors import UsageError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -177,7 +177,7 @@ def test_small_public_sets_hold_every_class(count):
 
 def test_every_beginning_of_a_spread_is_in_proportion():
     y = torch.tensor([0] * 80 + [1] * 19 + [2])
-    order = spread(y, torch.Generator().manual_seed(3))
+    order = stratified_order(y, torch.Generator().manual_seed(3))
     assert sorted(order.tolist()) == list(range(100))
     assert sorted(y[order[:3]].tolist()) == [0, 1, 2]
     assert y[order[:50]].bincount().tolist() in ([39, 10, 1], [40, 9, 1])
@@ -269,7 +269,7 @@ def test_fingerprint_covers_every_part_of_a_deal():
         {"holdout": [7]},
         {"test": [7]},
     )
-    prints = {_fingerprint("c", dealt()), _fingerprint("d", dealt()), *(_fingerprint("c", dealt(**c)) for c in changes)}
+    prints = {fingerprint_split(content, dealt()) for content in "cd"} | {fingerprint_split("c", dealt(**c)) for c in changes}
     assert len(prints) == len(changes) + 2
 
 
@@ -375,9 +375,9 @@ def test_short_names_are_looked_for_on_the_shelf(tmp_path, monkeypatch):
     federation = load(DataOptions(dataset="mnist", clients=1, partition="iid", server_data=0))
     values = (federation.test.x[:, 0, 0, 0] * 0.3081 + 0.1307) * 255
     assert values.round().int().tolist() == list(range(40))
-    assert find("ylecun/mnist").known is KNOWN["mnist"]
+    assert find_dataset("ylecun/mnist").known is KNOWN["mnist"]
     monkeypatch.delenv("HETFL_DATA")
-    assert find("mnist").hub == "ylecun/mnist"
+    assert find_dataset("mnist").hub == "ylecun/mnist"
 
 
 def hub(monkeypatch, answer, splits=None):
@@ -564,9 +564,9 @@ def test_files_that_cannot_be_used(tmp_path):
 def test_deal_is_the_same_for_every_order_of_calls():
     y = torch.arange(200).remainder(5)
     options = DataOptions(alpha=1, clients=4)
-    first = deal(options, y)
+    first = split_rows(options, y)
     torch.rand(7)
-    second = deal(options, y)
+    second = split_rows(options, y)
     assert all(map(torch.equal, first.train + first.own, second.train + second.own))
 
 
@@ -645,14 +645,14 @@ def test_ag_news_is_hashed(tmp_path):
 
 def test_hashed_tokens():
     """Same word, same id, whatever else is in the text; case does not count; padding is 0, the start token 1."""
-    ids = hashed(["A cat.", "the CAT sat on a mat today", ""], 5, 50)
+    ids = hash_tokens(["A cat.", "the CAT sat on a mat today", ""], 5, 50)
     assert ids.dtype == torch.int32
     assert ids[:, 0].tolist() == [1, 1, 1]
     assert ids[0, 2] == ids[1, 2]
     assert ids[0, 4] == 0
     assert ids[2, 1:].tolist() == [0, 0, 0, 0]
     assert bool((ids[1, 1:] >= 2).all())
-    assert int(hashed(["word"], 2, 8192)[0, 1]) == 2 + zlib.crc32(b"word") % 8190
+    assert int(hash_tokens(["word"], 2, 8192)[0, 1]) == 2 + zlib.crc32(b"word") % 8190
 
 
 def npz(folder: Path, name: str, **arrays) -> str:

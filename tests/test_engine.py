@@ -48,7 +48,7 @@ def test_a_stream_keeps_the_order_begins_with_the_dearest_and_never_runs_far_ahe
 
     items = list(enumerate(costs))
     found = []
-    for item in pool.stream(job, items, lambda item: item[1]):
+    for item in pool.imap_ordered(job, items, lambda item: item[1]):
         found.append(item)
         with lock:
             taken += 1
@@ -62,7 +62,7 @@ def test_a_stream_keeps_the_order_begins_with_the_dearest_and_never_runs_far_ahe
 def test_a_stream_raises_what_a_job_raised():
     pool = Pool(2)
     with pytest.raises(ZeroDivisionError):
-        list(pool.stream(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
+        list(pool.imap_ordered(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
     pool.close()
 
 
@@ -163,28 +163,28 @@ NETS = {
     counts=st.lists(st.integers(2, 23), min_size=2, max_size=4), epochs=st.integers(1, 3), batch=st.integers(2, 9),
     momentum=st.sampled_from([0.0, 0.9]), clip=st.sampled_from([0.0, 0.3]), optimizer=st.sampled_from(["sgd", "adam"]),
 )  # fmt: skip
-def test_a_cohort_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
+def test_a_vmap_group_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
     torch.manual_seed(0)
-    model = to_fast_layout(NETS[net]())
-    if not vectorized.has_batch_statistics(model):
+    model = to_fast_layout(NETS[net]().double())  # in single precision rounding may turn a ReLU or a maximum the other way
+    if not vectorized.allows_padding(model):
         counts = counts[:1] * len(counts)
-    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    x, y = torch.randn(40, 1, 6, 6).double(), torch.arange(40) % 3
     if net == "cnn":  # biases before a batch norm have no gradient but rounding, which Adam would blow up
         optimizer = "sgd"
     values = {"epochs": epochs, "batch_size": batch, "momentum": momentum, "clip": clip, "optimizer": optimizer, "lr": 0.01}
     options = resolve(values)
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
-    vectorized.train(model, members[::-1], options, 1, fixed)  # what another cohort leaves behind is to be gone
+    vectorized.train(model, members[::-1], options, 1, fixed)  # what another group leaves behind is to be gone
     together = vectorized.train(model, members, options, 1, fixed)
     for member, trained in zip(members, together, strict=True):
         wanted, loss = alone(model, member, options)
         assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)
         for name, tensor in wanted.items():
-            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-3, atol=2e-4), name
+            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-4, atol=1e-5), name
 
 
-def test_a_cohort_scores_as_its_clients_would_alone():
+def test_a_vmap_group_scores_as_its_clients_would_alone():
     torch.manual_seed(0)
     model = NETS["cnn"]()
     x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
@@ -200,9 +200,9 @@ def test_a_cohort_scores_as_its_clients_would_alone():
 RUN = {"extract": "heterofl", "aggregate": "overlap", "clients": 7, "partition": "dirichlet", "levels": "1:4,0.5:3", "rounds": 2}
 
 
-def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
-    off, on, other = (simulate(**RUN, cohorts=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
-    assert (off.cohort, on.cohort > 1) == (1, True)
+def test_vmap_groups_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
+    off, on, other = (simulate(**RUN, vmap=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
+    assert (off.vmap_clients, on.vmap_clients > 1) == (1, True)
     for name, tensor in off.server.state.items():
         assert torch.allclose(on.server.state[name], tensor, rtol=1e-3, atol=1e-4)
         assert torch.equal(on.server.state[name], other.server.state[name])
@@ -216,9 +216,9 @@ def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simul
     ({"extract": "fiarse", "aggregate": "overlap"}, "a plugin takes part in local training"),
     ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers or is recurrent"),
 ])  # fmt: skip
-def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
-    made = simulate(steps=0, cohorts="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
-    assert made.cohort == 1
+def test_who_cannot_train_in_vmap_groups_is_told_why(simulate, values, why):
+    made = simulate(steps=0, vmap="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
+    assert made.vmap_clients == 1
     assert any(why in note for note in made.server.notes)
 
 
@@ -230,8 +230,8 @@ def test_auto_is_a_rule_on_device_parameters_and_batch():
     assert vectorized.group_size(large, auto, (1, 28, 28), False) == 1
     assert vectorized.group_size(conv, auto, (1, 6, 6), False) > 1
     assert vectorized.group_size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
-    assert vectorized.group_size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
-    assert vectorized.group_size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
+    assert vectorized.group_size(large, resolve({"vmap": "on"}), (1, 28, 28), False) > 1
+    assert vectorized.group_size(small, resolve({"vmap": "off"}), (1, 6, 6), False) == 1
 
 
 def test_rows_are_appended_until_a_column_is_new(tmp_path):
@@ -243,9 +243,9 @@ def test_rows_are_appended_until_a_column_is_new(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "round,x\n1,\n2,\n3,0.5\n4,\n"
 
 
-@pytest.mark.parametrize("cohorts", ["off", "on"])
-def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, cohorts):
-    values = {"extract": "heterofl", "aggregate": "overlap", "cohorts": cohorts, "pretrain_steps": 0}
+@pytest.mark.parametrize("vmap", ["off", "on"])
+def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, vmap):
+    values = {"extract": "heterofl", "aggregate": "overlap", "vmap": vmap, "pretrain_steps": 0}
     plain, short = (simulate(**values, precision=precision) for precision in ("float32", "bf16"))
     assert not all(torch.equal(t, short.server.state[n]) for n, t in plain.server.state.items())
     for name, tensor in plain.server.state.items():
@@ -272,13 +272,13 @@ def test_a_gpu_comes_to_about_the_same(simulate, values):
 
 def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
     """A level that is the whole model, and what a client was sent and the round before tested, are not tested again."""
-    seen, whole = [], evaluation.examine
+    seen, whole = [], evaluation.score_batches
 
-    def examine(model, data, part):
+    def score_batches(model, data, part):
         seen.append(sum(p.numel() for p in model.parameters()))
         return whole(model, data, part)
 
-    monkeypatch.setattr(exams, "examine", examine)
+    monkeypatch.setattr(exams, "score_batches", score_batches)
     made = simulate(extract="heterofl", aggregate="overlap", levels="1,0.5,0.5", steps=1)
     pieces = -(-len(made.rounds.test) // (made.options.eval_batch_size * exams.PIECE))
     assert len(seen) == 4 * pieces  # in round 1: the new and the sent one of both levels

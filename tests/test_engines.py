@@ -24,7 +24,7 @@ from hetfl.training.task import Reply
 
 TINY = {
     "limit": 200, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False,
-    "cohorts": "off", "workers": 2,
+    "vmap": "off", "workers": 2,
 }  # fmt: skip
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.int8])
@@ -233,7 +233,7 @@ def test_an_unfit_flower_is_said_in_a_sentence(monkeypatch):
 def test_flowers_client_mods_work_on_submodels(tmp_path):
     from flwr.app import Message
 
-    from hetfl.config import write
+    from hetfl.config import format_run_file
     from hetfl.engines.flower.export import modes
     from hetfl.engines.flower_internals import number
     from hetfl.engines.local import context, node
@@ -241,7 +241,10 @@ def test_flowers_client_mods_work_on_submodels(tmp_path):
 
     made = prepare(resolve({**TINY, "extract": "heterofl", "aggregate": "overlap", "levels": "0.5:1"}), NoCallback())
     plan = made.server.select(lambda size: torch.arange((size + 1) // 2))
-    state, place = plan.take(made.server.state), NodeConfig(write(experiment.resolved(made), made.plugins.options()), tmp_path)
+    state, place = (
+        plan.take(made.server.state),
+        NodeConfig(format_run_file(experiment.resolved(made), made.plugins.options()), tmp_path),
+    )
     moved = []
     for mods in ([], [["LocalDpMod", 0.01, 0.0, 8.0, 1e-5], ["message_size_mod"], ["arrays_size_mod"]]):
         message = Message(RecordCodec().seal(Instruction(1, state, plan.sizes)), node(0), "train", group_id="1")

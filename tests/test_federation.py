@@ -15,7 +15,7 @@ from flwr.app import Message
 from typer.testing import CliRunner
 
 from hetfl.cli.main import app, main
-from hetfl.config import read, resolve
+from hetfl.config import read_run_file, resolve
 from hetfl.engines import node as remote
 from hetfl.engines.flower.client_app import client_app, is_allowed, refuse_not_allowed
 from hetfl.engines.flower.export import export
@@ -32,7 +32,7 @@ from hetfl.submodel import serialization
 
 MNIST = Path(os.environ.get("HETFL_DATA", "../shared/data")) / "mnist"
 
-SMALL = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
+SMALL = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "vmap": "off"}
 
 
 def words(values):
@@ -64,9 +64,9 @@ def test_width_groups_travel_as_json_and_nodes_build_no_whole_model(name, args):
 def test_an_exported_app_is_small_and_holds_no_package(tmp_path):
     folder = export(resolve({**SMALL, "extract": "fedconv"}), tmp_path / "app")
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 100_000
-    project = read(folder / "pyproject.toml")
+    project = read_run_file(folder / "pyproject.toml")
     assert project["project"]["dependencies"] == ["flwr>=1.41.0"]
-    assert read(folder / "hetfl_app" / "run.toml")["aggregate"] == "kld"
+    assert read_run_file(folder / "hetfl_app" / "run.toml")["aggregate"] == "kld"
     for half in ("server_app", "client_app"):
         assert len((folder / "hetfl_app" / f"{half}.py").read_text().splitlines()) < 10
 

@@ -324,7 +324,7 @@ def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks
         return reply
 
     monkeypatch.setattr(ClientRuntime, "train", answer)
-    made = simulate(extract="full", aggregate="overlap", cohorts="off", steps=1)
+    made = simulate(extract="full", aggregate="overlap", vmap="off", steps=1)
     (row,) = [r for r in made.rounds.client_rows if "fault" in r]
     assert row["client"] == 0
     assert re.search(fault, row["fault"])

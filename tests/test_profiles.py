@@ -71,7 +71,7 @@ def test_budget_reads_the_sliced_module(simulate):
     )
     width = float(made.rounds.client_rows[0]["level"])
     widths, model = made.server.widths, made.server.builder.model
-    counted = {r: cost.parameters(build(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
+    counted = {r: cost.count_parameters(build(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
     assert width == max(r for r, p in counted.items() if p <= 300)
     assert made.rounds.client_rows[0]["bottleneck"].startswith("parameters: ")
 
@@ -127,8 +127,8 @@ def test_bad_options_of_profiles_are_refused(plugin, options, said):
 
 
 def test_quantities():
-    assert [capacity.quantity(t) for t in ("256MB", "1.5 GB", "20M", "3e3", "7k")] == [256e6, 1.5e9, 20e6, 3e3, 7e3]
-    assert [capacity.ratio(t) for t in ("0.5", "1/4", "0.75^2")] == [0.5, 0.25, 0.5625]
+    assert [capacity.parse_quantity(t) for t in ("256MB", "1.5 GB", "20M", "3e3", "7k")] == [256e6, 1.5e9, 20e6, 3e3, 7e3]
+    assert [capacity.parse_ratio(t) for t in ("0.5", "1/4", "0.75^2")] == [0.5, 0.25, 0.5625]
 
 
 def test_masks_save_no_compute(simulate):
@@ -138,7 +138,7 @@ def test_masks_save_no_compute(simulate):
     assert plan.sizes == made.server.builder.full
     from hetfl.rounds.reporting import device_costs
 
-    real = Cost(*(cost.measure(made.server.builder.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
+    real = Cost(*(cost.measure_cost(made.server.builder.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
     row = device_costs(real, made.rounds._sent[1])
     assert row["MACs"] == real.macs
     assert row["memory"] == real.memory

@@ -21,7 +21,7 @@ Stored = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON-able facts
 _FORMAT = 2  # raise when what is stored under a key changes
 
 
-def cached(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
+def load_or_make(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
     """What `make` gives, read back from the cache where an undamaged file is kept there under (kind, key)."""
     folder = Path(os.environ.get("HETFL_CACHE") or os.path.expanduser("~/.cache/hetfl"))
     name = hashlib.blake2b(json.dumps([_FORMAT, key]).encode(), digest_size=16).hexdigest()

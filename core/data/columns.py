@@ -34,7 +34,7 @@ OWNERS = (
 INPUTS = ("features", "data", "image", "images", "inputs")
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     input: str
     label: str
     owner: str | None
@@ -45,24 +45,26 @@ class _Columns(NamedTuple):
         return list(dict.fromkeys([self.input, self.label, *owner]))
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _described(
-    source: DataLocation, tensors: dict[str, Tensor], classes: list[str], columns: _Columns, more: dict[str, Any]
+def describe_tensors(
+    source: DataLocation, tensors: dict[str, Tensor], classes: list[str], columns: Columns, more: dict[str, Any]
 ) -> Stored:
     """The tensors with the facts about them."""
     if "test.x" in tensors and tensors["x"].shape[1:] != tensors["test.x"].shape[1:]:
-        raise UsageError(f"train and test inputs of {source.name} differ in shape: {_shapes([tensors['x'], tensors['test.x']])}")
-    mean, std = ([], []) if more else _moments(tensors["x"])
+        raise UsageError(
+            f"train and test inputs of {source.name} differ in shape: {format_shapes([tensors['x'], tensors['test.x']])}"
+        )
+    mean, std = ([], []) if more else _channel_moments(tensors["x"])
     content = _content({name: tensor for name, tensor in tensors.items() if name != "ids"}, classes)
     named = {"input_column": columns.input, "label_column": columns.label, "id_column": columns.owner}
     found = {name: value for name, value in named.items() if value is not None}
     return tensors, {"classes": classes, "mean": mean, "std": std, "fingerprint": content, "columns": found, **more}
 
 
-def _shapes(inputs: list[Tensor]) -> str:
+def format_shapes(inputs: list[Tensor]) -> str:
     return " and ".join("x".join(map(str, x.shape[1:])) for x in inputs)
 
 
@@ -74,7 +76,7 @@ def _content(tensors: dict[str, Tensor], classes: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _moments(x: Tensor) -> tuple[list[float], list[float]]:
+def _channel_moments(x: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of (N, C, …), to 6 digits so that every machine has the same."""
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     square = torch.zeros_like(total)
@@ -87,7 +89,7 @@ def _moments(x: Tensor) -> tuple[list[float], list[float]]:
     return [float(f"{m:.6g}") for m in mean.tolist()], [float(f"{s:.6g}") or 1.0 for s in std.tolist()]
 
 
-def _numbered(source: DataLocation, column: str, parts: list[list[Any]]) -> tuple[list[str], list[Tensor]]:
+def number_values(source: DataLocation, column: str, parts: list[list[Any]]) -> tuple[list[str], list[Tensor]]:
     try:
         order = sorted({value for part in parts for value in part})
     except TypeError as error:

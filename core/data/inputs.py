@@ -33,7 +33,7 @@ class Inputs:
         return torch.randn(count, *self.shape, generator=generator)
 
 
-def default(inputs: Inputs) -> str:
+def default_model(inputs: Inputs) -> str:
     """The model a run takes for a data set of its own where none is named."""
     if inputs.vocab is not None:
         return "encoder"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def library(name: str) -> Any:
+def import_library(name: str) -> Any:
     """The module `name`, imported at first need: these take seconds, and some warn while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -18,7 +18,7 @@ def library(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def mute_output() -> Iterator[None]:
     """Keep the warnings and progress bars of the data libraries off the user's terminal."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

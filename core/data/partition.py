@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetfl.config import DataOptions
-from hetfl.data.lazy import library, quiet
+from hetfl.data.lazy import import_library, mute_output
 from hetfl.errors import UsageError
 from hetfl.rng import seed_of, stream
 
@@ -30,21 +30,21 @@ class Split:
     test: Tensor  # rows of the test split where there is one, else of the train split
 
 
-def deal(options: DataOptions, y: Tensor, test_y: Tensor | None = None, ids: Tensor | None = None) -> Split:
+def split_rows(options: DataOptions, y: Tensor, test_y: Tensor | None = None, ids: Tensor | None = None) -> Split:
     """Deal the rows of a train split with labels `y` (N,), and of its test split with labels `test_y` if it has one.
 
     `ids` (N,) number the owner of each row and are needed for a natural partition. Every draw belongs to a stream of
     `options.partition_seed`. Raises UsageError where the options cannot be met by these rows.
     """
-    test, rows = _global_test(options, y, test_y)
-    rows = _first(rows, options.limit, stream(options.partition_seed, "limit"))
-    tune, holdout, left = _public(options, y, rows)
-    clients = [left[part] for part in _parts(options, y[left], None if ids is None else ids[left])]
-    cuts = [_own_test(options, rows, client) for client, rows in enumerate(clients)]
+    test, rows = _split_global_test(options, y, test_y)
+    rows = _sample_rows(rows, options.limit, stream(options.partition_seed, "limit"))
+    tune, holdout, left = _split_public(options, y, rows)
+    clients = [left[part] for part in _partition_clients(options, y[left], None if ids is None else ids[left])]
+    cuts = [_split_own_test(options, rows, client) for client, rows in enumerate(clients)]
     return Split(tuple(train for train, _ in cuts), tuple(own for _, own in cuts), tune, holdout, test)
 
 
-def spread(y: Tensor, generator: torch.Generator) -> Tensor:
+def stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:
     """A random order (N,) whose every beginning has the classes of `y` (N,) in proportion, after one of each first."""
     order = torch.randperm(len(y), generator=generator)
     labels = y[order]
@@ -59,31 +59,31 @@ def _sorted(rows: Tensor) -> Tensor:
     return rows.sort().values
 
 
-def _first(rows: Tensor, limit: int | None, generator: torch.Generator) -> Tensor:
+def _sample_rows(rows: Tensor, limit: int | None, generator: torch.Generator) -> Tensor:
     return rows if limit is None else _sorted(rows[torch.randperm(len(rows), generator=generator)[:limit]])
 
 
-def _global_test(options: DataOptions, y: Tensor, test_y: Tensor | None) -> tuple[Tensor, Tensor]:
+def _split_global_test(options: DataOptions, y: Tensor, test_y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of the global test, and the rows of the train split that are left."""
     if test_y is not None:
         test, rest = torch.arange(len(test_y)), torch.arange(len(y))
     else:
-        order = spread(y, stream(options.partition_seed, "test"))
+        order = stratified_order(y, stream(options.partition_seed, "test"))
         size = max(1, round(_TEST_SHARE * len(y)))
         test, rest = order[:size], order[size:]
-    return _sorted(_first(test, options.limit, stream(options.partition_seed, "limit-test"))), _sorted(rest)
+    return _sorted(_sample_rows(test, options.limit, stream(options.partition_seed, "limit-test"))), _sorted(rest)
 
 
-def _public(options: DataOptions, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_public(options: DataOptions, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The server's rows to tune on, its holdout, and the clients' rows."""
-    size = _public_size(options, len(rows))
-    order = rows[spread(y[rows], stream(options.partition_seed, "public"))]
+    size = _count_public(options, len(rows))
+    order = rows[stratified_order(y[rows], stream(options.partition_seed, "public"))]
     held = min(max(1, round(options.server_holdout * size)), size - 1) if size else 0
-    public = order[:size][spread(y[order[:size]], stream(options.partition_seed, "holdout"))]
+    public = order[:size][stratified_order(y[order[:size]], stream(options.partition_seed, "holdout"))]
     return _sorted(public[: size - held]), _sorted(public[size - held :]), _sorted(order[size:])
 
 
-def _public_size(options: DataOptions, examples: int) -> int:
+def _count_public(options: DataOptions, examples: int) -> int:
     asked = options.server_data
     size = round(asked * examples) if asked < 1 else int(asked)
     of = f"--server-data {asked:g} of {examples} training examples"
@@ -94,26 +94,26 @@ def _public_size(options: DataOptions, examples: int) -> int:
     return size
 
 
-def _own_test(options: DataOptions, rows: Tensor, client: int) -> tuple[Tensor, Tensor]:
+def _split_own_test(options: DataOptions, rows: Tensor, client: int) -> tuple[Tensor, Tensor]:
     order = rows[torch.randperm(len(rows), generator=stream(options.partition_seed, "own-test", client=client))]
     size = min(round(options.own_test * len(rows)), len(rows) - 1)
     return _sorted(order[size:]), _sorted(order[:size])
 
 
-def _parts(options: DataOptions, y: Tensor, ids: Tensor | None) -> list[Tensor]:
+def _partition_clients(options: DataOptions, y: Tensor, ids: Tensor | None) -> list[Tensor]:
     """Positions in `y` of each client's examples."""
-    _check(options, y)
+    _check_options(options, y)
     order = torch.randperm(len(y), generator=stream(options.partition_seed, "clients"))  # the IID parts are blocks
     columns = {"idx": order.numpy(), "label": y[order].numpy()} | ({} if ids is None else {"id": ids[order].numpy()})
     try:
-        return _load_parts(_partitioner(options, len(y)), columns)
+        return _load_parts(_make_partitioner(options, len(y)), columns)
     except ValueError as error:
-        raise UsageError(_unmet(options, len(y))) from error
+        raise UsageError(_explain_failure(options, len(y))) from error
 
 
 def _load_parts(partitioner: Any, columns: dict[str, Any]) -> list[Tensor]:
-    with quiet():
-        partitioner.dataset = library("datasets").Dataset.from_dict(columns).with_format("numpy")
+    with mute_output():
+        partitioner.dataset = import_library("datasets").Dataset.from_dict(columns).with_format("numpy")
         count = partitioner.num_partitions
         parts = [_sorted(torch.as_tensor(partitioner.load_partition(i)[:]["idx"]).long()) for i in range(count)]
     together = torch.cat(parts)
@@ -122,8 +122,8 @@ def _load_parts(partitioner: Any, columns: dict[str, Any]) -> list[Tensor]:
     return parts
 
 
-def _partitioner(options: DataOptions, examples: int) -> Any:
-    module = library("flwr_datasets.partitioner")
+def _make_partitioner(options: DataOptions, examples: int) -> Any:
+    module = import_library("flwr_datasets.partitioner")
     clients, k, seed = options.clients, options.classes_per_client, seed_of(options.partition_seed, "partition")
     match options.partition:
         case "iid":
@@ -135,22 +135,22 @@ def _partitioner(options: DataOptions, examples: int) -> Any:
         case "shard":
             return module.ShardPartitioner(clients, "label", num_shards_per_partition=k, shuffle=False, seed=seed)
         case "quantity":
-            return module.SizePartitioner(_sizes(options, examples))
+            return module.SizePartitioner(_draw_sizes(options, examples))
         case "natural":
             return module.NaturalIdPartitioner("id")
 
 
-def _sizes(options: DataOptions, examples: int) -> list[int]:
+def _draw_sizes(options: DataOptions, examples: int) -> list[int]:
     """Sizes of clients that differ as a Dirichlet draw of concentration alpha does; each client has at least 2."""
     clients, spare = options.clients, examples - _SMALLEST * options.clients
     if spare < 0:
         raise UsageError(f"{examples} examples are too few for {clients} clients of at least {_SMALLEST}: lower --clients")
-    generator = library("numpy.random").default_rng(seed_of(options.partition_seed, "sizes"))
+    generator = import_library("numpy.random").default_rng(seed_of(options.partition_seed, "sizes"))
     ends = (generator.dirichlet([options.alpha] * clients).cumsum() * spare).round().astype(int).tolist()
     return [_SMALLEST + end - start for start, end in pairwise([0, *ends[:-1], spare])]
 
 
-def _check(options: DataOptions, y: Tensor) -> None:
+def _check_options(options: DataOptions, y: Tensor) -> None:
     """Refuse what can be told before the draw."""
     clients, k, n = options.clients, options.classes_per_client, len(y)
     if n == 0 or (options.partition != "natural" and clients > n):
@@ -164,7 +164,7 @@ def _check(options: DataOptions, y: Tensor) -> None:
         )
 
 
-def _unmet(options: DataOptions, examples: int) -> str:
+def _explain_failure(options: DataOptions, examples: int) -> str:
     clients = options.clients
     if options.partition == "dirichlet":
         return (

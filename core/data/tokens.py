@@ -14,7 +14,7 @@ PAD, START = 0, 1
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def hashed(texts: Sequence[str], tokens: int, vocab: int) -> Tensor:
+def hash_tokens(texts: Sequence[str], tokens: int, vocab: int) -> Tensor:
     """Token ids (N, tokens), int32: the start token, then one id in [2, vocab) for each word or mark, then padding.
 
     Words are lower-cased and hashed by CRC-32; two words may share an id.

@@ -85,7 +85,9 @@ class LocalGrid(Grid):
         def late(job: Job) -> list[Message]:
             return [Message(Error(LATE, f"it gave no answer within {limit:g} s"), reply_to=message) for message, _ in job.calls]
 
-        for job, replies in zip(jobs, self._pool.stream(self._crew.work, jobs, lambda job: job.cost, limit, late), strict=True):
+        for job, replies in zip(
+            jobs, self._pool.imap_ordered(self._crew.work, jobs, lambda job: job.cost, limit, late), strict=True
+        ):
             for (message, context), reply in zip(job.calls, replies, strict=True):
                 if not reply.has_error():
                     self._contexts[message.metadata.dst_node_id].state = context.state

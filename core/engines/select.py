@@ -32,11 +32,11 @@ class EngineContext:
     grid: Grid | None = None
 
 
-def grid(site: ClientRuntime, pool: Pool, cohort: int, resolved: str, where: EngineContext) -> LocalGrid | RemoteGrid:
+def grid(site: ClientRuntime, pool: Pool, vmap_clients: int, resolved: str, where: EngineContext) -> LocalGrid | RemoteGrid:
     """The grid of a run; `resolved` is its config.toml, from which other processes build the same."""
     options, clients = site.options, len(site.federation.clients)
     if options.engine == "local":
-        return LocalGrid(ThreadWorkers(client_app(site), site, pool.workers, cohort), clients, pool, options.timeout)
+        return LocalGrid(ThreadWorkers(client_app(site), site, pool.workers, vmap_clients), clients, pool, options.timeout)
     if options.engine == "processes":
         return LocalGrid(Processes(resolved, options.timeout), clients, pool)
     if options.engine == "flower":

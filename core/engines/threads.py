@@ -18,7 +18,7 @@ from hetfl.rounds.messages import Instruction
 from hetfl.training import vectorized
 from hetfl.training.evaluation import Score
 from hetfl.training.task import Reply
-from hetfl.training.vectorized import Member, Trained
+from hetfl.training.vectorized import Member, MemberResult
 
 SLIGHT = 1e7  # parameters x examples up to which several clients share a job
 
@@ -27,18 +27,18 @@ SHARES = 8  # jobs that a worker gets at least, where there are enough clients
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Some messages for one worker, in client order; with `cohort`, their clients train as one."""
+    """Some messages for one worker, in client order; with `vmap`, their clients train as one vmap group."""
 
     calls: list[Call]
     cost: float
-    cohort: bool = False
+    vmap: bool = False
 
 
 class ThreadWorkers:
-    """Answers messages for all clients of one process; `cohort` is how many clients may train as one."""
+    """Answers messages for all clients of one process; `vmap_clients` is how many clients may train as one."""
 
-    def __init__(self, app: ClientApp, site: ClientRuntime, workers: int, cohort: int = 1) -> None:
-        self._app, self._site, self._workers, self._cohort = app, site, workers, cohort
+    def __init__(self, app: ClientApp, site: ClientRuntime, workers: int, vmap_clients: int = 1) -> None:
+        self._app, self._site, self._workers, self._vmap_clients = app, site, workers, vmap_clients
         self._slight = SLIGHT if site.options.timeout is None else 0.0  # a client that may be given up has a job of its own
 
     def jobs(self, calls: Sequence[Call]) -> list[Job]:
@@ -47,8 +47,8 @@ class ThreadWorkers:
         for call in calls:
             shape = self._shape(call, known)
             alone.append(call) if shape is None else groups.setdefault(shape, []).append(call)
-        together = [g[i : i + self._cohort] for g in groups.values() for i in range(0, len(g), self._cohort)]
-        return self._chunks(alone) + [Job(g, sum(map(self._cost, g)), cohort=True) for g in together]
+        together = [g[i : i + self._vmap_clients] for g in groups.values() for i in range(0, len(g), self._vmap_clients)]
+        return self._chunks(alone) + [Job(g, sum(map(self._cost, g)), vmap=True) for g in together]
 
     def close(self) -> None:
         """Nothing is kept that outlives the threads."""
@@ -72,16 +72,16 @@ class ThreadWorkers:
         return float(len(self._train(call[1])) * sum(t.numel() for t in down.state.values()))
 
     def _shape(self, call: Call, known: dict[int, tuple[int, ...] | None]) -> object:
-        """What clients of one cohort have in common; None for a client that trains by itself. `known`: those of states seen."""
+        """What clients of one vmap group have in common; None for a client that trains by itself. `known`: those of states seen."""
         down = self._site.desk.peek(call[0].content)
-        if self._cohort < 2 or call[0].metadata.message_type != MessageType.TRAIN or not isinstance(down, Instruction):
+        if self._vmap_clients < 2 or call[0].metadata.message_type != MessageType.TRAIN or not isinstance(down, Instruction):
             return None
         if down.model or down.masks or down.local or down.up is not None or down.sizes is None:
             return None
         if id(down.state) not in known:
             model = self._site.builder.module(down.sizes)
             whole = down.state.keys() >= tensors(model).keys()
-            known[id(down.state)] = (*down.sizes.values(), vectorized.has_batch_statistics(model)) if whole else None
+            known[id(down.state)] = (*down.sizes.values(), vectorized.allows_padding(model)) if whole else None
         shape = known[id(down.state)]
         return shape and (shape, None if shape[-1] else len(self._train(call[1])))
 
@@ -90,7 +90,7 @@ class ThreadWorkers:
 
     def work(self, job: Job) -> list[Message]:
         """The replies of a job, in its clients' order; for a client that raises, an error with its traceback."""
-        if job.cohort and (replies := self._cohort_replies(job)):
+        if job.vmap and (replies := self._vmap_replies(job)):
             return replies
         return [self._reply(message, context) for message, context in job.calls]
 
@@ -102,7 +102,7 @@ class ThreadWorkers:
         except BaseException as error:
             return raised(message, error)
 
-    def _cohort_replies(self, job: Job) -> list[Message]:
+    def _vmap_replies(self, job: Job) -> list[Message]:
         """The replies of clients that train as one; none where that cannot be, and then each is to train by itself."""
         downs = [self._site.desk.peek(message.content) for message, _ in job.calls]
         try:
@@ -124,7 +124,7 @@ class ThreadWorkers:
         return replies
 
     def _examined(
-        self, members: Sequence[tuple[Instruction, Context]], trained: Sequence[Trained], replies: Sequence[Reply]
+        self, members: Sequence[tuple[Instruction, Context]], trained: Sequence[MemberResult], replies: Sequence[Reply]
     ) -> None:
         """Notes how each trained model does on its client's own test data."""
         own = [self._site.federation.clients[client_id(context)].test for _, context in members]

@@ -17,7 +17,7 @@ from hetfl.errors import UsageError
 from hetfl.models import factory, normalization
 from hetfl.profiling import cost as costs
 from hetfl.profiling.cost import Cost
-from hetfl.profiling.meter import free, step_seconds
+from hetfl.profiling.meter import free_memory, time_step
 from hetfl.rng import stream
 from hetfl.submodel.slicing import build
 from hetfl.submodel.tracing.groups import trace
@@ -60,8 +60,8 @@ def inspect_model(
     for ratio in levels:
         kept = widths.prefix(ratio)
         error = compared(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
-        rows.append(LevelReport(ratio, costs.measure(build(widths, model, kept), x, inputs.classes, batch), error))
-    return ModelReport(name, inputs, widths, members(widths), rows, seconds)
+        rows.append(LevelReport(ratio, costs.measure_cost(build(widths, model, kept), x, inputs.classes, batch), error))
+    return ModelReport(name, inputs, widths, list_members(widths), rows, seconds)
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ def measure_widths(
 ) -> list[WidthReport]:  # fmt: skip
     """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
     model, x = factory.build(name, args, inputs, 0), inputs.batch()
-    widths, allowed = trace(model, x), share * free()
+    widths, allowed = trace(model, x), share * free_memory()
     x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
     offers = []
     for ratio in levels:
         small = build(widths, model, widths.prefix(ratio))
-        spent, seconds = costs.measure(small, x, inputs.classes, batch), step_seconds(small, x, y)
+        spent, seconds = costs.measure_cost(small, x, inputs.classes, batch), time_step(small, x, y)
         over = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if spent.memory > allowed else []
         over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
         offers.append(WidthReport(ratio, spent, seconds, "; ".join(over)))
     return offers
 
 
-def members(widths: Widths) -> dict[str, list[str]]:
+def list_members(widths: Widths) -> dict[str, list[str]]:
     """For each group the dims of tensors that it cuts."""
     found: dict[str, list[str]] = {group.name: [] for group in widths.groups}
     for name, dims in widths.axes.items():
@@ -102,10 +102,10 @@ def members(widths: Widths) -> dict[str, list[str]]:
     return found
 
 
-def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
+def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
     """What to build `model` for: as given, else as `dataset` has it, else as the data set whose own model it is."""
     if shape is not None:
-        return Inputs(parsed(shape), classes or 10, vocab)
+        return Inputs(parse_shape(shape), classes or 10, vocab)
     name = dataset or next((short for short, known in KNOWN.items() if known.model == model), "cifar10")
     if name not in KNOWN:
         return loading.load(
@@ -116,7 +116,7 @@ def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int |
     return Inputs(found.shape, classes or found.classes, vocab or found.vocab)
 
 
-def parsed(shape: str) -> tuple[int, ...]:
+def parse_shape(shape: str) -> tuple[int, ...]:
     try:
         sides = tuple(int(side) for side in shape.split("x"))
     except ValueError:

@@ -13,7 +13,7 @@ from hetfl.data.dataset import Examples
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.submodel.plan import Plan, Selection, is_whole
-from hetfl.training.evaluation import Score, Seen, examine, total_score
+from hetfl.training.evaluation import BatchScore, Score, score_batches, sum_scores
 
 PIECE = 2  # batches of evaluation that one worker takes at a time
 
@@ -48,15 +48,15 @@ class Evaluator:
         jobs = [(c, piece) for c in fresh.values() for piece in pieces]
         tasks: list[Callable[[], object]] = [beside, *(partial(self._seen, *job) for job in jobs)]
         _, *found = self._server.pool.map(lambda task: task(), tasks)
-        seen: dict[tuple[int, int], list[Seen]] = {key: [] for key in fresh}
-        for (candidate, _), batches in zip(jobs, cast(list[list[Seen]], found), strict=True):
+        seen: dict[tuple[int, int], list[BatchScore]] = {key: [] for key in fresh}
+        for (candidate, _), batches in zip(jobs, cast(list[list[BatchScore]], found), strict=True):
             seen[candidate.key] += batches
-        scored = {key: (c, total_score(seen[key])) for key, c in fresh.items()}
+        scored = {key: (c, sum_scores(seen[key])) for key, c in fresh.items()}
         self._known = {c.key: scored.get(c.key) or self._known[c.key] for c in asked.values()}
         return {name: self._known[c.key][1] for name, c in asked.items()}
 
-    def _seen(self, candidate: EvalJob, piece: tuple[Tensor, ...]) -> list[Seen]:
+    def _seen(self, candidate: EvalJob, piece: tuple[Tensor, ...]) -> list[BatchScore]:
         plan, state = candidate.plan, candidate.source
         how = (None, None) if plan is None else (plan.sizes, plan.model)
         model = self._server.builder.loaded(state if plan is None else self._taken(plan, state), *how)
-        return examine(model, self._test, piece)
+        return score_batches(model, self._test, piece)

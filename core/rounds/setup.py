@@ -103,10 +103,10 @@ def sample(federation: FederatedDataset) -> Tensor:
 
 
 def resolve_defaults(
-    options: RunOptions, federation: FederatedDataset, plugins: PluginManager, policy: str, cohorts: str
+    options: RunOptions, federation: FederatedDataset, plugins: PluginManager, policy: str, vmap: str
 ) -> RunOptions:
     """`options` with every default that depended on the data or the plugins spelt out."""
     names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
     model = options.model or federation.model
-    found = {"aggregate": names["aggregate"], "model": model, "norm_policy": policy, "cohorts": cohorts, "levels": None}
+    found = {"aggregate": names["aggregate"], "model": model, "norm_policy": policy, "vmap": vmap, "levels": None}
     return options.model_copy(update={**found, **federation.preprocessing})

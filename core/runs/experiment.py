@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.data.dataset import FederatedDataset
 from hetfl.engines import select
 from hetfl.engines.local import LocalGrid
@@ -41,7 +41,7 @@ class Experiment:
     initial: State
     pretrained: State
     meter: Meter
-    cohort: int
+    vmap_clients: int
     seconds: dict[str, float]
     grid: LocalGrid | RemoteGrid = field(init=False)
 
@@ -74,12 +74,14 @@ def prepare(options: RunOptions, watch: Callback, moment: Snapshot | None = None
     desk = select.desk(options)
     rounds = Rounds(server, plugins, desk, federation.test, len(federation.clients), watch, common.meter)
     site = common.site(desk)
-    cohort, why = vmap_group_size(site, builder.model)
-    if why and options.cohorts == "on":
-        server.notes.append(f"clients train one by one, not in cohorts: {why}")
+    vmap_clients, why = vmap_group_size(site, builder.model)
+    if why and options.vmap == "on":
+        server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     seconds = {"pretrain": time.perf_counter() - began}
-    made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, cohort, seconds)
-    made.grid = select.grid(site, pool, cohort, write(resolved(made), plugins.options()), where or EngineContext(Path("memory")))
+    made = Experiment(options, federation, plugins, server, rounds, initial, pretrained, common.meter, vmap_clients, seconds)
+    made.grid = select.grid(
+        site, pool, vmap_clients, format_run_file(resolved(made), plugins.options()), where or EngineContext(Path("memory"))
+    )
     if moment is not None:
         snapshot.restore(made, moment)
     return made
@@ -95,11 +97,11 @@ def vmap_group_size(site: ClientRuntime, model: nn.Module) -> tuple[int, str | N
     if size < 2:
         return 1, "the model draws random numbers or is recurrent"
     test = site.federation.test
-    why = vectorized.stackable(copy.deepcopy(model), test.x[test.index[:2]].cpu())
+    why = vectorized.find_stacking_error(copy.deepcopy(model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
 
 
 def resolved(experiment: Experiment) -> RunOptions:
     """The options with every default that depended on the data or the plugins spelt out."""
-    cohorts = "on" if experiment.cohort > 1 else "off"
-    return setup.resolve_defaults(experiment.options, experiment.federation, experiment.plugins, experiment.rounds.policy, cohorts)
+    vmap = "on" if experiment.vmap_clients > 1 else "off"
+    return setup.resolve_defaults(experiment.options, experiment.federation, experiment.plugins, experiment.rounds.policy, vmap)

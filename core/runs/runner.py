@@ -9,7 +9,7 @@ from typing import Any, cast
 from flwr.serverapp import Grid
 from safetensors.torch import save
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
 from hetfl.rounds.messages import Row
 from hetfl.rounds.reporting import Callback
@@ -35,7 +35,7 @@ def run(
     if moment is None:
         folder.json("run.json", run_facts(experiment))
         folder.table("partition.csv", class_counts(experiment.federation))
-        folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
+        folder.write("config.toml", format_run_file(resolved(experiment), experiment.plugins.options()))
     recorder = RunRecorder(folder, experiment, watch)
     experiment.rounds.watch = recorder
     try:

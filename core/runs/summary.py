@@ -40,7 +40,7 @@ def preset_origin(options: RunOptions) -> dict[str, Any]:
     """The preset that a run began from, the hash of its settings, and which of them the run changed."""
     if options.preset is None:
         return {}
-    preset, now = presets.find(options.preset), options.model_dump(mode="json")
+    preset, now = presets.find_preset(options.preset), options.model_dump(mode="json")
     asked = resolve({**preset.values, "preset": preset.name}).model_dump(mode="json")
     changed = [name for name in preset.values if now[name] != asked[name]]
     return {"preset": {"name": preset.name, "sha256": preset.digest, "changed": changed}}

@@ -86,7 +86,7 @@ def refuse_bad(cells: Sequence[Trial]) -> None:
     from hetfl.hooks.loading import load_plugins
 
     for dataset in dict.fromkeys(cell.options.dataset for cell in cells):
-        catalog.find(dataset)
+        catalog.find_dataset(dataset)
     for cell in {(cell.extract, cell.aggregate, cell.point): cell for cell in cells}.values():
         with suppress(NotApplicable):
             load_plugins(cell.options)

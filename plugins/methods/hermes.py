@@ -124,7 +124,7 @@ def merged(patch: Patch, mean: Tensor, shared: Tensor) -> Patch:
 
 def strong(task: Task, ratio: float) -> dict[str, Tensor]:
     """The strongest channels of each group by the L2 norm of what makes them, so many that `ratio` of the whole group is left."""
-    strength = scores(task.builder.widths, task.padded(), plain_norms(task.model), 2)
+    strength = scores(task.builder.widths, task.pad_state(), plain_norms(task.model), 2)
     sizes = {name: min(size, unit_count(task.full_sizes[name], ratio)) for name, size in task.plan_sizes.items()}
     return {name: strongest(strength[name][: task.plan_sizes[name]], size) for name, size in sizes.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 import flwr.clientapp.mod
 import tomli_w
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.flower.client_app import OUTLINE, RUN
 from hetfl.errors import UsageError, unknown
 from hetfl.rounds import setup
@@ -54,7 +54,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     (package / "__init__.py").write_text("")
     for half, module in HALVES.items():
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
-    (package / RUN).write_text(write(settled(common), common.plugins.options()))
+    (package / RUN).write_text(format_run_file(settled(common), common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(outline(common, mods)))
     carry(options.model, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
