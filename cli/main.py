@@ -244,7 +244,7 @@ def gathered(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The values of a run: the command line's over the run file's over the preset's."""
     values = merge(config.read_run_file(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
     below = presets.find_preset(str(values["preset"])).values if values.get("preset") is not None else {}
-    return presets.over(below, values)
+    return config.merge_options(below, values)
 
 
 def check(options: RunOptions) -> None:

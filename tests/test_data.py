@@ -97,7 +97,7 @@ def parts(federation: FederatedDataset) -> list:
 def same(one: FederatedDataset, other: FederatedDataset) -> bool:
     pairs = zip(parts(one), parts(other), strict=True)
     equal = all(torch.equal(a.index, b.index) and all(map(torch.equal, a.all(), b.all())) for a, b in pairs)
-    return equal and torch.equal(one.counts, other.counts) and one.fingerprint == other.fingerprint
+    return equal and torch.equal(one.class_counts, other.class_counts) and one.fingerprint == other.fingerprint
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -147,12 +147,12 @@ def test_validation_stands_in_for_a_missing_test(tmp_path):
 
 def test_counts_and_labels_say_who_holds_what():
     federation = load(DataOptions(clients=6, partition="pathological", classes_per_client=3))
-    assert federation.counts.shape == (6, 10)
-    for client, counts in zip(federation.clients, federation.counts, strict=True):
+    assert federation.class_counts.shape == (6, 10)
+    for client, counts in zip(federation.clients, federation.class_counts, strict=True):
         assert client.train.all()[1].bincount(minlength=10).tolist() == counts.tolist()
-        assert client.labels.dtype == torch.bool
-        assert client.labels.nonzero().flatten().tolist() == sorted(set(client.train.all()[1].tolist()))
-        assert int(client.labels.sum()) <= 3
+        assert client.held_classes.dtype == torch.bool
+        assert client.held_classes.nonzero().flatten().tolist() == sorted(set(client.train.all()[1].tolist()))
+        assert int(client.held_classes.sum()) <= 3
         assert set(client.test.all()[1].tolist()) <= set(torch.cat([client.train.all()[1], client.test.all()[1]]).tolist())
 
 
@@ -184,8 +184,8 @@ def test_every_beginning_of_a_spread_is_in_proportion():
 
 
 def test_dirichlet_is_skewed_and_iid_is_not():
-    skewed = load(DataOptions(alpha=0.1, clients=5)).counts.double()
-    flat = load(DataOptions(partition="iid", clients=5)).counts.double()
+    skewed = load(DataOptions(alpha=0.1, clients=5)).class_counts.double()
+    flat = load(DataOptions(partition="iid", clients=5)).class_counts.double()
     share = lambda counts: (counts.max(1).values / counts.sum(1)).mean()  # noqa: E731
     assert share(skewed) > 0.25 > 0.2 > share(flat)
 
@@ -200,7 +200,7 @@ def test_natural_clients_are_the_people(numbered):
 
 def test_label_can_be_the_owner(numbered):
     federation = load(DataOptions(dataset=str(numbered), partition="natural", id_column="label"))
-    assert (federation.counts > 0).tolist() == torch.eye(4).bool().tolist()
+    assert (federation.class_counts > 0).tolist() == torch.eye(4).bool().tolist()
 
 
 def test_a_client_of_one_example_trains_on_it(tmp_path):
@@ -276,7 +276,7 @@ def test_fingerprint_covers_every_part_of_a_deal():
 @pytest.mark.parametrize("kind", ["dirichlet", "pathological", "shard"])
 def test_partition_seed_draws_the_skew_anew(numbered, kind):
     options = DataOptions(dataset=str(numbered), partition=kind, clients=6, alpha=1, server_data=0, own_test=0)
-    assert not torch.equal(load(options).counts, load(options.model_copy(update={"partition_seed": 1})).counts)
+    assert not torch.equal(load(options).class_counts, load(options.model_copy(update={"partition_seed": 1})).class_counts)
 
 
 def test_changed_files_are_read_again(tmp_path):

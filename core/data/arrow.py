@@ -17,20 +17,20 @@ from hetfl.data.cache import Stored
 from hetfl.data.catalog import DataLocation
 from hetfl.data.columns import LABELS, OWNERS, Columns, Progress, describe_tensors, first_line, format_shapes, number_values
 from hetfl.data.lazy import import_library, mute_output
-from hetfl.data.npz import decode_npz
 from hetfl.data.tokens import hash_tokens
 from hetfl.errors import UsageError, unknown
 
 
 def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
-    """Raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition)."""
-    progress(f"reading {source.name}" if source.files else f"asking the Hub for {source.hub}")
-    if source.files and source.files["train"][0].suffix == ".npz":
-        return decode_npz(source, options)
+    """The raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition), with facts.
+
+    x is (N, C, H, W) for images, (N, *shape) for numbers and (N, tokens) for text. Raises UsageError where columns or values do
+    not serve.
+    """
     with mute_output():
-        features, splits = _open_splits(source)
+        features, readers = _open_splits(source)
         columns = _choose_columns(source, options, features)
-        tables = {split: splits[split](columns.of(split)) for split in ("train", "test", "validation") if split in splits}
+        tables = {split: readers[split](columns.to_read(split)) for split in ("train", "test", "validation") if split in readers}
     if not len(tables["train"]):
         raise UsageError(f"the train split of {source.name} has no rows")
     test = next((tables[split] for split in ("test", "validation") if split in tables and len(tables[split])), None)
@@ -39,7 +39,7 @@ def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress)
 
 
 def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callable[[list[str]], Any]]]:
-    """The features of a data set, and for each split a way to read columns of it into one Arrow table."""
+    """The features of a data set, and for each split a function that reads columns of it into one Arrow table."""
     datasets = import_library("datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -52,11 +52,13 @@ def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callab
 
 
 def _read_hub(split: Any, columns: list[str]) -> Any:
+    """The columns of a split of `datasets` as one Arrow table."""
     return split.select_columns(columns).with_format("arrow")[:]
 
 
 @contextlib.contextmanager
 def _report_unreadable(file: Path) -> Iterator[Path]:
+    """Raises UsageError for whatever goes wrong while `file` is read."""
     try:
         yield file
     except (OSError, LookupError, TypeError, ValueError, import_library("pyarrow").ArrowException) as error:
@@ -64,6 +66,7 @@ def _report_unreadable(file: Path) -> Iterator[Path]:
 
 
 def _read_files(files: list[Path], columns: list[str]) -> Any:
+    """The columns of parquet files as one Arrow table."""
     tables = []
     for path in files:
         with _report_unreadable(path) as file:
@@ -94,6 +97,7 @@ def _load_hub_splits(name: str) -> dict[str, Any]:
 
 
 def _choose_columns(source: DataLocation, options: DataOptions, features: dict[str, Any]) -> Columns:
+    """The columns that the options name, else the known data set's, else the only ones of their kind. Raises UsageError."""
     known = source.known
 
     def choose(flag: str, asked: str | None, usual: str | None, what: str, found: list[str]) -> str:
@@ -119,6 +123,7 @@ def _choose_columns(source: DataLocation, options: DataOptions, features: dict[s
 
 
 def _label_columns(features: dict[str, Any]) -> list[str]:
+    """Columns that may be the label: class labels of a usual name, else all class labels, else whole numbers of a usual name."""
     classes = [name for name, feature in features.items() if hasattr(feature, "int2str")]
     named = [name for name in features if name.lower() in LABELS]
     whole = [name for name in named if str(getattr(features[name], "dtype", "")).lstrip("u").startswith("int")]
@@ -126,6 +131,7 @@ def _label_columns(features: dict[str, Any]) -> list[str]:
 
 
 def _is_image(feature: Any) -> bool:
+    """Whether a feature is an image: of `datasets`' own type, or a struct with encoded bytes."""
     return isinstance(feature, import_library("datasets").Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
@@ -145,6 +151,7 @@ def _is_numeric(feature: Any) -> bool:
 def _decode_tensors(
     source: DataLocation, options: DataOptions, columns: Columns, features: dict[str, Any], train: Any, test: Any
 ) -> Stored:
+    """The columns of the Arrow tables `train` and `test` (or None) as tensors, with the facts about them."""
     tables = {"": train} | ({} if test is None else {"test.": test})
     classes, labels = _decode_labels(source, columns.label, features[columns.label], list(tables.values()))
     tensors = {f"{part}y": y for part, y in zip(tables, labels, strict=True)}
@@ -161,6 +168,7 @@ def _decode_tensors(
 
 
 def _read_texts(source: DataLocation, column: str, table: Any) -> list[str]:
+    """The texts of a column. Raises UsageError where one is missing."""
     texts = table[column].to_pylist()
     if None in texts:
         raise UsageError(f"column '{column}' of {source.name} has missing values")
@@ -198,6 +206,7 @@ def _decode_inputs(source: DataLocation, column: str, feature: Any, chunks: Any)
 
 
 def _decode_numbers(where: str, array: Any) -> Tensor:
+    """An Arrow array of N (nested) lists of one shape as a tensor (N, *shape), uint8 or float32. Raises UsageError."""
     compute = import_library("pyarrow.compute")
     array, shape = getattr(array, "storage", array), [len(array)]
     while hasattr(array, "flatten") and hasattr(array.type, "value_type"):
@@ -213,6 +222,7 @@ def _decode_numbers(where: str, array: Any) -> Tensor:
 
 
 def _decode_images(where: str, entries: list[dict[str, Any]]) -> Tensor:
+    """Encoded images of one size as uint8 (N, C, H, W), C 1 where all are grey, else 3. Raises UsageError."""
     numpy, pillow = import_library("numpy"), import_library("PIL.Image")
     pixels = [numpy.asarray(_decode_image(pillow, where, entry)) for entry in entries]
     if len({array.ndim for array in pixels}) > 1:  # grey among coloured ones

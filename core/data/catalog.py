@@ -1,4 +1,4 @@
-"""Where a data set is: the data sets that have a short name, folders, files, the Hub."""
+"""The data sets that have a short name, and where a data set is: in a folder, a file or on the Hub."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class DatasetInfo:
 
     @property
     def text(self) -> bool:
+        """Whether the inputs are text."""
         return not self.shape
 
 
 def image_dataset(
     hub: str, label: str, shape: tuple[int, ...], classes: int, model: str, mean: Any, std: Any, **more: Any
 ) -> DatasetInfo:
+    """An image data set; `more` are further fields of DatasetInfo."""
     return DatasetInfo(hub, more.pop("input", "image"), label, shape, classes, model, mean, std, **more)
 
 
@@ -86,7 +88,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a data set is, before anything is read: parquet or npz files by split, or (without files) the Hub's `hub`."""
+    """Where a data set is, before anything is read: parquet or npz files by split, or the Hub's data set `hub`."""
 
     name: str
     identity: Any  # JSON-able; changes when the files do
@@ -104,9 +106,9 @@ def find_dataset(dataset: str) -> DataLocation:
     known = KNOWN.get(name)
     if name == "digits":
         return _locate_files(name, Path(__file__).parent / "digits", known)
-    shelf = os.environ.get("HETFL_DATA")
-    if shelf and re.fullmatch(r"\w[\w.-]*", name) and os.path.isdir(os.path.join(shelf, name)):
-        return _locate_files(name, Path(shelf) / name, known)
+    folder = os.environ.get("HETFL_DATA")
+    if folder and re.fullmatch(r"\w[\w.-]*", name) and os.path.isdir(os.path.join(folder, name)):
+        return _locate_files(name, Path(folder) / name, known)
     if known and not known.hub:
         raise UsageError(
             f"data set '{name}' cannot be downloaded: give its folder with --dataset PATH/{name}, or put it into $HETFL_DATA; "
@@ -118,6 +120,7 @@ def find_dataset(dataset: str) -> DataLocation:
 
 
 def _locate_unlisted(dataset: str) -> DataLocation:
+    """Where a data set without a short name is. Raises UsageError."""
     path = Path(os.path.expanduser(dataset))
     if dataset and os.path.exists(path):
         name = path.resolve().stem if os.path.isfile(path) else path.resolve().name
@@ -133,6 +136,7 @@ FORMATS = (".parquet", ".npz")
 
 
 def _locate_files(name: str, path: Path, known: DatasetInfo | None) -> DataLocation:
+    """The parquet files at `path`, a file or a folder, else its npz files, by split. Raises UsageError."""
     if path.is_file() and path.suffix not in FORMATS:
         raise UsageError(f"'{path}' is neither a parquet nor an npz file: --dataset takes one of these or a folder of them")
     found = [path] if path.is_file() else next((f for end in FORMATS if (f := sorted(path.rglob(f"*{end}")))), [])
@@ -148,15 +152,16 @@ def _locate_files(name: str, path: Path, known: DatasetInfo | None) -> DataLocat
 
 
 def _group_by_split(path: Path, found: list[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their names (or else their folders) say; all are train where none says anything."""
+    """The files by the split that their names, or else their folders, name; all are train where no name does."""
     files: dict[str, list[Path]] = {}
     for file in found:
-        said = [split for part in reversed(file.relative_to(path).parts) if (split := _find_split(part))]
-        files.setdefault(said[0] if said else "", []).append(file)
+        splits = [split for part in reversed(file.relative_to(path).parts) if (split := _find_split(part))]
+        files.setdefault(splits[0] if splits else "", []).append(file)
     return {"train": found} if list(files) == [""] else files
 
 
 def _find_split(name: str) -> str | None:
+    """The split that a name has as a word: train of train-00000-of-00001, None of trainer."""
     words = {"train": "training", "test": "testing|eval|evaluation", "validation": "valid|val|dev"}
     for split, others in words.items():
         if re.search(rf"(?<![a-z])({split}|{others})(?![a-z])", name.lower()):

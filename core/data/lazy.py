@@ -11,7 +11,7 @@ from typing import Any
 
 
 def import_library(name: str) -> Any:
-    """The module `name`, imported at first need: these take seconds, and some warn while they are imported."""
+    """The module `name`, imported when it is first needed: these take seconds, and some warn while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)
@@ -19,7 +19,7 @@ def import_library(name: str) -> Any:
 
 @contextlib.contextmanager
 def mute_output() -> Iterator[None]:
-    """Keep the warnings and progress bars of the data libraries off the user's terminal."""
+    """While it lasts, warnings and stderr (progress bars) are discarded."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -131,7 +131,7 @@ class ClientRuntime:
         down, holding = self._down(message), self._holding(context)
         if not len(holding.test):
             return {}
-        labels, size = holding.labels if down.held else None, self.options.eval_batch_size
+        labels, size = holding.held_classes if down.held else None, self.options.eval_batch_size
         model = self._model(down, context)
         if down.local:
             measure_statistics(model, holding.train.batches(size, None))
