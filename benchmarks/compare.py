@@ -159,7 +159,7 @@ def page(data: Result, command: str) -> str:
         f"Written by `{command}` on {data['when']}: {data['machine']} (shared with other jobs: trust the ratios),",
         f"{data['versions']}. {data['repeats']} repeats, contenders in turn, each alone in processes of its own.", "",
         *rows(data["works"]), "", "![ratios](performance/compare.png)", "", *averages(data["aggregate"]["milliseconds"]), "",
-        *servers(data["server"]["nets"]), "", *stacks(data["cohorts"]["cases"]), "", text,
+        *servers(data["server"]["nets"]), "", *stacks(data["vmap_groups"]["cases"]), "", text,
     ])  # fmt: skip
 
 
@@ -192,8 +192,8 @@ def stacks(cases: list[Result]) -> list[str]:
         f"| {r['net']} | {r['size']}x{r['size']} | {r['examples']} | {r['parameters']:,} | {r['alone']:.2f} | {r['together']:.2f} |"
         for r in cases
     ]
-    head = ["| net | input | examples | parameters | ms a client, alone | in cohorts of 32 |", "|---|---|---|---|---|---|"]
-    return ["## Cohorts", "", "One epoch of a client on one thread.", "", *head, *lines]
+    head = ["| net | input | examples | parameters | ms a client, alone | in vmap groups of 32 |", "|---|---|---|---|---|---|"]
+    return ["## vmap groups", "", "One epoch of a client on one thread.", "", *head, *lines]
 
 
 def picture(data: Result) -> None:
@@ -229,7 +229,7 @@ def main() -> None:
         for work in filter(None, given.works.split(",")):
             data["works"][work] = compare(work, 1 if work == "W-1000" else given.repeats)
             store.write_text(json.dumps(data, indent=1) + "\n")
-        for part in ("aggregate", "server", "cohorts"):
+        for part in ("aggregate", "server", "vmap_groups"):
             data[part] = run([*PYTHON, f"benchmarks.speed.{part}"], 400.0)
         store.write_text(json.dumps(data, indent=1) + "\n")
     picture(data)

@@ -25,7 +25,7 @@ from torch import nn
 from hetfl.data.inputs import Inputs
 from hetfl.models import factory
 from hetfl.models.zoo import ZOO
-from hetfl.profiling.inspection import inputs_of
+from hetfl.profiling.inspection import choose_inputs
 from hetfl.rng import stream
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.tracing.verify import compare_cut
@@ -116,7 +116,7 @@ def jobs(only: str | None) -> Iterator[tuple[str, str]]:
 def made(source: str, name: str) -> tuple[nn.Module, torch.Tensor]:
     """The model and an example batch."""
     if source == "zoo":
-        inputs, args, full = inputs_of(name, None, None, None, None), {}, name
+        inputs, args, full = choose_inputs(name, None, None, None, None), {}, name
     else:
         inputs, args, full = Inputs((3, side(source, name), side(source, name)), 10), arguments(source, name), f"{source}:{name}"
     if name in TEXT:

@@ -107,7 +107,7 @@ def crowd(rounds: int, share: float = 0.2) -> dict[str, Any]:
                        "extract": "lotteryfl", "wait": 5})  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         pool = Pool()
-        config = experiment.write(options.model_copy(update={"engine": "local", "out": None}))
+        config = experiment.format_run_file(options.model_copy(update={"engine": "local", "out": None}))
         nodes = Crowd(50, NodeConfig(config, Path(place) / "memory"), pool, 0)
 
         class Watch(NoCallback):

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from hetfl import config, presets, registry
 from hetfl.cli import render
 from hetfl.cli.render import Board, Live
-from hetfl.config import RunOptions, flag
+from hetfl.config import RunOptions, format_flag
 from hetfl.errors import RunError, UsageError, nearest, unknown
 from hetfl.runs.folder import RunFolder
 
@@ -63,7 +63,7 @@ def option(name: str, field: FieldInfo) -> signatures.Parameter:
     plain: Any = list[str] if listed else bool if kind is bool else str
     shown = f"{field.description}{choices(kind)}"
     default = "" if field.default in (None, (), {}) else f" [default: {field.default}]"
-    names = (f"{flag(name)}/--no-{name.replace('_', '-')}",) if kind is bool else (flag(name),)
+    names = (f"{format_flag(name)}/--no-{name.replace('_', '-')}",) if kind is bool else (format_flag(name),)
     declared = typer.Option(None, *names, help=(shown + default).replace("[", "\\["), show_default=False)
     return signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=declared, annotation=plain | None)
 
@@ -97,7 +97,7 @@ def run(
     folder = RunFolder(options.out or fresh(options)).open(options.overwrite)
     started = False
     try:
-        folder.write("config.toml", config.write(options))
+        folder.write("config.toml", config.format_run_file(options))
         with Live(options, folder.path) as watch:
             from hetfl.runs import runner
 
@@ -129,9 +129,9 @@ def resume(
         render.console.print(f"this run has ended; nothing is left to do in {path}", soft_wrap=True)
         render.summary(folder.read("summary.json"), path)
         return
-    values = config.read(path / "config.toml")
+    values = config.read_run_file(path / "config.toml")
     if (path / FEDERATION).exists():
-        carried_out(config.resolve({**config.read(path / "app" / "hetfl_app" / "run.toml"), "out": path}), folder)
+        carried_out(config.resolve({**config.read_run_file(path / "app" / "hetfl_app" / "run.toml"), "out": path}), folder)
         return
     if not values:
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
@@ -242,9 +242,9 @@ def followed(events: Iterator[dict[str, Any]], watch: Live) -> dict[str, Any]:
 
 def gathered(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The values of a run: the command line's over the run file's over the preset's."""
-    values = merge(config.read(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
-    below = presets.find(str(values["preset"])).values if values.get("preset") is not None else {}
-    return presets.over(below, values)
+    values = merge(config.read_run_file(file) if file else {}, {k: v for k, v in given.items() if v not in (None, [])})
+    below = presets.find_preset(str(values["preset"])).values if values.get("preset") is not None else {}
+    return config.merge_options(below, values)
 
 
 def check(options: RunOptions) -> None:
@@ -272,7 +272,7 @@ def merge(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for name in ("set", "model_args"):
         pairs = given.pop(name, [])
         if pairs:
-            file[name] = over(file.get(name, {}), [assignment(pair, flag(name)) for pair in pairs])
+            file[name] = over(file.get(name, {}), [assignment(pair, format_flag(name)) for pair in pairs])
     for name in LISTS:
         if name in given:
             given[name] = [part for item in given[name] for part in item.split(",")]
@@ -328,7 +328,7 @@ def inspect(
     ratios = numbers(levels)
     from hetfl.profiling import inspection
 
-    inputs = inspection.inputs_of(model, dataset, shape, classes, vocab)
+    inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
     args = arguments(model_args)
     render.survey(
         inspection.inspect_model(
@@ -356,7 +356,7 @@ def profile(
     ratios = numbers(levels)
     from hetfl.profiling import inspection
 
-    inputs = inspection.inputs_of(model, dataset, shape, classes, vocab)
+    inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
     args = arguments(model_args)
     render.offers(
         model, inspection.measure_widths(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share)
@@ -492,7 +492,7 @@ def list_presets(
     if name is None:
         render.presets(list(presets.presets().values()))
     else:
-        render.preset(presets.find(name))
+        render.preset(presets.find_preset(name))
 
 
 @app.command("list-plugins")

@@ -1,8 +1,9 @@
-"""Every option of a run, once: the command line, run files and `hfl run --help` are all made from these fields."""
+"""Every option of a run, once: the command line, run files and `hfl run --help` are all made from these fields; torch-free."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from hetfl.errors import UsageError, nearest
 
 
 class Options(BaseModel):
+    """Options that know no others, cannot be changed and take no infinite number."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -33,7 +36,7 @@ class DataOptions(Options):
     vocab: int = Field(8192, ge=3, description="text: number of token ids that words are hashed to")
     clients: int = Field(10, ge=1, description="number of clients")
     partition: Literal["iid", "dirichlet", "pathological", "shard", "quantity", "natural"] = Field(
-        "dirichlet", description="how training examples are dealt out"
+        "dirichlet", description="how training examples are divided among clients"
     )
     alpha: float = Field(
         0.3, gt=0, description="Dirichlet concentration (of classes, or sizes: quantity); small is skewed, 10000 nearly IID"
@@ -105,7 +108,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     min_clients: int = Field(1, ge=1, description="valid replies that a round needs; with fewer the global model stays as it was")
     checkpoint_every: int = Field(1, ge=0, description="write a checkpoint every N rounds (0: never), for hfl resume")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")
-    cohorts: Literal["off", "on", "auto"] = Field(
+    vmap: Literal["off", "on", "auto"] = Field(
         "auto", description="clients of one submodel shape train as one stacked model; auto: where a fixed rule says that it pays"
     )
     device: str = Field("cpu", description="where clients train and models are evaluated: cpu, cuda, cuda:0 …")
@@ -131,15 +134,26 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         return self
 
 
-def flag(field: str) -> str:
+def format_flag(field: str) -> str:
+    """The flag of a field: --batch-size of batch_size."""
     return "--" + field.replace("_", "-")
 
 
-def sentence(error: ValidationError, options: type[BaseModel], prefix: str = "") -> str:
-    """One clear sentence for the first thing that pydantic refused; `prefix` names the plugin whose options they are."""
+def merge_options(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `more` over it, table by table; neither is changed.
+
+    {"set": {"a": {"x": 1, "y": 2}}} and {"set": {"a": {"x": 3}}} give {"set": {"a": {"x": 3, "y": 2}}}. Where one of two values is
+    no table, that of `more` counts.
+    """
+    both = {k: merge_options(base[k], v) for k, v in more.items() if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)}
+    return {**base, **more, **both}
+
+
+def explain_validation_error(error: ValidationError, options: type[BaseModel], prefix: str = "") -> str:
+    """One sentence for the first thing that pydantic refused; `prefix` ("fjord.") names the plugin whose options they are."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"][:1])
-    shown = f"{prefix}{name}" if prefix else flag(name) if name else ""
+    shown = f"{prefix}{name}" if prefix else format_flag(name) if name else ""
     if first["type"] == "extra_forbidden":
         known = sorted(options.model_fields)
         return f"unknown option '{prefix}{name}'{nearest(name, known)} (known: {', '.join(known)})"
@@ -147,21 +161,23 @@ def sentence(error: ValidationError, options: type[BaseModel], prefix: str = "")
     return f"{shown}: {message} (got {first['input']!r})" if name else message
 
 
-def unknown_option(name: str) -> UsageError:
-    """The sentence for what is no option of a run."""
-    return UsageError(f"unknown option '{name}'{nearest(name, RunOptions.model_fields)}; plugin options are given as plugin.option")
+def check_option(name: str) -> None:
+    """Raises UsageError, with the nearest known name, where no option of a run has that name."""
+    if name not in RunOptions.model_fields:
+        known = nearest(name, RunOptions.model_fields)
+        raise UsageError(f"unknown option '{name}'{known}; plugin options are given as plugin.option")
 
 
-def resolve(values: dict[str, Any]) -> RunOptions:
-    """The options of a run from plain values, or a UsageError that says which one is wrong and what is allowed."""
+def resolve(values: Mapping[str, Any]) -> RunOptions:
+    """The options of a run from plain values. Raises UsageError, which says what is wrong and what is allowed."""
     try:
         return RunOptions.model_validate(values)
     except ValidationError as error:
-        raise UsageError(sentence(error, RunOptions)) from error
+        raise UsageError(explain_validation_error(error, RunOptions)) from error
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The values of a run file (TOML, keys as the command line's flags with _ for -)."""
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The values of a run file: TOML, keys as the command line's flags with _ for -. Raises UsageError."""
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -172,13 +188,12 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"run file '{path}' is not TOML: {error}") from error
 
 
-def write(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:
-    """The run file of `options`; with `plugins` (role.name -> options) the whole resolved set is spelt out."""
+def format_run_file(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:
+    """The text of a run file of `options`; `plugins` are those in use with all their options, by "role.name"."""
     values = options.model_dump(mode="json", exclude_none=True, exclude={"overwrite"})
     if plugins is not None:
-        values["set"] = {role: {name: {k: v for k, v in o.items() if v is not None}} for role, name, o in _split(plugins)}
+        values["set"] = {}
+        for key, given in plugins.items():
+            role, name = key.split(".", 1)
+            values["set"].setdefault(role, {})[name] = {k: v for k, v in given.items() if v is not None}
     return tomli_w.dumps(values)
-
-
-def _split(plugins: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
-    return [(*key.split(".", 1), options) for key, options in plugins.items()]  # type: ignore[misc]

@@ -14,45 +14,48 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-AHEAD = 8  # jobs for each worker that may be under way or done and not yet taken
+AHEAD = 8  # jobs for each worker that may be running, or finished and not yet consumed
 
 In = TypeVar("In")
 
 Out = TypeVar("Out")
 
+Value = TypeVar("Value")
+
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Job:
-    """A job for a worker; `late` once nobody waits for it any more."""
+    """One call of `function` on `item`; `late` once its caller has given up waiting for the result."""
 
-    def __init__(self, job: Callable[[Any], Any], item: Any) -> None:
-        self.job, self.item, self.future = job, item, Future[Any]()
-        self.began: float | None = None
+    def __init__(self, function: Callable[[Any], Any], item: Any) -> None:
+        self.function, self.item, self.future = function, item, Future[Any]()
+        self.started: float | None = None  # time.monotonic()
         self.late = False
 
     def run(self) -> None:
-        self.began = time.monotonic()
+        self.started = time.monotonic()
         try:
-            self.future.set_result(self.job(self.item))
+            self.future.set_result(self.function(self.item))
         except BaseException as error:
             self.future.set_exception(error)
 
     def result(self, limit: float | None) -> Any:
-        """What came of it. Raises NotYetError when it takes longer than `limit` seconds from its beginning."""
+        """The result. Raises NotYetError when the job takes longer than `limit` seconds from its start; waiting in the queue does
+        not count."""
         if limit is None:
             return self.future.result()
         while True:
-            left = limit if self.began is None else self.began + limit - time.monotonic()
+            left = limit if self.started is None else self.started + limit - time.monotonic()
             try:
                 return self.future.result(max(0.001, left))
             except NotYetError:
                 if self.future.done():
                     continue
-                if self.began is not None and time.monotonic() - self.began >= limit:
+                if self.started is not None and time.monotonic() - self.started >= limit:
                     self.late = True
                     raise
 
@@ -63,73 +66,75 @@ class Pool:
     def __init__(self, workers: int | None = None) -> None:
         self.workers, self._closed = workers or cores(), False
         torch.set_num_threads(1)
-        self._turns: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         for _ in range(self.workers):
-            self._hire()
+            self._start_thread()
 
-    def _hire(self) -> None:
-        """A worker more. It is a daemon, so that one that never comes back does not keep the program from ending."""
-        threading.Thread(target=self._work, name="hetfl", daemon=True).start()
+    def _start_thread(self) -> None:
+        """Starts one more worker thread: a daemon, so that a job that never ends does not keep the program from ending."""
+        threading.Thread(target=self._run_jobs, name="hetfl", daemon=True).start()
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         torch.set_num_threads(1)
-        while (turn := self._turns.get()) is not None:
-            turn.run()
-            if turn.late:
-                return  # somebody has been hired in its place
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            if job.late:
+                return  # a replacement thread was started when the job was given up
 
-    def _submit(self, job: Callable[[In], Out], item: In) -> Job:
+    def _submit(self, function: Callable[[In], Out], item: In) -> Job:
         if self._closed:
-            raise RuntimeError("the workers have been sent home")
-        turn = Job(job, item)
-        self._turns.put(turn)
-        return turn
+            raise RuntimeError("the pool is closed")
+        job = Job(function, item)
+        self._jobs.put(job)
+        return job
 
-    def map(self, job: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-        """`[job(x) for x in items]`, several at a time; the first exception is raised when all have ended."""
-        turns = [self._submit(job, item) for item in items]
-        return [turn.future.result() for turn in turns]
+    def map(self, function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
+        """`[function(x) for x in items]`, several at a time; an exception is raised once the items before it are done."""
+        jobs = [self._submit(function, item) for item in items]
+        return [job.future.result() for job in jobs]
 
-    def stream(
-        self, job: Callable[[In], Out], items: Sequence[In], cost: Callable[[In], float],
+    def imap_ordered(
+        self, function: Callable[[In], Out], items: Sequence[In], cost: Callable[[In], float],
         limit: float | None = None, late: Callable[[In], Out] | None = None,
     ) -> Iterator[Out]:  # fmt: skip
-        """`job(x)` for x in items, in their order, each as soon as it and those before it are there.
+        """Yields `function(x)` for x in `items`, in their order, each as soon as it and those before it are finished.
 
-        Of the next `AHEAD` items for each worker the dearest begin first, so that no worker ends long after the others; no more
-        than these are under way or wait to be taken. A job that takes more than `limit` seconds is given up, for `late(x)`.
+        Items are started in windows of `AHEAD` times the workers, the most expensive by `cost` first within each window, so that
+        no worker ends long after the others; never more than one window is running or waits to be consumed. A job that takes more
+        than `limit` seconds is given up: `late(x)` is yielded in its place.
         """
         ahead = AHEAD * self.workers
         windows = [range(start, min(start + ahead, len(items))) for start in range(0, len(items), ahead)]
         order = iter([i for window in windows for i in sorted(window, key=lambda i: -cost(items[i]))])
-        turns = {i: self._submit(job, items[i]) for i in itertools.islice(order, ahead)}
+        jobs = {i: self._submit(function, items[i]) for i in itertools.islice(order, ahead)}
         for i in range(len(items)):
             try:
-                done = turns.pop(i).result(limit)
+                result = jobs.pop(i).result(limit)
             except NotYetError:
                 assert late is not None
-                self._hire()
-                done = late(items[i])
-            yield done
-            turns |= {i: self._submit(job, items[i]) for i in itertools.islice(order, 1)}
+                self._start_thread()
+                result = late(items[i])
+            yield result
+            jobs |= {i: self._submit(function, items[i]) for i in itertools.islice(order, 1)}
 
     def close(self) -> None:
+        """Lets the threads end once the jobs submitted so far are done; further jobs are refused."""
         self._closed = True
         for _ in range(self.workers):
-            self._turns.put(None)
+            self._jobs.put(None)
 
 
-class ThreadCache(Generic[Out]):
-    """For each thread the `size` values that it used last, by key; what one thread gets, no other does."""
+class ThreadCache(Generic[Value]):
+    """For each thread its own values by key, of which the `size` last used stay (LRU): what one thread gets no other one uses."""
 
     def __init__(self, size: int) -> None:
         self._size, self._local = size, threading.local()
 
-    def get(self, key: Hashable, make: Callable[[], Out]) -> Out:
-        """This thread's value for `key`, from `make` where it has none; the least recently used value goes for a new one."""
-        values: dict[Hashable, Out] = self._local.__dict__.setdefault("values", {})
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """This thread's value for `key`, made where there is none."""
+        values: dict[Hashable, Value] = self._local.__dict__.setdefault("values", {})
         value = values.pop(key) if key in values else make()
-        values[key] = value  # dicts keep the order of insertion: the first is the least recently used
+        values[key] = value  # dicts keep the order of insertion: the first key is the least recently used
         if len(values) > self._size:
             del values[next(iter(values))]
         return value

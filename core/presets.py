@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from hetfl.config import merge_options
+from hetfl.digest import digest_json
 from hetfl.errors import UsageError, nearest
 from hetfl.files import find_resource
 
@@ -28,7 +28,7 @@ class Preset:
     @property
     def digest(self) -> str:
         """SHA-256 of the settings: equal in two runs that began from the same ones."""
-        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+        return digest_json(self.values)
 
 
 @cache
@@ -36,26 +36,17 @@ def presets() -> dict[str, Preset]:
     """The experiments by name; those that only others are made from are not among them."""
     table = tomllib.loads(PATH.read_text())
     bases = {values["like"] for values in table.values() if "like" in values}
-    return {name: preset(name, inherited(table, name)) for name in table if name not in bases and "/" in name}
+    found = {name: resolve_inheritance(table, name) for name in table if name not in bases and "/" in name}
+    return {name: Preset(name, values.pop("about"), values.pop("unlike", ""), values) for name, values in found.items()}
 
 
-def inherited(table: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of `name` over those of what it is like."""
+def resolve_inheritance(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of `name` over those of the preset that it names as `like`, and so on."""
     own = dict(table[name])
-    return over(inherited(table, own.pop("like")), own) if "like" in own else own
+    return merge_options(resolve_inheritance(table, own.pop("like")), own) if "like" in own else own
 
 
-def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees of settings as one, `above` first."""
-    tables = {k: over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
-    return {**below, **above, **tables}
-
-
-def preset(name: str, values: dict[str, Any]) -> Preset:
-    return Preset(name, values.pop("about"), values.pop("unlike", ""), values)
-
-
-def find(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset of that name. Raises UsageError where there is none."""
     if name not in presets():
         raise UsageError(f"unknown preset '{name}'{nearest(name, presets())} (hfl presets lists them)")

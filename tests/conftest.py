@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hetfl.config import read, resolve
+from hetfl.config import read_run_file, resolve
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
@@ -88,7 +88,7 @@ def equal(a, b):
 
 def go_on(path):
     watch = Stopping(None)
-    options = resolve({**read(path / "config.toml"), "out": path})
+    options = resolve({**read_run_file(path / "config.toml"), "out": path})
     runner.resume_run(options, RunFolder(path), watch)
     return watch
 

@@ -25,7 +25,7 @@ def test_a_stream_keeps_the_order_begins_with_the_dearest_and_never_runs_far_ahe
 
     items = list(enumerate(costs))
     found = []
-    for item in pool.stream(job, items, lambda item: item[1]):
+    for item in pool.imap_ordered(job, items, lambda item: item[1]):
         found.append(item)
         with lock:
             taken += 1
@@ -39,5 +39,5 @@ def test_a_stream_keeps_the_order_begins_with_the_dearest_and_never_runs_far_ahe
 def test_a_stream_raises_what_a_job_raised():
     pool = Pool(2)
     with pytest.raises(ZeroDivisionError):
-        list(pool.stream(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
+        list(pool.imap_ordered(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
     pool.close()

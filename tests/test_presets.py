@@ -41,11 +41,11 @@ def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
     found = json.loads((tmp_path / "r" / "run.json").read_text())["preset"]
     assert found == {
         "name": "heflwr/mnist-iid-fjord",
-        "sha256": presets.find("heflwr/mnist-iid-fjord").digest,
+        "sha256": presets.find_preset("heflwr/mnist-iid-fjord").digest,
         "changed": ["rounds", "dataset"],
     }
     with pytest.raises(UsageError, match=r"did you mean 'heflwr/mnist-iid-fjord'\? \(hfl presets lists them\)"):
-        presets.find("heflwr/mnist-iid-fjor")
+        presets.find_preset("heflwr/mnist-iid-fjor")
 
 
 def test_settings_are_laid_over_each_other():

@@ -15,69 +15,72 @@ from torch import Tensor
 from hetfl.config import DataOptions
 from hetfl.data.cache import Stored
 from hetfl.data.catalog import DataLocation
-from hetfl.data.columns import LABELS, OWNERS, Progress, _Columns, _described, _line, _numbered, _shapes
-from hetfl.data.lazy import library, quiet
-from hetfl.data.npz import arrays
-from hetfl.data.tokens import hashed
+from hetfl.data.columns import LABELS, OWNERS, Columns, Progress, describe_tensors, first_line, format_shapes, number_values
+from hetfl.data.lazy import import_library, mute_output
+from hetfl.data.tokens import hash_tokens
 from hetfl.errors import UsageError, unknown
 
 
-def decoded(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
-    """Raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition)."""
-    progress(f"reading {source.name}" if source.files else f"asking the Hub for {source.hub}")
-    if source.files and source.files["train"][0].suffix == ".npz":
-        return arrays(source, options)
-    with quiet():
-        features, splits = _opened(source)
-        columns = _columns(source, options, features)
-        tables = {split: splits[split](columns.of(split)) for split in ("train", "test", "validation") if split in splits}
+def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
+    """The raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition), with facts.
+
+    x is (N, C, H, W) for images, (N, *shape) for numbers and (N, tokens) for text. Raises UsageError where columns or values do
+    not serve.
+    """
+    with mute_output():
+        features, readers = _open_splits(source)
+        columns = _choose_columns(source, options, features)
+        tables = {split: readers[split](columns.to_read(split)) for split in ("train", "test", "validation") if split in readers}
     if not len(tables["train"]):
         raise UsageError(f"the train split of {source.name} has no rows")
     test = next((tables[split] for split in ("test", "validation") if split in tables and len(tables[split])), None)
     progress(f"decoding {sum(map(len, tables.values())):,} examples of {source.name} (once)")
-    return _tensors(source, options, columns, features, tables["train"], test)
+    return _decode_tensors(source, options, columns, features, tables["train"], test)
 
 
-def _opened(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callable[[list[str]], Any]]]:
-    """The features of a data set, and for each split a way to read columns of it into one Arrow table."""
-    datasets = library("datasets")
+def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callable[[list[str]], Any]]]:
+    """The features of a data set, and for each split a function that reads columns of it into one Arrow table."""
+    datasets = import_library("datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     if source.files is None:
-        splits = _hub(source.hub)
+        splits = _load_hub_splits(source.hub)
         return splits["train"].features, {name: partial(_read_hub, split) for name, split in splits.items()}
-    with _readable(source.files["train"][0]) as file:
-        features = datasets.Features.from_arrow_schema(library("pyarrow.parquet").read_schema(file))
+    with _report_unreadable(source.files["train"][0]) as file:
+        features = datasets.Features.from_arrow_schema(import_library("pyarrow.parquet").read_schema(file))
     return features, {split: partial(_read_files, files) for split, files in source.files.items()}
 
 
 def _read_hub(split: Any, columns: list[str]) -> Any:
+    """The columns of a split of `datasets` as one Arrow table."""
     return split.select_columns(columns).with_format("arrow")[:]
 
 
 @contextlib.contextmanager
-def _readable(file: Path) -> Iterator[Path]:
+def _report_unreadable(file: Path) -> Iterator[Path]:
+    """Raises UsageError for whatever goes wrong while `file` is read."""
     try:
         yield file
-    except (OSError, LookupError, TypeError, ValueError, library("pyarrow").ArrowException) as error:
-        raise UsageError(f"'{file}' cannot be read as parquet: {_line(error)}") from error
+    except (OSError, LookupError, TypeError, ValueError, import_library("pyarrow").ArrowException) as error:
+        raise UsageError(f"'{file}' cannot be read as parquet: {first_line(error)}") from error
 
 
 def _read_files(files: list[Path], columns: list[str]) -> Any:
+    """The columns of parquet files as one Arrow table."""
     tables = []
     for path in files:
-        with _readable(path) as file:
-            parquet = library("pyarrow.parquet").ParquetFile(file)
+        with _report_unreadable(path) as file:
+            parquet = import_library("pyarrow.parquet").ParquetFile(file)
             if lacking := [column for column in columns if column not in parquet.schema_arrow.names]:
                 raise ValueError(f"it has no column '{lacking[0]}'")
             tables.append(parquet.read(columns).select(columns))
-    with _readable(files[0].parent):
-        return library("pyarrow").concat_tables(tables)
+    with _report_unreadable(files[0].parent):
+        return import_library("pyarrow").concat_tables(tables)
 
 
-def _hub(name: str) -> dict[str, Any]:
+def _load_hub_splits(name: str) -> dict[str, Any]:
     """The splits of a Hub data set, downloaded or from the cache of `datasets`."""
-    hub, datasets = library("huggingface_hub"), library("datasets")
+    hub, datasets = import_library("huggingface_hub"), import_library("datasets")
     instead = "; the folder of a local copy can be given instead"
     try:
         revision = None if hub.is_offline_mode() else hub.HfApi().dataset_info(name, timeout=10).sha
@@ -85,15 +88,16 @@ def _hub(name: str) -> dict[str, Any]:
     except hub.errors.RepositoryNotFoundError as error:
         raise UsageError(f"the Hub has no data set '{name}' that is open to you{instead}") from error
     except Exception as error:  # whatever httpx, the Hub's client or a data set's files can raise
-        lost = isinstance(error, OSError | library("httpx").TransportError)
-        why = f"there is no such folder here and the Hub could not be reached ({_line(error)})" if lost else _line(error)
+        lost = isinstance(error, OSError | import_library("httpx").TransportError)
+        why = f"there is no such folder here and the Hub could not be reached ({first_line(error)})" if lost else first_line(error)
         raise UsageError(f"cannot load data set '{name}': {why}{instead}") from error
     if "train" not in splits:
         raise UsageError(f"data set '{name}' has no train split (it has {', '.join(splits)})")
     return splits
 
 
-def _columns(source: DataLocation, options: DataOptions, features: dict[str, Any]) -> _Columns:
+def _choose_columns(source: DataLocation, options: DataOptions, features: dict[str, Any]) -> Columns:
+    """The columns that the options name, else the known data set's, else the only ones of their kind. Raises UsageError."""
     known = source.known
 
     def choose(flag: str, asked: str | None, usual: str | None, what: str, found: list[str]) -> str:
@@ -109,7 +113,7 @@ def _columns(source: DataLocation, options: DataOptions, features: dict[str, Any
     inputs = [name for name, feature in features.items() if _is_image(feature) or _is_numeric(feature)]
     inputs = inputs or [name for name, feature in features.items() if _is_text(feature) and name not in LABELS]
     owners = [name for name in features if name.lower() in OWNERS]
-    return _Columns(
+    return Columns(
         choose("--input-column", options.input_column, known.input if known else None, "image, numeric or text input", inputs),
         choose("--label-column", options.label_column, known.label if known else None, "label", _label_columns(features)),
         choose("--id-column", options.id_column, known.owner if known else None, "owner", owners)
@@ -119,6 +123,7 @@ def _columns(source: DataLocation, options: DataOptions, features: dict[str, Any
 
 
 def _label_columns(features: dict[str, Any]) -> list[str]:
+    """Columns that may be the label: class labels of a usual name, else all class labels, else whole numbers of a usual name."""
     classes = [name for name, feature in features.items() if hasattr(feature, "int2str")]
     named = [name for name in features if name.lower() in LABELS]
     whole = [name for name in named if str(getattr(features[name], "dtype", "")).lstrip("u").startswith("int")]
@@ -126,7 +131,8 @@ def _label_columns(features: dict[str, Any]) -> list[str]:
 
 
 def _is_image(feature: Any) -> bool:
-    return isinstance(feature, library("datasets").Image) or (isinstance(feature, dict) and "bytes" in feature)
+    """Whether a feature is an image: of `datasets`' own type, or a struct with encoded bytes."""
+    return isinstance(feature, import_library("datasets").Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def _is_text(feature: Any) -> bool:
@@ -142,63 +148,66 @@ def _is_numeric(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).lstrip("u").startswith(("int", "float", "bool"))
 
 
-def _tensors(
-    source: DataLocation, options: DataOptions, columns: _Columns, features: dict[str, Any], train: Any, test: Any
+def _decode_tensors(
+    source: DataLocation, options: DataOptions, columns: Columns, features: dict[str, Any], train: Any, test: Any
 ) -> Stored:
+    """The columns of the Arrow tables `train` and `test` (or None) as tensors, with the facts about them."""
     tables = {"": train} | ({} if test is None else {"test.": test})
-    classes, labels = _labels(source, columns.label, features[columns.label], list(tables.values()))
+    classes, labels = _decode_labels(source, columns.label, features[columns.label], list(tables.values()))
     tensors = {f"{part}y": y for part, y in zip(tables, labels, strict=True)}
     text = _is_text(features[columns.input])
     for part, table in tables.items():
         tensors[f"{part}x"] = (
-            hashed(_words(source, columns.input, table), options.tokens, options.vocab)
+            hash_tokens(_read_texts(source, columns.input, table), options.tokens, options.vocab)
             if text
-            else _inputs(source, columns.input, features[columns.input], table[columns.input])
+            else _decode_inputs(source, columns.input, features[columns.input], table[columns.input])
         )
     if columns.owner:
-        tensors["ids"] = _numbered(source, columns.owner, [train[columns.owner].to_pylist()])[1][0]
-    return _described(source, tensors, classes, columns, {"vocab": options.vocab} if text else {})
+        tensors["ids"] = number_values(source, columns.owner, [train[columns.owner].to_pylist()])[1][0]
+    return describe_tensors(source, tensors, classes, columns, {"vocab": options.vocab} if text else {})
 
 
-def _words(source: DataLocation, column: str, table: Any) -> list[str]:
+def _read_texts(source: DataLocation, column: str, table: Any) -> list[str]:
+    """The texts of a column. Raises UsageError where one is missing."""
     texts = table[column].to_pylist()
     if None in texts:
         raise UsageError(f"column '{column}' of {source.name} has missing values")
     return list(texts)
 
 
-def _labels(source: DataLocation, column: str, feature: Any, tables: list[Any]) -> tuple[list[str], list[Tensor]]:
+def _decode_labels(source: DataLocation, column: str, feature: Any, tables: list[Any]) -> tuple[list[str], list[Tensor]]:
     """Names of the classes, and int64 labels (N,) of each table; values other than ClassLabels are numbered."""
     values = [table[column].to_pylist() for table in tables]
     if not hasattr(feature, "int2str"):
         if not str(getattr(feature, "dtype", "")).lstrip("u").startswith(("int", "bool", "string", "large_string")):
             raise UsageError(f"column '{column}' of {source.name} holds no class labels (whole numbers or strings)")
-        return _numbered(source, column, values)
+        return number_values(source, column, values)
     names = list(feature.names)
     if any(value is None or not 0 <= value < len(names) for part in values for value in part):
         raise UsageError(f"column '{column}' of {source.name} has examples without a label")
     return names, [torch.tensor(part, dtype=torch.int64) for part in values]
 
 
-def _inputs(source: DataLocation, column: str, feature: Any, chunks: Any) -> Tensor:
+def _decode_inputs(source: DataLocation, column: str, feature: Any, chunks: Any) -> Tensor:
     """Images as uint8 (N, C, H, W); numbers as uint8 or float32 (N, *shape), where 2-D arrays get one channel."""
     where = f"column '{column}' of {source.name}"
     if _is_image(feature):
         cast = getattr(feature, "cast_storage", lambda storage: storage)
-        return _images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])
+        return _decode_images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])
     if not _is_numeric(feature):
         raise UsageError(f"{where} holds neither images nor arrays of numbers")
-    arrays = [_numbers(where, chunk) for chunk in chunks.chunks if len(chunk)]
+    arrays = [_decode_numbers(where, chunk) for chunk in chunks.chunks if len(chunk)]
     if len({array.shape[1:] for array in arrays}) > 1:
-        raise UsageError(f"{where} has arrays of different shapes ({_shapes(arrays[:2])})")
+        raise UsageError(f"{where} has arrays of different shapes ({format_shapes(arrays[:2])})")
     x = torch.cat(arrays)
     if not x.isfinite().all():
         raise UsageError(f"{where} has values that are not finite")
     return x.unsqueeze(1) if x.dim() == 3 else x
 
 
-def _numbers(where: str, array: Any) -> Tensor:
-    compute = library("pyarrow.compute")
+def _decode_numbers(where: str, array: Any) -> Tensor:
+    """An Arrow array of N (nested) lists of one shape as a tensor (N, *shape), uint8 or float32. Raises UsageError."""
+    compute = import_library("pyarrow.compute")
     array, shape = getattr(array, "storage", array), [len(array)]
     while hasattr(array, "flatten") and hasattr(array.type, "value_type"):
         lengths = compute.unique(compute.list_value_length(array)).to_pylist()
@@ -212,9 +221,10 @@ def _numbers(where: str, array: Any) -> Tensor:
     return (values if values.dtype == torch.uint8 else values.float()).view(shape)
 
 
-def _images(where: str, entries: list[dict[str, Any]]) -> Tensor:
-    numpy, pillow = library("numpy"), library("PIL.Image")
-    pixels = [numpy.asarray(_image(pillow, where, entry)) for entry in entries]
+def _decode_images(where: str, entries: list[dict[str, Any]]) -> Tensor:
+    """Encoded images of one size as uint8 (N, C, H, W), C 1 where all are grey, else 3. Raises UsageError."""
+    numpy, pillow = import_library("numpy"), import_library("PIL.Image")
+    pixels = [numpy.asarray(_decode_image(pillow, where, entry)) for entry in entries]
     if len({array.ndim for array in pixels}) > 1:  # grey among coloured ones
         pixels = [array if array.ndim == 3 else numpy.stack([array] * 3, axis=-1) for array in pixels]
     if len(sizes := sorted({array.shape for array in pixels})) > 1:
@@ -223,7 +233,7 @@ def _images(where: str, entries: list[dict[str, Any]]) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
 
 
-def _image(pillow: Any, where: str, entry: dict[str, Any]) -> Any:
+def _decode_image(pillow: Any, where: str, entry: dict[str, Any]) -> Any:
     """The decoded image of an entry with bytes or a path: mode L if it is grey, else RGB."""
     try:
         with pillow.open(io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]) as image:
@@ -231,4 +241,4 @@ def _image(pillow: Any, where: str, entry: dict[str, Any]) -> Any:
                 raise ValueError(f"mode {image.mode} is not 8 bits a channel")
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except (OSError, SyntaxError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{where} has an image that cannot be decoded: {_line(error)}") from error
+        raise UsageError(f"{where} has an image that cannot be decoded: {first_line(error)}") from error

@@ -1,12 +1,10 @@
-"""What was decoded or dealt once: one safetensors file for each, written whole or not at all."""
+"""A cache of decoded data sets and of partitions: one safetensors file for each, written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hetfl.digest import digest_json, digest_tensors
 from hetfl.files import replace_file
 
 Stored = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON-able facts
 
-_FORMAT = 2  # raise when what is stored under a key changes
+_FORMAT = 3  # raise when what is stored under a key changes
 
 
-def cached(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
-    """What `make` gives, read back from the cache where an undamaged file is kept there under (kind, key)."""
+def load_or_make(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
+    """What `make` returns, read from the cache where that has an undamaged file for (kind, key), which is JSON-able.
+
+    The cache is the folder $HETFL_CACHE, else ~/.cache/hetfl. One that cannot be written is done without.
+    """
     folder = Path(os.environ.get("HETFL_CACHE") or os.path.expanduser("~/.cache/hetfl"))
-    name = hashlib.blake2b(json.dumps([_FORMAT, key]).encode(), digest_size=16).hexdigest()
-    path = folder / f"{kind}-{name}.safetensors"
+    path = folder / f"{kind}-{digest_json([_FORMAT, key])[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, LookupError, TypeError, ValueError):
         return _read(path)
     stored = make()
-    with contextlib.suppress(OSError, SafetensorError):  # goes on without a cache
+    with contextlib.suppress(OSError, SafetensorError):
         _write(path, *stored)
     return stored
 
 
 def _read(path: Path) -> Stored:
+    """Raises ValueError where the file's content is not what was written."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -50,8 +52,6 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Non
         save_file(tensors, draft, {"facts": json.dumps(facts | {"checksum": _checksum(tensors)})})
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].numpy().data, zlib.crc32(name.encode(), value))
-    return value
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """The digest in the order of the names, for files do not keep the order in which tensors were given."""
+    return digest_tensors(dict(sorted(tensors.items())))

@@ -1,4 +1,4 @@
-"""Where a data set is: the data sets that have a short name, folders, files, the Hub."""
+"""The data sets that have a short name, and where a data set is: in a folder, a file or on the Hub."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class DatasetInfo:
 
     @property
     def text(self) -> bool:
+        """Whether the inputs are text."""
         return not self.shape
 
 
-def pictures(
+def image_dataset(
     hub: str, label: str, shape: tuple[int, ...], classes: int, model: str, mean: Any, std: Any, **more: Any
 ) -> DatasetInfo:
+    """An image data set; `more` are further fields of DatasetInfo."""
     return DatasetInfo(hub, more.pop("input", "image"), label, shape, classes, model, mean, std, **more)
 
 
@@ -49,19 +51,19 @@ GREY = (1, 28, 28)
 COLOUR = (3, 32, 32)
 
 KNOWN = {
-    "digits": pictures(
+    "digits": image_dataset(
         "", "label", (1, 8, 8), 10, "fedconv-cnn", (0.3054,), (0.3761,), scale=16.0, note="embedded in hetfl; 1,797 examples"
     ),
-    "mnist": pictures("ylecun/mnist", "label", GREY, 10, "fedconv-cnn", (0.1307,), (0.3081,)),
-    "fashion-mnist": pictures("zalando-datasets/fashion_mnist", "label", GREY, 10, "fedconv-cnn", (0.2860,), (0.3530,)),
-    "cifar10": pictures(
+    "mnist": image_dataset("ylecun/mnist", "label", GREY, 10, "fedconv-cnn", (0.1307,), (0.3081,)),
+    "fashion-mnist": image_dataset("zalando-datasets/fashion_mnist", "label", GREY, 10, "fedconv-cnn", (0.2860,), (0.3530,)),
+    "cifar10": image_dataset(
         "uoft-cs/cifar10", "label", COLOUR, 10, "resnet18", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), input="img"
     ),
-    "cifar100": pictures(
+    "cifar100": image_dataset(
         "uoft-cs/cifar100", "fine_label", COLOUR, 100, "resnet18", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
         input="img", note="--label-column coarse_label gives the 20 superclasses",
     ),
-    "cinic10": pictures(
+    "cinic10": image_dataset(
         "flwrlabs/cinic10", "label", COLOUR, 10, "googlenet", (0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587),
         note="FedConv's GoogLeNet",
     ),
@@ -86,7 +88,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a data set is, before anything is read: parquet or npz files by split, or (without files) the Hub's `hub`."""
+    """Where a data set is, before anything is read: parquet or npz files by split, or the Hub's data set `hub`."""
 
     name: str
     identity: Any  # JSON-able; changes when the files do
@@ -95,7 +97,7 @@ class DataLocation:
     hub: str = ""
 
 
-def find(dataset: str) -> DataLocation:
+def find_dataset(dataset: str) -> DataLocation:
     """Where `dataset` is: a known short name (in $HETFL_DATA before the Hub), a folder, a parquet file or a Hub id.
 
     Raises UsageError where it is none of these, or a folder without parquet files.
@@ -103,10 +105,10 @@ def find(dataset: str) -> DataLocation:
     name = next((short for short, known in KNOWN.items() if dataset == known.hub != ""), dataset)
     known = KNOWN.get(name)
     if name == "digits":
-        return _local(name, Path(__file__).parent / "digits", known)
-    shelf = os.environ.get("HETFL_DATA")
-    if shelf and re.fullmatch(r"\w[\w.-]*", name) and os.path.isdir(os.path.join(shelf, name)):
-        return _local(name, Path(shelf) / name, known)
+        return _locate_files(name, Path(__file__).parent / "digits", known)
+    folder = os.environ.get("HETFL_DATA")
+    if folder and re.fullmatch(r"\w[\w.-]*", name) and os.path.isdir(os.path.join(folder, name)):
+        return _locate_files(name, Path(folder) / name, known)
     if known and not known.hub:
         raise UsageError(
             f"data set '{name}' cannot be downloaded: give its folder with --dataset PATH/{name}, or put it into $HETFL_DATA; "
@@ -114,14 +116,15 @@ def find(dataset: str) -> DataLocation:
         )
     if known:
         return DataLocation(name, f"hub:{known.hub}", known, hub=known.hub)
-    return _unnamed(dataset)
+    return _locate_unlisted(dataset)
 
 
-def _unnamed(dataset: str) -> DataLocation:
+def _locate_unlisted(dataset: str) -> DataLocation:
+    """Where a data set without a short name is. Raises UsageError."""
     path = Path(os.path.expanduser(dataset))
     if dataset and os.path.exists(path):
         name = path.resolve().stem if os.path.isfile(path) else path.resolve().name
-        return _local(name, path, KNOWN.get(name))
+        return _locate_files(name, path, KNOWN.get(name))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset) and not dataset.endswith(FORMATS):
         return DataLocation(dataset, f"hub:{dataset}", hub=dataset)
     if re.search(r"[/\\]|\.(parquet|npz)$|^[.~]", dataset):
@@ -132,7 +135,8 @@ def _unnamed(dataset: str) -> DataLocation:
 FORMATS = (".parquet", ".npz")
 
 
-def _local(name: str, path: Path, known: DatasetInfo | None) -> DataLocation:
+def _locate_files(name: str, path: Path, known: DatasetInfo | None) -> DataLocation:
+    """The parquet files at `path`, a file or a folder, else its npz files, by split. Raises UsageError."""
     if path.is_file() and path.suffix not in FORMATS:
         raise UsageError(f"'{path}' is neither a parquet nor an npz file: --dataset takes one of these or a folder of them")
     found = [path] if path.is_file() else next((f for end in FORMATS if (f := sorted(path.rglob(f"*{end}")))), [])
@@ -140,23 +144,24 @@ def _local(name: str, path: Path, known: DatasetInfo | None) -> DataLocation:
         raise UsageError(
             f"folder '{path}' holds no parquet or npz file (it needs train*.parquet or train.npz, and should have test* too)"
         )
-    files = _splits(path, found)
+    files = _group_by_split(path, found)
     if "train" not in files:
         raise UsageError(f"'{path}' has no train split: name its files train*{found[0].suffix} and test*{found[0].suffix}")
     states = [(str(file.relative_to(path)), (state := file.stat()).st_size, state.st_mtime_ns) for file in found]
     return DataLocation(name, [str(path.resolve()), states], known, files)
 
 
-def _splits(path: Path, found: list[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their names (or else their folders) say; all are train where none says anything."""
+def _group_by_split(path: Path, found: list[Path]) -> dict[str, list[Path]]:
+    """The files by the split that their names, or else their folders, name; all are train where no name does."""
     files: dict[str, list[Path]] = {}
     for file in found:
-        said = [split for part in reversed(file.relative_to(path).parts) if (split := _split_in(part))]
-        files.setdefault(said[0] if said else "", []).append(file)
+        splits = [split for part in reversed(file.relative_to(path).parts) if (split := _find_split(part))]
+        files.setdefault(splits[0] if splits else "", []).append(file)
     return {"train": found} if list(files) == [""] else files
 
 
-def _split_in(name: str) -> str | None:
+def _find_split(name: str) -> str | None:
+    """The split that a name has as a word: train of train-00000-of-00001, None of trainer."""
     words = {"train": "training", "test": "testing|eval|evaluation", "validation": "valid|val|dev"}
     for split, others in words.items():
         if re.search(rf"(?<![a-z])({split}|{others})(?![a-z])", name.lower()):

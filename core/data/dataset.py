@@ -1,4 +1,4 @@
-"""Examples in memory, and who holds them."""
+"""Examples in memory, and which client, or the server, holds them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hetfl.data.inputs import Inputs
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Some rows of a resident tensor: batches are taken by index, so all clients share one copy."""
+    """Some rows of a data set: batches are taken by index, so that all clients share one copy of its tensors."""
 
     x: Tensor  # (N, *shape): float32, normalised, or int64 token ids
     y: Tensor  # int64 (N,)
-    index: Tensor  # int64, the rows that are ours, ascending
+    index: Tensor  # int64 (len,): the rows of x and y, ascending
 
     def __len__(self) -> int:
         return len(self.index)
@@ -29,12 +29,12 @@ class Examples:
             yield self.x[rows], self.y[rows]
 
     def rows(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """The same batches as positions in `x` and `y`."""
+        """The same batches as rows (size,) of `x` and `y`."""
         index = self.index if generator is None else self.index.index_select(0, torch.randperm(len(self), generator=generator))
         return index.split(size) if len(index) else ()
 
     def split(self, every: int = 5) -> tuple[Examples, Examples]:
-        """Two parts that never change: all but each `every`-th example, and these; fewer than `every` stand in both."""
+        """All but each `every`-th example, and these: always the same two parts. Fewer than `every` examples are in both."""
         if len(self) < every:
             return self, self
         held = torch.arange(len(self)) % every == every - 1
@@ -47,21 +47,21 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client has; `train` and its own `test` never overlap, `test` may be empty."""
+    """One client's examples; `train` and its own `test` never overlap, `test` may be empty."""
 
     train: Examples
     test: Examples
-    counts: Tensor  # int64 (classes,) of train
+    class_counts: Tensor  # int64 (classes,): examples of each class in train
 
     @property
-    def labels(self) -> Tensor:
+    def held_classes(self) -> Tensor:
         """Bool (classes,): the classes present in `train`."""
-        return self.counts > 0
+        return self.class_counts > 0
 
 
 @dataclass(frozen=True, eq=False)
 class ServerData:
-    """The server's labelled data: `tune` to train on, `holdout` only to choose steps."""
+    """The server's own labelled examples: `tune` to train on, `holdout` only to choose the best step."""
 
     tune: Examples
     holdout: Examples
@@ -76,25 +76,25 @@ class FederatedDataset:
     clients: tuple[ClientData, ...]
     public: ServerData | None
     test: Examples
-    fingerprint: str  # equal iff the same people hold the same examples
-    counts: Tensor  # int64 (clients, classes) of the clients' train examples
+    fingerprint: str  # equal where the same clients hold the same examples
+    class_counts: Tensor  # int64 (clients, classes): the clients' train examples
     inputs: Inputs  # what a model is to be built for
-    model: str  # the one to take where none is named
-    preprocessing: dict[str, Any]  # the data options that were left open, as they were found
+    model: str  # the name of the model of a run that names none
+    preprocessing: dict[str, Any]  # data options that were left open, resolved: columns, mean, std …
 
     def on(self, device: str) -> FederatedDataset:
-        """The same with all examples resident on `device`; who holds which stays where it is."""
+        """The same data set with x and y on `device`; the indices stay on CPU."""
         if torch.device(device).type == "cpu":
             return self
         moved: dict[int, Tensor] = {}
 
-        def there(part: Examples) -> Examples:
+        def move(part: Examples) -> Examples:
             x, y = (moved.setdefault(id(t), t.to(device)) for t in (part.x, part.y))
             return Examples(x, y, part.index)
 
-        clients = tuple(replace(c, train=there(c.train), test=there(c.test)) for c in self.clients)
-        public = self.public and ServerData(there(self.public.tune), there(self.public.holdout))
-        return replace(self, clients=clients, public=public, test=there(self.test))
+        clients = tuple(replace(c, train=move(c.train), test=move(c.test)) for c in self.clients)
+        public = self.public and ServerData(move(self.public.tune), move(self.public.holdout))
+        return replace(self, clients=clients, public=public, test=move(self.test))
 
     @property
     def shape(self) -> tuple[int, ...]:

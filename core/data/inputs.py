@@ -1,4 +1,4 @@
-"""What a model is fed: shape, classes, vocabulary."""
+"""What a model is built for: shape of the inputs, classes, vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is to be built for: the shape of one example, the number of classes, and of token ids for text."""
+    """The shape of one example, the number of classes, and for text the number of token ids (`vocab`)."""
 
     shape: tuple[int, ...]
     classes: int
@@ -19,22 +19,22 @@ class Inputs:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What factories may ask for, by our names."""
+        """The arguments that model factories may have, by hetfl's names for them: classes, channels, size, vocab, length."""
         if self.vocab is not None:
             return {"classes": self.classes, "vocab": self.vocab, "length": self.shape[0]}
         size = self.shape[1] if len(set(self.shape[1:])) == 1 else tuple(self.shape[1:])
         return {"classes": self.classes, "channels": self.shape[0], "size": size}
 
     def batch(self, count: int = 2) -> Tensor:
-        """Random examples of this shape, always the same."""
+        """Random examples (count, *shape), always the same: float32, or int64 token ids."""
         generator = torch.Generator().manual_seed(0)
         if self.vocab is not None:
             return torch.randint(2, self.vocab, (count, *self.shape), generator=generator)
         return torch.randn(count, *self.shape, generator=generator)
 
 
-def default(inputs: Inputs) -> str:
-    """The model a run takes for a data set of its own where none is named."""
+def default_model(inputs: Inputs) -> str:
+    """The model of a run that names none, on a data set that has none of its own."""
     if inputs.vocab is not None:
         return "encoder"
     if len(inputs.shape) != 3:

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def library(name: str) -> Any:
-    """The module `name`, imported at first need: these take seconds, and some warn while they are imported."""
+def import_library(name: str) -> Any:
+    """The module `name`, imported when it is first needed: these take seconds, and some warn while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the warnings and progress bars of the data libraries off the user's terminal."""
+def mute_output() -> Iterator[None]:
+    """While it lasts, warnings and stderr (progress bars) are discarded."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

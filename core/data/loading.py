@@ -1,8 +1,7 @@
-"""A run's data set: loaded, dealt to clients, normalised."""
+"""A run's data set: found, decoded, partitioned among clients, normalised."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,81 +10,113 @@ import torch
 from torch import Tensor
 
 from hetfl.config import DataOptions
-from hetfl.data.arrow import decoded
-from hetfl.data.cache import Stored, cached
-from hetfl.data.catalog import DataLocation, DatasetInfo, find
+from hetfl.data.arrow import decode_arrow
+from hetfl.data.cache import Stored, load_or_make
+from hetfl.data.catalog import DataLocation, DatasetInfo, find_dataset
 from hetfl.data.columns import Progress
 from hetfl.data.dataset import ClientData, Examples, FederatedDataset, ServerData
-from hetfl.data.inputs import Inputs, default
-from hetfl.data.partition import Split, deal
+from hetfl.data.inputs import Inputs, default_model
+from hetfl.data.npz import decode_npz
+from hetfl.data.partition import Split, split_rows
+from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError
 
-UNDEALT = {"dataset", "input_column", "label_column", "mean", "std", "tokens", "vocab"}  # options that deal nothing out
+# Options that do not change who holds which rows.
+NOT_OF_THE_PARTITION = {"dataset", "input_column", "label_column", "mean", "std", "tokens", "vocab"}
 
 
-def silent(message: str) -> None:
-    """Report nothing."""
+def ignore_progress(message: str) -> None:
+    """Reports nothing."""
 
 
-def load(options: DataOptions, progress: Progress = silent) -> FederatedDataset:
-    """The federation that `options` describe; the same options give the same bits, from the cache or not.
+def load(options: DataOptions, progress: Progress = ignore_progress) -> FederatedDataset:
+    """The federated data set that `options` describe; the same options give the same bits, from the cache or not.
 
-    `progress` hears of what takes long. Raises UsageError, one sentence, where data cannot be had or dealt as asked.
+    `progress` is called with a sentence before what takes long. Raises UsageError, one sentence, where data cannot be had or
+    partitioned as asked.
     """
-    source = find(options.dataset)
+    source = find_dataset(options.dataset)
     natural = options.partition == "natural"
     columns = [options.input_column, options.label_column, options.id_column if natural else None, natural]
     key = [source.identity, columns, options.tokens, options.vocab]
-    tensors, facts = cached("data", key, partial(decoded, source, options, progress))
-    dealt = options.model_dump(include=set(DataOptions.model_fields) - UNDEALT)
-    rows, _ = cached("deal", [key, facts["fingerprint"], dealt], partial(_dealt, options, tensors, progress))
+    tensors, facts = load_or_make("data", key, partial(_decode, source, options, progress))
+    how = options.model_dump(include=set(DataOptions.model_fields) - NOT_OF_THE_PARTITION)
+    rows, _ = load_or_make("partition", [key, facts["fingerprint"], how], partial(_partition_rows, options, tensors, progress))
     clients = range(sum(name.startswith("train.") for name in rows))
     train, own = (tuple(rows[f"{part}.{i}"] for i in clients) for part in ("train", "own"))
-    return _federation(options, source, tensors, facts, Split(train, own, rows["tune"], rows["holdout"], rows["test"]))
+    return _build_dataset(options, source, tensors, facts, Split(train, own, rows["tune"], rows["holdout"], rows["test"]))
 
 
-def _dealt(options: DataOptions, tensors: dict[str, Tensor], progress: Progress) -> Stored:
-    progress(f"dealing out {len(tensors['y']):,} examples ({options.partition})")
-    dealt = deal(options, tensors["y"], tensors.get("test.y"), tensors.get("ids"))
-    numbered = {f"{part}.{i}": rows for part in ("train", "own") for i, rows in enumerate(getattr(dealt, part))}
-    return {"tune": dealt.tune, "holdout": dealt.holdout, "test": dealt.test, **numbered}, {}
+def _decode(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
+    """The raw tensors x, y, test.x, test.y and ids of a data set, with the facts about them."""
+    progress(f"reading {source.name}" if source.files else f"asking the Hub for {source.hub}")
+    if source.files and source.files["train"][0].suffix == ".npz":
+        return decode_npz(source, options)
+    return decode_arrow(source, options, progress)
 
 
-def _federation(
-    options: DataOptions, source: DataLocation, tensors: dict[str, Tensor], facts: dict[str, Any], dealt: Split
+def _partition_rows(options: DataOptions, tensors: dict[str, Tensor], progress: Progress) -> Stored:
+    """The rows (int64, ascending) of every part of the Split: tune, holdout, test, train.0, own.0, train.1, …"""
+    progress(f"partitioning {len(tensors['y']):,} examples ({options.partition})")
+    return _name_rows(split_rows(options, tensors["y"], tensors.get("test.y"), tensors.get("ids"))), {}
+
+
+def _name_rows(split: Split) -> dict[str, Tensor]:
+    clients = {f"{part}.{i}": rows for part in ("train", "own") for i, rows in enumerate(getattr(split, part))}
+    return {"tune": split.tune, "holdout": split.holdout, "test": split.test, **clients}
+
+
+def fingerprint_split(content: str, split: Split) -> str:
+    """A digest of who holds which rows of a data set whose fingerprint is `content`."""
+    return digest_json([content, digest_tensors(_name_rows(split))])
+
+
+def _build_dataset(
+    options: DataOptions, source: DataLocation, tensors: dict[str, Tensor], facts: dict[str, Any], split: Split
 ) -> FederatedDataset:
-    apart, classes = "test.y" in tensors, len(facts["classes"])
-    used = [*dealt.train, *dealt.own, dealt.tune, dealt.holdout, *([] if apart else [dealt.test])]
-    found = facts["columns"] | _scaling(options, source.known, tensors["x"], facts)
-    pick = _resident(tensors["x"], tensors["y"], used, found)
-    pick_test = _resident(tensors["test.x"], tensors["test.y"], [dealt.test], found) if apart else pick
-    counts = torch.stack([tensors["y"][rows].bincount(minlength=classes) for rows in dealt.train])
-    clients = [ClientData(pick(train), pick(own), count) for train, own, count in zip(dealt.train, dealt.own, counts, strict=True)]
+    """The data set of a run from the raw tensors and the rows of each part."""
+    has_test, classes = "test.y" in tensors, len(facts["classes"])
+    used = [*split.train, *split.own, split.tune, split.holdout, *([] if has_test else [split.test])]
+    found = facts["columns"] | _choose_normalization(options, source.known, tensors["x"], facts)
+    pick = _make_picker(tensors["x"], tensors["y"], used, found)
+    pick_test = _make_picker(tensors["test.x"], tensors["test.y"], [split.test], found) if has_test else pick
+    counts = torch.stack([tensors["y"][rows].bincount(minlength=classes) for rows in split.train])
+    clients = [ClientData(pick(train), pick(own), n) for train, own, n in zip(split.train, split.own, counts, strict=True)]
     inputs = Inputs(tuple(tensors["x"].shape[1:]), classes, facts.get("vocab"))
     return FederatedDataset(
-        source.name, tuple(facts["classes"]), tuple(clients),
-        ServerData(pick(dealt.tune), pick(dealt.holdout)) if len(dealt.tune) else None,
-        pick_test(dealt.test), _fingerprint(facts["fingerprint"], dealt), counts, inputs, _model(source.known, inputs), found,
-    )  # fmt: skip
+        dataset=source.name,
+        classes=tuple(facts["classes"]),
+        clients=tuple(clients),
+        public=ServerData(pick(split.tune), pick(split.holdout)) if len(split.tune) else None,
+        test=pick_test(split.test),
+        fingerprint=fingerprint_split(facts["fingerprint"], split),
+        class_counts=counts,
+        inputs=inputs,
+        model=_choose_model(source.known, inputs),
+        preprocessing=found,
+    )
 
 
-def _model(known: DatasetInfo | None, inputs: Inputs) -> str:
-    """The model of a known data set, where the data have its shape."""
+def _choose_model(known: DatasetInfo | None, inputs: Inputs) -> str:
+    """The model of a known data set where the inputs have as many dims as its own, else the default for such inputs."""
     alike = known is not None and (inputs.vocab is not None if known.text else len(inputs.shape) == len(known.shape))
-    return known.model if known and alike else default(inputs)
+    return known.model if known and alike else default_model(inputs)
 
 
-def _resident(x: Tensor, y: Tensor, used: list[Tensor], found: dict[str, Any]) -> Callable[[Tensor], Examples]:
-    """A way to pick rows of x and y, of which only those `used` are kept in memory."""
+def _make_picker(x: Tensor, y: Tensor, used: list[Tensor], found: dict[str, Any]) -> Callable[[Tensor], Examples]:
+    """A function from rows of x (N, *shape) and y (N,) to these Examples; of x and y only the rows `used` stay in memory."""
     rows = torch.unique(torch.cat(used))
     if len(rows) < len(y):
         x, y = x[rows], y[rows]
-    x = x.long() if "vocab" in found else _normalised(x, found["mean"], found["std"])
+    x = x.long() if "vocab" in found else _normalize(x, found["mean"], found["std"])
     return lambda index: Examples(x, y, torch.searchsorted(rows, index))
 
 
-def _scaling(options: DataOptions, known: DatasetInfo | None, x: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the inputs are normalised by: as given, else known constants where they fit, else the train split's own."""
+def _choose_normalization(options: DataOptions, known: DatasetInfo | None, x: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
+    """Mean and std of each channel: as given, else known constants where they fit, else the train split's own.
+
+    For text, the size of the vocabulary and the tokens of an example. Raises UsageError for values that do not fit the channels.
+    """
     if "vocab" in facts:
         return {"vocab": facts["vocab"], "tokens": x.shape[1]}
     usual = known is not None and x.dtype == torch.uint8 and len(known.mean) == x.shape[1]
@@ -101,15 +132,8 @@ def _scaling(options: DataOptions, known: DatasetInfo | None, x: Tensor, facts: 
     return found
 
 
-def _normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Float32 (N, C, …) of raw (N, C, …)."""
+def _normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std of each channel of x (N, C, …), in float32."""
     shape = (-1, *(1 for _ in x.shape[2:]))
     x = x.to(torch.float32, copy=True)
     return x.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
-
-
-def _fingerprint(content: str, dealt: Split) -> str:
-    digest = hashlib.blake2b(content.encode(), digest_size=16)
-    for rows in (*dealt.train, *dealt.own, dealt.tune, dealt.holdout, dealt.test):
-        digest.update(f"/{len(rows)}/".encode() + rows.numpy().tobytes())
-    return digest.hexdigest()

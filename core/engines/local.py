@@ -51,7 +51,7 @@ class LocalEngine:
             return [Failure(f"it gave no answer within {self._timeout:g} s") for _ in job.calls]
 
         jobs = self._workers.split([Call(kind, i, content, dict(self._states[i])) for i, content in contents.items()])
-        answered = self._pool.stream(self._workers.work, jobs, lambda job: job.cost, self._timeout, give_up)
+        answered = self._pool.imap_ordered(self._workers.work, jobs, lambda job: job.cost, self._timeout, give_up)
         for job, answers in zip(jobs, answered, strict=True):
             for call, answer in zip(job.calls, answers, strict=True):
                 if not isinstance(answer, Failure):

@@ -69,7 +69,7 @@ class ThreadWorkers:
         if id(sent.state) not in known:
             model = self._runtime.builder.module(sent.sizes)
             whole = sent.state.keys() >= tensors(model).keys()
-            known[id(sent.state)] = (*sent.sizes.values(), vectorized.has_batch_statistics(model)) if whole else None
+            known[id(sent.state)] = (*sent.sizes.values(), vectorized.allows_padding(model)) if whole else None
         shape = known[id(sent.state)]
         return shape and (shape, None if shape[-1] else len(self._runtime.federation.clients[call.client].train))
 

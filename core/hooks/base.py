@@ -66,7 +66,7 @@ class Plugin(BaseModel):
 
     @property
     def inactive_hooks(self) -> Collection[str]:
-        """Names of this plugin's hooks that do nothing under its options; `fit` then goes to cohorts, `recover` to streaming."""
+        """Names of this plugin's hooks that do nothing under its options: without `fit` clients train as vmap groups, say."""
         return ()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hetfl import registry
-from hetfl.config import RunOptions, sentence
+from hetfl.config import RunOptions, explain_validation_error
 from hetfl.errors import NotApplicable, UsageError, nearest
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.manager import PluginManager
@@ -80,4 +80,4 @@ def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:
     try:
         return strategy(**given)
     except ValidationError as error:
-        raise UsageError(sentence(error, strategy, f"{entry.name}.")) from error
+        raise UsageError(explain_validation_error(error, strategy, f"{entry.name}.")) from error

@@ -22,7 +22,7 @@ from hetfl.submodel.plan import Patches, Selection, grow
 from hetfl.submodel.widths import Kept, Widths
 from hetfl.training.dropout import seeded_random
 from hetfl.training.evaluation import Score, evaluate
-from hetfl.training.tuning import Tuned, risen, tune, tune_together
+from hetfl.training.tuning import TuningResult, explain_risen_loss, tune, tune_together
 
 
 class Server:
@@ -104,7 +104,7 @@ class Server:
     def tune(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
         *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (), patience: int = 0,
-    ) -> Tuned:  # fmt: skip
+    ) -> TuningResult:  # fmt: skip
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
@@ -113,14 +113,14 @@ class Server:
     def tune_together(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
         clients: Sequence[int], *, steps: int, lr: float, batch: int, patience: int = 0,
-    ) -> list[Tuned]:  # fmt: skip
+    ) -> list[TuningResult]:  # fmt: skip
         """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
         orders = [self.stream(purpose, round, client) for client in clients]
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
         return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
 
-    def _counted(self, tuned: list[Tuned], steps: int, batch: int, purpose: str) -> list[Tuned]:
-        self.alarms += [text for t in tuned if (text := risen(purpose, t.start, t.last, t.step))]
+    def _counted(self, tuned: list[TuningResult], steps: int, batch: int, purpose: str) -> list[TuningResult]:
+        self.alarms += [text for t in tuned if (text := explain_risen_loss(purpose, t.start, t.last, t.step))]
         each = math.ceil(len(self.public.tune) / batch)
         self.steps += sum(t.steps for t in tuned)
         self.steps_saved += sum(steps - t.steps for t in tuned)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetfl.data.inputs import Inputs, default
+from hetfl.data.inputs import Inputs, default_model
 from hetfl.errors import UsageError, nearest, unknown
 from hetfl.models.zoo import ZOO
 from hetfl.rng import seed_of
@@ -120,7 +120,7 @@ def explain_missing(argument: str, inputs: Inputs) -> str:
         return ", so it takes pictures or arrays, but the inputs are text: choose another, such as --model encoder"
     if what in ("vocab", "length"):
         shape = "x".join(map(str, inputs.shape))
-        return f", so it takes text, but the inputs are arrays of {shape}: choose another, such as --model {default(inputs)}"
+        return f", so it takes text, but the inputs are arrays of {shape}: choose another, such as --model {default_model(inputs)}"
     return f": give it with --model-args {argument}=…"
 
 

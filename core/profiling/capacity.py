@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
-def largest(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
+def find_largest_width(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
     """The largest width of `grid` at which `limit` names nothing that is exceeded, and what binds at the next larger one.
 
     Raises ValueError where even the smallest is too much.
@@ -31,21 +31,21 @@ def largest(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
     raise ValueError(f"even width {min(grid):g} is too much: {binding}")
 
 
-def widths(text: str) -> list[float]:
+def parse_grid(text: str) -> list[float]:
     """The ratios of a grid such as 1,0.75,0.5. Raises ValueError for what is no width in (0, 1]."""
-    return [ratio(part) for part in text.split(",")]
+    return [parse_ratio(part) for part in text.split(",")]
 
 
-def checked(text: str) -> str:
+def check_grid(text: str) -> str:
     """A grid that `widths` can read, as it was given."""
-    widths(text)
+    parse_grid(text)
     return text
 
 
-Grid = Annotated[str, AfterValidator(checked)]
+WidthGrid = Annotated[str, AfterValidator(check_grid)]
 
 
-def ratio(text: str) -> float:
+def parse_ratio(text: str) -> float:
     """A width in (0, 1], as a number, a fraction such as 1/4, or a power such as 0.75^2."""
     base, _, power = text.strip().partition("^")
     try:
@@ -57,7 +57,7 @@ def ratio(text: str) -> float:
     return value
 
 
-def quantity(text: str) -> float:
+def parse_quantity(text: str) -> float:
     """A number with an optional unit: 256MB, 1.5GB, 20M, 3e9. Raises ValueError."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     if not found or float(found[1]) <= 0:
@@ -65,7 +65,7 @@ def quantity(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fraction]]:
+def parse_mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fraction]]:
     """(value, share) of each part of `value:share, …`; a part without a share counts 1. Raises ValueError."""
     found = []
     for part in text.split(","):
@@ -80,7 +80,7 @@ def mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fraction]]:
     return found
 
 
-def deal(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
+def assign_shares(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
     """Every client's value: floor(clients * share / sum) of each in order, the rest the last (spec heterofl 2.7).
 
     Fewer clients than the shares' sum would all get the last so; they are dealt by the shares' running sum instead.
@@ -94,6 +94,6 @@ def deal(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
 
 
 @lru_cache
-def dealt(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
+def assign_mix(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
     """Every client's value under the mix `text`, worked out once for all clients of a run."""
-    return tuple(deal(mix(text, value), clients))
+    return tuple(assign_shares(parse_mix(text, value), clients))

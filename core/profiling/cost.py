@@ -29,7 +29,7 @@ class Cost:
     bytes: int
 
 
-def measure(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
+def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
     """The cost of `model` on examples `x` (N, *shape): MACs of one example, memory of two local steps on `batch` of them.
 
     The optimiser is that of `options` (default: SGD with momentum).
@@ -39,43 +39,46 @@ def measure(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options:
     rows = torch.arange(batch) % len(x)
     labels = torch.arange(batch) % classes
     return Cost(
-        parameters(model), macs(model, x[:1]), memory(model, x[rows], labels, options), encoding.payload_bytes(tensors(model))
+        count_parameters(model),
+        count_macs(model, x[:1]),
+        measure_memory(model, x[rows], labels, options),
+        encoding.payload_bytes(tensors(model)),
     )
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def macs(model: nn.Module, x: Tensor) -> int:
+def count_macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one forward pass of `x`."""
-    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with counter, torch.no_grad():
         model.eval()(x)
     return int(counter.get_total_flops()) // 2
 
 
-def recurrent(x: tuple[int, ...], w_ih: tuple[int, ...], w_hh: tuple[int, ...], *_: Any, **__: Any) -> int:
+def count_recurrent_flops(x: tuple[int, ...], w_ih: tuple[int, ...], w_hh: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Flops of one layer and direction of an LSTM: every step of every example meets both weights."""
     return 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
 
 
-def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+def count_attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Flops of scaled dot product attention: queries with keys, then with values."""
     rows = q[0] * q[1] * q[2] * k[2]
     return 2 * rows * (q[3] + v[3])
 
 
-UNCOUNTED = {  # by torch's own counter
-    torch.ops.aten.mkldnn_rnn_layer: recurrent,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+FLOP_FORMULAS = {  # by torch's own counter
+    torch.ops.aten.mkldnn_rnn_layer: count_recurrent_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention_flops,
 }
 
 
-def memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = None) -> int:
+def measure_memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = None) -> int:
     """The most bytes of tensors alive at once over two training steps (the second holds the momentum)."""
     optimizer = local.make_optimizer(model, options or RunOptions.model_validate({}), 1)
-    with Alive([*model.parameters(), *model.buffers(), x, y]) as alive:
+    with LiveBytes([*model.parameters(), *model.buffers(), x, y]) as alive:
         for _ in range(2):
             optimizer.zero_grad()
             F.cross_entropy(model.train()(x), y).backward()
@@ -83,7 +86,7 @@ def memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = 
     return int(alive.peak)
 
 
-class Alive(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages from the op that makes them until they are freed."""
 
     def __init__(self, held: list[Tensor]) -> None:

@@ -17,7 +17,7 @@ from hetfl.errors import UsageError
 from hetfl.models import factory, normalization
 from hetfl.profiling import cost as costs
 from hetfl.profiling.cost import Cost
-from hetfl.profiling.meter import free, step_seconds
+from hetfl.profiling.meter import free_memory, time_step
 from hetfl.rng import stream
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
@@ -60,7 +60,7 @@ def inspect_model(
     for ratio in levels:
         kept = widths.prefix(ratio)
         error = compare_cut(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
-        rows.append(LevelReport(ratio, costs.measure(build_submodel(widths, model, kept), x, inputs.classes, batch), error))
+        rows.append(LevelReport(ratio, costs.measure_cost(build_submodel(widths, model, kept), x, inputs.classes, batch), error))
     return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
 
 
@@ -80,22 +80,22 @@ def measure_widths(
 ) -> list[WidthReport]:  # fmt: skip
     """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
     model, x = factory.build_model(name, args, inputs, 0), inputs.batch()
-    widths, allowed = trace(model, x), share * free()
+    widths, allowed = trace(model, x), share * free_memory()
     x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
     offers = []
     for ratio in levels:
         small = build_submodel(widths, model, widths.prefix(ratio))
-        spent, seconds = costs.measure(small, x, inputs.classes, batch), step_seconds(small, x, y)
+        spent, seconds = costs.measure_cost(small, x, inputs.classes, batch), time_step(small, x, y)
         over = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if spent.memory > allowed else []
         over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
         offers.append(WidthReport(ratio, spent, seconds, "; ".join(over)))
     return offers
 
 
-def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
+def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
     """What to build `model` for: as given, else as `dataset` has it, else as the data set whose own model it is."""
     if shape is not None:
-        return Inputs(parsed(shape), classes or 10, vocab)
+        return Inputs(parse_shape(shape), classes or 10, vocab)
     name = dataset or next((short for short, known in KNOWN.items() if known.model == model), "cifar10")
     if name not in KNOWN:
         return loading.load(
@@ -106,7 +106,7 @@ def inputs_of(model: str, dataset: str | None, shape: str | None, classes: int |
     return Inputs(found.shape, classes or found.classes, vocab or found.vocab)
 
 
-def parsed(shape: str) -> tuple[int, ...]:
+def parse_shape(shape: str) -> tuple[int, ...]:
     try:
         sides = tuple(int(side) for side in shape.split("x"))
     except ValueError:

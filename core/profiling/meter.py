@@ -40,7 +40,7 @@ class Meter:
             if key not in self._costs:
                 module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
-                    self._costs[key] = cost_.measure(module, self._x, self._classes, self._options.batch_size, self._options)
+                    self._costs[key] = cost_.measure_cost(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
 
     def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
@@ -48,10 +48,10 @@ class Meter:
         sizes = {name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()}
         model = self._workshop.fresh(sizes).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
-        return step_seconds(model, data.x[rows], data.y[rows], repeats)
+        return time_step(model, data.x[rows], data.y[rows], repeats)
 
 
-def step_seconds(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> float:
+def time_step(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> float:
     """The median seconds of a forward and backward pass in training, after one to warm up."""
     model, times = model.train(), []
     for _ in range(repeats + 1):
@@ -61,6 +61,6 @@ def step_seconds(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> fl
     return statistics.median(times[1:])
 
 
-def free() -> float:
+def free_memory() -> float:
     """Bytes of memory that are free on this machine now."""
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

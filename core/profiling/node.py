@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hetfl.profiling.cost import Cost
 
 
-def unmeasured(ratio: float) -> Any:
+def refuse_measuring(ratio: float) -> Any:
     raise NotImplementedError("this node cannot measure")
 
 
@@ -30,8 +30,8 @@ class Node:
     clients: int
     round: int
     seed: int
-    cost: Callable[[float], Cost] = unmeasured
-    probe: Callable[[float], float] = unmeasured
+    cost: Callable[[float], Cost] = refuse_measuring
+    probe: Callable[[float], float] = refuse_measuring
     examples: int = 0
     steps: int = 0
 

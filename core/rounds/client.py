@@ -120,7 +120,7 @@ class ClientRuntime:
         model = self._model(sent, state)
         if sent.local:
             measure_statistics(model, own.train.batches(size, None))
-        score = evaluate(model, own.test, size, own.labels if sent.held else None)
+        score = evaluate(model, own.test, size, own.held_classes if sent.held else None)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
 
     def _task(self, client: int, sent: Instruction, state: ClientState) -> Task:

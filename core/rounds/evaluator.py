@@ -13,7 +13,7 @@ from hetfl.data.dataset import Examples
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.submodel.plan import Plan, Selection, is_whole
-from hetfl.training.evaluation import Score, Seen, examine, total_score
+from hetfl.training.evaluation import BatchScore, Score, score_batches, sum_scores
 
 PIECE = 2  # batches of evaluation that one worker takes at a time
 
@@ -48,15 +48,15 @@ class Evaluator:
         shares = [(job, piece) for job in fresh.values() for piece in pieces]
         tasks: list[Callable[[], object]] = [meanwhile, *(partial(self._examine, take, *share) for share in shares)]
         _, *found = self._server.pool.map(lambda task: task(), tasks)
-        seen: dict[tuple[int, int], list[Seen]] = {key: [] for key in fresh}
-        for (job, _), batches in zip(shares, cast(list[list[Seen]], found), strict=True):
+        seen: dict[tuple[int, int], list[BatchScore]] = {key: [] for key in fresh}
+        for (job, _), batches in zip(shares, cast(list[list[BatchScore]], found), strict=True):
             seen[job.key] += batches
-        scored = {key: (job, total_score(seen[key])) for key, job in fresh.items()}
+        scored = {key: (job, sum_scores(seen[key])) for key, job in fresh.items()}
         self._known = {job.key: scored.get(job.key) or self._known[job.key] for job in jobs.values()}
         return {name: self._known[job.key][1] for name, job in jobs.items()}
 
-    def _examine(self, take: Callable[[Plan, State], State], job: EvalJob, piece: tuple[Tensor, ...]) -> list[Seen]:
+    def _examine(self, take: Callable[[Plan, State], State], job: EvalJob, piece: tuple[Tensor, ...]) -> list[BatchScore]:
         plan, state = job.plan, job.source
         how = (None, None) if plan is None else (plan.sizes, plan.model)
         model = self._server.builder.loaded(state if plan is None else take(plan, state), *how)
-        return examine(model, self._test, piece)
+        return score_batches(model, self._test, piece)

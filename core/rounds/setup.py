@@ -93,7 +93,7 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
     size = vectorized.group_size(builder.model, options, setup.federation.shape, builder.widths.draws)
     if size < 2:
         return 1, "the model draws random numbers or is recurrent"
-    why = vectorized.stackable(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
+    why = vectorized.find_stacking_error(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
 
 

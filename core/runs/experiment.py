@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.data.dataset import FederatedDataset
 from hetfl.engines.select import EngineContext, make_engine
 from hetfl.hooks.manager import PluginManager
@@ -59,11 +59,11 @@ def prepare(
     clients = len(federation.clients)
     refuse_too_many(setup.options, clients)
     group_size, why = choose_group_size(setup)
-    options = setup.options.model_copy(update={"cohorts": "on" if group_size > 1 else "off"})
+    options = setup.options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
     pool, initial = Pool(options.workers), tensors(builder.model)
     server = Server(options, builder, initial, len(federation.classes), federation.public, pool)
-    if why and given.cohorts == "on":
-        server.notes.append(f"clients train one by one, not in cohorts: {why}")
+    if why and given.vmap == "on":
+        server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     began = time.perf_counter()
     callback.phase(0, "pretrain")
     if pretrained is not None:
@@ -83,7 +83,7 @@ def prepare(
         control=server.state,
         initial=server.state,
     )
-    config = write(options, plugins.options())
+    config = format_run_file(options, plugins.options())
     engine = make_engine(setup.runtime(), pool, group_size, config, context or EngineContext(Path("memory")))
     seconds = {"pretrain": time.perf_counter() - began}
     return Experiment(given, options, federation, plugins, server, state, initial, pretrained, group_size, engine, seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
@@ -41,7 +41,7 @@ def run(
         if snapshot is None:
             folder.json("run.json", run_facts(experiment))
             folder.table("partition.csv", class_counts(experiment.federation))
-            folder.write("config.toml", write(experiment.options, experiment.plugins.options()))
+            folder.write("config.toml", format_run_file(experiment.options, experiment.plugins.options()))
         else:
             restore(experiment, snapshot)
         recorder.begin(snapshot is None)

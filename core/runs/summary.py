@@ -31,7 +31,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
                      "tune": len(federation.public.tune) if federation.public else 0,
                      "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},
-        "counts": federation.counts.tolist(),
+        "counts": federation.class_counts.tolist(),
         "widths": {g.name: g.size for g in widths.groups}, "frozen": widths.frozen, "elastic share": widths.elastic(),
     }  # fmt: skip
 
@@ -40,7 +40,7 @@ def preset_origin(options: RunOptions) -> dict[str, Any]:
     """The preset that a run began from, the hash of its settings, and which of them the run changed."""
     if options.preset is None:
         return {}
-    preset, now = presets.find(options.preset), options.model_dump(mode="json")
+    preset, now = presets.find_preset(options.preset), options.model_dump(mode="json")
     asked = resolve({**preset.values, "preset": preset.name}).model_dump(mode="json")
     changed = [name for name in preset.values if now[name] != asked[name]]
     return {"preset": {"name": preset.name, "sha256": preset.digest, "changed": changed}}
@@ -48,7 +48,7 @@ def preset_origin(options: RunOptions) -> dict[str, Any]:
 
 def class_counts(federation: FederatedDataset) -> list[Row]:
     """Who holds what: a row a client, training examples of every class and in all."""
-    rows = enumerate(federation.counts.tolist())
+    rows = enumerate(federation.class_counts.tolist())
     return [{"client": i, **dict(zip(federation.classes, row, strict=True)), "all": sum(row)} for i, row in rows]
 
 

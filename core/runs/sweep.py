@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hetfl import config, registry
-from hetfl.config import RunOptions
 from hetfl.errors import NotApplicable, RunError, UsageError, unknown
 from hetfl.runs.cell import IDLE, Trial, TrialResult, natural, row
 from hetfl.runs.folder import RunFolder
@@ -54,17 +52,12 @@ def put(options: dict[str, Any], name: str, value: Any) -> None:
     if plain in FIXED:
         raise UsageError(f"'{plain}' is not swept: it has its own option, or changes no result")
     if "." not in plain:
-        if plain not in RunOptions.model_fields:
-            raise config.unknown_option(plain)
+        config.check_option(plain)
         options[plain] = value
         return
-    tree = json.loads(json.dumps(options.get("set", {})))
-    place = tree
-    *path, last = name.split(".")
-    for part in path:
-        place = place.setdefault(part, {})
-    place[last] = value
-    options["set"] = tree
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    options["set"] = config.merge_options(options.get("set", {}), value)
 
 
 def relevant(given: Mapping[str, Any], extract: str, aggregate: str, profile: str) -> dict[str, Any]:
@@ -86,7 +79,7 @@ def refuse_bad(cells: Sequence[Trial]) -> None:
     from hetfl.hooks.loading import load_plugins
 
     for dataset in dict.fromkeys(cell.options.dataset for cell in cells):
-        catalog.find(dataset)
+        catalog.find_dataset(dataset)
     for cell in {(cell.extract, cell.aggregate, cell.point): cell for cell in cells}.values():
         with suppress(NotApplicable):
             load_plugins(cell.options)

@@ -1,24 +1,28 @@
-"""A cohort's training step in fixed places, so that a GPU records it once (a CUDA graph) and then replays it.
+"""A vmap group's training step on tensors that stay where they are, so that a GPU records it once (a CUDA graph) and replays it.
 
-One bench for each (model, clients, learning rate) and worker; each worker has a stream of its own, so that cohorts of different
-shapes run beside one another.
+Steps are cached for each (model, clients, learning rate) and worker thread; each worker has a CUDA stream of its own, so that
+groups of different shapes run at the same time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from hetfl.config import RunOptions
 from hetfl.models.state import State
 from hetfl.parallel import ThreadCache
+from hetfl.training.local import learning_rate
+from hetfl.training.stacking import EagerStep, ModelStack
 
-WARM = 3  # steps before a recording, as CUDA graphs ask for
+CACHED = 8  # (model, clients, learning rate) that a worker thread keeps
+
+WARM_UP = 3  # steps before a recording, as CUDA graphs ask for
 
 LOCAL = threading.local()
 
@@ -26,107 +30,99 @@ BENCHES: ThreadCache[GraphedSteps] = ThreadCache(8)
 
 
 class GraphedSteps:
-    """A stack of clients and their optimiser, in fixed places, and a step for each width of a batch.
+    """A step that looks like EagerStep to its caller: one fixed-size step for each width of a batch, recorded on a GPU.
 
-    `stack` answers x (clients, batch, *shape) with logits and has the clients' `values`; `context` surrounds the forward pass,
-    `finish` comes between backward and the optimiser.
+    Models, optimiser and batches stay in the same tensors from call to call and from round to round.
     """
 
-    def __init__(
-        self, stack: Any, optimizer: torch.optim.Optimizer, context: Callable[[], Any], finish: Callable[[], None]
-    ) -> None:
-        self.stack, self.optimizer, self.context, self.finish = stack, optimizer, context, finish
-        self._steps: dict[int, GraphStep] = {}
+    in_place = True
 
-    def load(self, states: Sequence[State]) -> None:
-        """Begins with the tensors of other clients: nothing is left of the ones before."""
+    def __init__(self, stack: ModelStack, options: RunOptions, round: int) -> None:
+        self.stack, self._step, self._width = stack, EagerStep(stack, options, round, in_place=True), 0
+        self._graphs: dict[int, GraphStep] = {}
+
+    def load(self, states: Sequence[State], width: int) -> None:
+        """Begins the training of other clients: copies their `states` in and resets the optimiser.
+
+        Batches are padded to `width` rows; 0: each has a step of its own width, for models that must not see padding.
+        """
+        self._width = width
         with torch.no_grad():
             for name, value in self.stack.values.items():
                 for row, state in zip(value, states, strict=True):
                     row.copy_(state[name])
-            for kept in self._kept():
-                kept.zero_()
+            for tensor in self._optimizer_tensors():
+                tensor.zero_()
 
-    def _kept(self) -> list[Tensor]:
-        """What the optimiser remembers."""
-        return [t for held in self.optimizer.state.values() for t in held.values() if isinstance(t, Tensor)]
-
-    def step(self, size: int, x: Tensor, y: Tensor) -> GraphStep:
-        """The step for batches of `size`, as wide as x and y or wider; recorded when it is first wanted, on a GPU."""
-        if size not in self._steps:
-            self._steps[size] = GraphStep(self, size, x, y)
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """As EagerStep; the losses (clients,) are valid until the next call."""
+        width = self._width or x.shape[1]
+        if width not in self._graphs:
+            self._graphs[width] = GraphStep(self._step, width, x, y)
             if x.is_cuda:
-                self._recorded(self._steps[size])
-        return self._steps[size]
+                self._record(self._graphs[width])
+        return self._graphs[width](x, y, weights)
 
-    def _recorded(self, step: GraphStep) -> None:
-        """Records a step; what the steps before it did to the tensors is undone."""
-        held = [*self.stack.values.values()]
-        before, remembered = [t.detach().clone() for t in held], [t.clone() for t in self._kept()]
-        step.record()
+    def _record(self, graph: GraphStep) -> None:
+        """Records a step; what the warm-up steps did to models and optimiser is undone."""
+        values = [*self.stack.values.values()]
+        old_values, old_state = [t.detach().clone() for t in values], [t.clone() for t in self._optimizer_tensors()]
+        graph.record()
         with torch.no_grad():
-            for tensor, value in zip(held, before, strict=True):
-                tensor.copy_(value)
-            for i, kept in enumerate(self._kept()):
-                kept.copy_(remembered[i]) if remembered else kept.zero_()
+            for tensor, old in zip(values, old_values, strict=True):
+                tensor.copy_(old)
+            for i, tensor in enumerate(self._optimizer_tensors()):
+                tensor.copy_(old_state[i]) if old_state else tensor.zero_()
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Momentum, moments and step counts."""
+        return [t for state in self._step.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
 class GraphStep:
-    """Forward, backward and optimiser of a bench on batches (clients, size)."""
+    """`step` on fixed input tensors of batches (clients, width); replayed where it has been recorded, else computed."""
 
-    def __init__(self, bench: GraphedSteps, size: int, x: Tensor, y: Tensor) -> None:
-        self._bench = bench
-        self._x = x[:, :1].expand(len(x), size, *x.shape[2:]).clone()
-        self._y, self._weights = (
-            torch.zeros(len(y), size, dtype=y.dtype, device=y.device),
-            torch.zeros(len(y), size, device=y.device),
-        )
-        self.losses = torch.zeros(len(x), device=x.device)
+    def __init__(self, step: EagerStep, width: int, x: Tensor, y: Tensor) -> None:
+        self._step = step
+        self._x = x[:, :1].expand(len(x), width, *x.shape[2:]).clone()
+        self._y = torch.zeros(len(y), width, dtype=y.dtype, device=y.device)
+        self._weights = torch.zeros(len(y), width, device=y.device)
+        self._losses = torch.zeros(len(x), device=x.device)
         self._graph: Any = None
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """One step on a batch; the losses of the clients. A batch that is shorter is padded with weight 0."""
+        """The clients' losses on a batch of at most `width` rows; a shorter one is padded with weight 0."""
         self._weights.zero_()
-        for place, value in ((self._x, x), (self._y, y), (self._weights, weights)):
-            place[:, : value.shape[1]].copy_(value)
+        for fixed, value in ((self._x, x), (self._y, y), (self._weights, weights)):
+            fixed[:, : value.shape[1]].copy_(value)
         if self._graph is None:
-            self._work()
+            self._compute()
         else:
             self._graph.replay()
-        return self.losses
+        return self._losses
 
-    def _work(self) -> None:
-        bench = self._bench
-        for parameter in bench.stack.parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        with bench.context():
-            each = F.cross_entropy(bench.stack(self._x).flatten(0, 1), self._y.flatten(), reduction="none").view(self._y.shape)
-        losses = (each * self._weights).sum(1)
-        losses.sum().backward()
-        bench.finish()
-        bench.optimizer.step()
-        self.losses.copy_(losses.detach())
+    def _compute(self) -> None:
+        self._losses.copy_(self._step(self._x, self._y, self._weights))
 
     def record(self) -> None:
         """Records the step on this worker's stream."""
-        for _ in range(WARM):
-            self._work()
+        for _ in range(WARM_UP):
+            self._compute()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=own_cuda_stream()):
-            self._work()
+            self._compute()
 
 
 def own_cuda_stream() -> Any:
-    """This worker's own CUDA stream."""
+    """This worker thread's own CUDA stream."""
     if not hasattr(LOCAL, "stream"):
         LOCAL.stream = torch.cuda.Stream()
     return LOCAL.stream
 
 
 @contextlib.contextmanager
-def run_beside(device: torch.device) -> Iterator[None]:
-    """Work of this worker on a GPU goes to a stream of its own; nothing elsewhere."""
+def use_own_cuda_stream(device: torch.device) -> Iterator[None]:
+    """While it lasts, this thread's work on a GPU goes to its own stream, which is waited for at the end; on CPU, nothing."""
     if device.type != "cuda":
         yield
         return
@@ -135,10 +131,12 @@ def run_beside(device: torch.device) -> Iterator[None]:
     own_cuda_stream().synchronize()
 
 
-def cached_bench(
-    model: nn.Module, key: tuple[object, ...], make: Callable[[], GraphedSteps], states: Sequence[State]
-) -> GraphedSteps:
-    """This thread's bench for `model` and `key`, from `make` where it has none, loaded with `states`."""
-    found = BENCHES.get((model, *key), make)
-    found.load(states)
-    return found
+STEPS: ThreadCache[GraphedSteps] = ThreadCache(CACHED)
+
+
+def cached_steps(model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int) -> GraphedSteps:
+    """This worker thread's steps for `model` and so many clients, loaded with `states`; see GraphedSteps.load for `width`."""
+    key = (model, len(states), learning_rate(options, round))
+    steps = STEPS.get(key, lambda: GraphedSteps(ModelStack(model.train(), states), options, round))
+    steps.load(states, width)
+    return steps

@@ -1,4 +1,4 @@
-"""Where clients train and models are tested, and in which arithmetic."""
+"""The device on which clients train and models are tested, and the precision of forward passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_device(options: RunOptions) -> None:
         raise UsageError(f"--device {options.device} cannot be used: {why}; --device cpu can")
 
 
-def arithmetic(options: RunOptions) -> AbstractContextManager[Any]:
+def autocast(options: RunOptions) -> AbstractContextManager[Any]:
     """Forward passes of local training in bfloat16 where the run asks for it; weights, gradients and sums stay float32."""
     if options.precision == "float32":
         return nullcontext()

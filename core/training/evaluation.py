@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,13 @@ from torch.nn import functional as F
 
 from hetfl.data.dataset import Examples
 
-Seen = tuple[int, int, float]  # of one batch: examples, right answers, summed loss
+
+class BatchScore(NamedTuple):
+    """Of one batch: the number of examples, those classified correctly, and the sum of their cross entropies."""
+
+    examples: int
+    correct: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -23,27 +30,30 @@ class Score:
     examples: int
 
 
-def evaluate(model: nn.Module, data: Examples, batch: int, labels: Tensor | None = None) -> Score:
-    """Accuracy and loss of `model` on `data`; with `labels`, a bool for each class, the other classes' logits count as 0."""
-    return total_score(examine(model, data, data.rows(batch), labels))
+def evaluate(model: nn.Module, data: Examples, batch: int, classes: Tensor | None = None) -> Score:
+    """Accuracy and loss of `model` on `data` in batches of `batch`; both 0 where there is no example.
+
+    With `classes`, bool (classes,), the logits of the classes that are False count as 0 (spec heterofl 2.6).
+    """
+    return sum_scores(score_batches(model, data, data.rows(batch), classes))
 
 
-def examine(model: nn.Module, data: Examples, batches: Iterable[Tensor], labels: Tensor | None = None) -> list[Seen]:
-    """What came of each of `batches`, positions in `data`."""
+def score_batches(model: nn.Module, data: Examples, batches: Iterable[Tensor], classes: Tensor | None = None) -> list[BatchScore]:
+    """The score of each of `batches`, which hold positions (N,) in `data.x` and `data.y`; `classes` as in `evaluate`."""
     model.eval()
-    found = []
+    scores = []
     with torch.inference_mode():
         for rows in batches:
             logits, y = model(data.x[rows]), data.y[rows]
-            if labels is not None:
-                logits = logits.masked_fill(~labels.to(logits.device), 0.0)
+            if classes is not None:
+                logits = logits.masked_fill(~classes.to(logits.device), 0.0)
             loss = float(F.cross_entropy(logits, y, reduction="sum"))
-            found.append((len(rows), int((logits.argmax(1) == y).sum()), loss))
-    return found
+            scores.append(BatchScore(len(rows), int((logits.argmax(1) == y).sum()), loss))
+    return scores
 
 
-def total_score(batches: Sequence[Seen]) -> Score:
-    """The score over the batches that `examine` saw, summed in their order."""
-    count = sum(n for n, _, _ in batches)
-    right, loss = sum(r for _, r, _ in batches), sum(total for _, _, total in batches)
-    return Score(right / max(count, 1), loss / max(count, 1), count)
+def sum_scores(batches: Sequence[BatchScore]) -> Score:
+    """The score over all of `batches`, summed in their order."""
+    count, correct = sum(b.examples for b in batches), sum(b.correct for b in batches)
+    loss = sum(b.loss for b in batches)
+    return Score(correct / max(count, 1), loss / max(count, 1), count)

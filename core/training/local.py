@@ -11,20 +11,20 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import copy_state
-from hetfl.training.device import arithmetic
+from hetfl.training.device import autocast
 from hetfl.training.dropout import seeded_random
 from hetfl.training.task import Reply, Task
 
 
 def fit(task: Task) -> Reply:
-    """Plain local training: `epochs` passes over the client's own examples from what it was sent."""
+    """Plain local training: `options.epochs` passes over the client's own examples, from the tensors that it was sent."""
     optimizer = make_optimizer(task.model, task.options, task.round)
     last = descend(task, optimizer, local_batches(task), lambda x, y: total_loss(task, x, y))
     return Reply(copy_state(task.model), len(task.data.train), {"loss": last})
 
 
 def total_loss(task: Task, x: Tensor, y: Tensor) -> Tensor:
-    """The loss on a batch and the penalties."""
+    """The task's loss on a batch x (N, *shape), y (N,), with all penalties added."""
     loss = task.loss(task.forward(task.model, x), y)
     for penalty in task.penalties:
         loss = loss + penalty(task.model)
@@ -35,62 +35,64 @@ def descend(
     task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor], purpose: str = "dropout",
 ) -> float:  # fmt: skip
-    """A step of `optimizer` on `loss(x, y)` for each batch; entries outside the task's masks get no gradient. The last loss.
+    """Takes a step of `optimizer` on `loss(x, y)` for each batch and returns the last batch's loss before its step (0: no batch).
 
-    Dropout draws from the client's stream `purpose`.
+    Gradients of entries outside the task's masks are 0, and the gradient's norm over all parameters is at most `options.clip`
+    (0: any). Dropout draws from the client's stream `purpose`.
     """
-    with seeded_random(task.draws, task.stream(purpose)):
-        return _descend(task, optimizer, batches, loss)
-
-
-def _descend(
-    task: Task, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
-) -> float:
     model, last = task.model.train(), torch.zeros(())
     masked = [(p, task.masks[name].to(p.device)) for name, p in model.named_parameters() if name in task.masks]
-    for x, y in batches:
-        optimizer.zero_grad()
-        with arithmetic(task.options):
-            last = loss(x, y)
-        last.backward()
-        for parameter, mask in masked:
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
-        if task.options.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), task.options.clip)
-        optimizer.step()
-    return last.item()
+    with seeded_random(task.draws, task.stream(purpose)):
+        for x, y in batches:
+            optimizer.zero_grad()
+            with autocast(task.options):
+                last = loss(x, y)
+            last.backward()
+            for parameter, mask in masked:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(mask)
+            if task.options.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), task.options.clip)
+            optimizer.step()
+        return last.item()
 
 
 def local_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of all local epochs."""
+    """The batches x (N, *shape), y (N,) of all local epochs, in the order of the client's stream "batches"."""
     data = task.data.train
     for rows in batch_rows(data, task.options, task.stream("batches"), task.model):
         yield data.x[rows], data.y[rows]
 
 
 def batch_rows(data: Examples, options: RunOptions, generator: torch.Generator, model: nn.Module) -> list[Tensor]:
-    """The rows of each batch of all local epochs; batch statistics of a single example do not exist, so such a last batch is
-    left out."""
-    lonely = any(isinstance(m, BATCH_NORM) for m in model.modules()) and len(data) > 1
-    found = [rows for _ in range(options.epochs) for rows in data.rows(options.batch_size, generator)]
-    return [rows for rows in found if not (lonely and len(rows) == 1)]
+    """The rows (N,) of each batch of all local epochs, each epoch in a new order.
+
+    A batch of one example is left out for models with batch norm, which cannot normalise it, unless the client has no more.
+    """
+    skip_single = any(isinstance(m, BATCH_NORM) for m in model.modules()) and len(data) > 1
+    batches = [rows for _ in range(options.epochs) for rows in data.rows(options.batch_size, generator)]
+    return [rows for rows in batches if not (skip_single and len(rows) == 1)]
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:
     """The local optimiser of all parameters of `model` that are trained."""
-    return optimizer_of([p for p in model.parameters() if p.requires_grad], options, round)
+    return make_optimizer_for([p for p in model.parameters() if p.requires_grad], options, round)
 
 
-def optimizer_of(parameters: list[Tensor], options: RunOptions, round: int) -> torch.optim.Optimizer:
-    """The local optimiser; a milestone m lowers the rate from round m + 1 on (spec heterofl 5.6)."""
-    lr = options.lr * options.lr_decay ** sum(m < round for m in options.lr_milestones)
+def make_optimizer_for(parameters: list[Tensor], options: RunOptions, round: int) -> torch.optim.Optimizer:
+    """A new local optimiser of `parameters`, at the learning rate of `round`."""
+    lr = learning_rate(options, round)
     if options.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=options.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, fused=True)
 
 
+def learning_rate(options: RunOptions, round: int) -> float:
+    """The learning rate of `round`; a milestone m lowers it from round m + 1 on (spec heterofl 5.6)."""
+    return options.lr * options.lr_decay ** sum(m < round for m in options.lr_milestones)
+
+
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(logits / T)), the mean over the batch."""
+    """KL(softmax(teacher / T) || softmax(logits / T)) of logits and teacher (N, classes), the mean over the batch."""
     own, goal = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
     return (goal.exp() * (goal - own)).sum() / len(own)

@@ -19,12 +19,28 @@ from hetfl.submodel.widths import Kept, within
 
 
 def call_model(model: nn.Module, x: Tensor) -> Any:
+    """The default of Task.forward: logits (N, classes) of x (N, *shape)."""
     return model(x)
 
 
 @dataclass(eq=False)
 class Task:
-    """One client's work in one round. `fit` wrappers may change any field before they yield."""
+    """One client's work in one round. Wrappers of the hook `fit` may change any field before they yield.
+
+    client, round       the client's id, counted from 0; the round, counted from 1
+    model               the client's submodel holding the tensors that it was sent; trained in place
+    data                the client's own examples: `train`, `test` and the classes it holds
+    options             all options of the run: epochs, batch size, optimiser, seed ...
+    plan_sizes          number of units that `model` has of each width group; with `full_sizes`, those of the whole model
+    extras              tensors that plugins sent along (hook `client_extras`)
+    client_state        tensors that this client keeps between rounds; what is written to it is there in its next round
+    builder             builds submodels of other sizes on this worker
+    masks               bool, in the shapes of parameters, by name: entries that are False do not exist and are not trained
+    public              the public examples that the server sent along, or None
+    draws               whether the forward pass draws random numbers (dropout), which then come from `stream`
+    forward, loss       `loss(forward(model, x), y)` is the loss on a batch x (N, *shape), y (N,)
+    penalties           functions of the model that are added to the loss
+    """
 
     client: int
     round: int
@@ -44,18 +60,22 @@ class Task:
     penalties: list[Callable[[nn.Module], Tensor]] = field(default_factory=list)
 
     def stream(self, purpose: str) -> torch.Generator:
-        """The client's own random stream for `purpose` in this round."""
+        """The client's own random stream for `purpose` in this round, at its start."""
         return stream(self.options.seed, purpose, self.round, self.client)
 
-    def padded(self) -> State:
-        """The model's tensors in the shapes of the whole model's, as its leading units; 0 elsewhere."""
+    def pad_state(self) -> State:
+        """The model's tensors in the whole model's shapes, as its leading units; 0 elsewhere."""
         widths = self.builder.widths
         index = widths.index({name: torch.arange(self.plan_sizes[name]) for name in self.full_sizes})
-        mine = tensors(self.model).items()
-        return {n: put(t, index.get(n, {}), torch.zeros(widths.shapes[n], dtype=t.dtype)) for n, t in mine}
+        own = tensors(self.model).items()
+        return {n: put(t, index.get(n, {}), torch.zeros(widths.shapes[n], dtype=t.dtype)) for n, t in own}
 
     def cut(self, kept: Kept) -> None:
-        """Goes on with the units `kept` (local numbers) of each group alone: a smaller `model` with the same values."""
+        """Replaces `model` by a smaller one of the units `kept` of each group, with the same values; `masks` are cut too.
+
+        `kept` holds positions (units,) within the present model: of sizes {"fc1": 8} and kept {"fc1": [0, 3]}, the model that
+        remains has the units 0 and 3 of fc1 as its units 0 and 1.
+        """
         index = within(self.builder.widths, self.plan_sizes, kept)
         state = {name: take(tensor, index.get(name, {})).clone() for name, tensor in tensors(self.model).items()}
         self.masks = {name: take(mask, index.get(name, {})) for name, mask in self.masks.items()}
@@ -65,11 +85,16 @@ class Task:
 
 @dataclass(eq=False)
 class Reply:
-    """What a client sends back: its trained tensors, extras and metrics.
+    """What a client sends back.
 
-    Where it trained less than it was sent, `kept` has the units of each group that it cut (local numbers, LongTensor) and
-    `masks` (bool, in the shapes of `state`) the entries that still exist. `packed`: the tensors of `state` of which only the values
-    that exist have travelled, in their order. `code`: how floating-point tensors travel ("": as they are, fp16, int8).
+    state       its trained tensors by name
+    examples    number of training examples, the weight of FedAvg
+    metrics     numbers by name for clients.csv: loss, seconds ...
+    extras      further tensors for the plugins' server side
+    kept        where the client cut its model: positions (units,) within the model that it was sent, of each group that it cut
+    masks       bool, in the shapes of `state`: the entries that still exist
+    packed      names of those tensors of `state` of which only the values that exist have travelled, in their order
+    code        how floating-point tensors travel: "" as they are, or fp16, int8
     """
 
     state: State

@@ -11,110 +11,127 @@ from torch import Tensor
 
 from hetfl.data.dataset import Examples
 
-RISEN = 2.0  # times the loss before tuning
-
-
-def risen(purpose: str, start: float, last: float, kept: int) -> str | None:
-    """The alarm for tuning on server data that made the hold-out's loss rise much; the control may do as it likes."""
-    if kept or purpose == "control" or not last > RISEN * start + 0.1:
-        return None
-    return f"tuning ({purpose}) made the loss on the hold-out rise from {start:.3g} to {last:.3g}; none of it was kept"
+ALARM_FACTOR = 2.0  # times the hold-out loss before tuning
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What tuning on server data came to: hold-out loss at step 0 and at the step that was kept."""
+class TuningResult:
+    """What tuning on server data did to the loss on the hold-out.
+
+    `start` and `last` are the losses before the first and after the last step, `best` the one after `step` steps, whose tensors
+    were restored; `steps` were taken, of those that were allowed.
+    """
 
     start: float
     best: float
     step: int
-    steps: int  # taken, of those that were allowed
-    last: float = 0.0  # hold-out loss at the end
+    steps: int
+    last: float = 0.0
+
+
+def explain_risen_loss(purpose: str, start: float, last: float, step: int) -> str | None:
+    """The alarm for a tuning whose hold-out loss rose from `start` far beyond it, to `last`, or None.
+
+    No alarm where some of its steps (`step` > 0) were of use, nor for the control, whose loss is its own affair.
+    """
+    if step or purpose == "control" or not last > ALARM_FACTOR * start + 0.1:
+        return None
+    return f"tuning ({purpose}) made the loss on the hold-out rise from {start:.3g} to {last:.3g}; none of it was kept"
 
 
 def tune(
-    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float],
+    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], holdout_loss: Callable[[], float],
     generator: torch.Generator, *, steps: int, lr: float, batch: int, every: int = 10, patience: int = 0,
     keep: Sequence[Tensor] = (),
-) -> Tuned:  # fmt: skip
-    """Adam on `parameters` for `steps` batches of server data; the step with the lowest `judge()` is kept, step 0 included.
+) -> TuningResult:  # fmt: skip
+    """Adam on `parameters` for `steps` batches of server data; ends with the tensors of the step of lowest hold-out loss.
 
-    `loss` gets the positions of a batch within `data`; `judge`, the loss on the hold-out, is asked every `every` steps.
-    With `patience`, tuning ends after so many judgements in a row that were no better. `keep` are further tensors
+    `loss` gets the positions (batch,) of a batch within `data`. `holdout_loss` is computed before the first step, every `every`
+    steps and after the last; with `patience`, tuning ends after so many in a row that were no lower. `keep` are further tensors
     (buffers) that belong to a step. All are changed in place.
     """
-    how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "every": every, "patience": patience, "keep": keep}
-    tuned = tune_together(
-        data, parameters, lambda rows: loss(rows[0]), lambda: torch.tensor([judge()], dtype=torch.float64), [generator], **how
-    )
-    return tuned[0]
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "every": every, "patience": patience, "keep": keep}
+    results = tune_together(
+        data, parameters, lambda rows: loss(rows[0]), lambda: torch.tensor([holdout_loss()], dtype=torch.float64), [generator],
+        **options,
+    )  # fmt: skip
+    return results[0]
 
 
 def tune_together(
-    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor],
+    data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], holdout_losses: Callable[[], Tensor],
     generators: Sequence[torch.Generator], *,
     steps: int, lr: float, batch: int, every: int = 10, patience: int = 0, keep: Sequence[Tensor] = (),
-) -> list[Tuned]:  # fmt: skip
+) -> list[TuningResult]:  # fmt: skip
     """`tune` for several problems of one form, each as if alone: their tensors are joined along a leading dim (problems, …).
 
-    `loss` gets the positions of all their batches (problems, batch) and gives the sum of their losses, `judge` one for each.
+    `loss` gets the positions of all their batches (problems, batch) and gives the sum of their losses; `holdout_losses` gives
+    (problems,).
     """
     optimizer, tensors = torch.optim.Adam(list(parameters), lr, fused=True), [*parameters, *keep]
-    orders = zip(*(rows_of(len(data), batch, generator) for generator in generators), strict=True)
-    looks, saved = Looks(judged(judge)), [t.detach().clone() for t in tensors]
-    for step, rows in zip(range(1, steps + 1), orders, strict=False):
+    batches = zip(*(cycle_batches(len(data), batch, generator) for generator in generators), strict=True)
+    stopping, best = EarlyStopping(evaluate_holdout(holdout_losses)), [t.detach().clone() for t in tensors]
+    for step, rows in zip(range(1, steps + 1), batches, strict=False):
         optimizer.zero_grad()
         loss(torch.stack(rows)).backward()
         optimizer.step()
         if step % every == 0 or step == steps:
-            better = looks.take(step, judged(judge), patience * every)
-            saved = [chosen(better, t.detach(), old) for t, old in zip(tensors, saved, strict=True)]
-            if not looks.going:
+            better = stopping.update(step, evaluate_holdout(holdout_losses), patience * every)
+            best = [select_better(better, t.detach(), old) for t, old in zip(tensors, best, strict=True)]
+            if not stopping.active:
                 break
     with torch.no_grad():
-        for tensor, value in zip(tensors, saved, strict=True):
+        for tensor, value in zip(tensors, best, strict=True):
             tensor.copy_(value)
-    return looks.results()
+    return stopping.results()
 
 
-class Looks:
-    """What the looks at the hold-out of several problems came to; `start` are their losses before the first step."""
+class EarlyStopping:
+    """For several problems at once: the best hold-out loss so far and its step; `start` (problems,) are the losses at step 0."""
 
     def __init__(self, start: Tensor) -> None:
-        self._start, self._best, self._step, self._taken = start, start, torch.zeros(len(start)), torch.zeros(len(start))
-        self._going, self._last = torch.ones(len(start), dtype=torch.bool), start
+        self._start, self._best, self._last = start, start, start
+        self._best_step, self._steps = torch.zeros(len(start)), torch.zeros(len(start))
+        self._active = torch.ones(len(start), dtype=torch.bool)
 
     @property
-    def going(self) -> bool:
-        return bool(self._going.any())
+    def active(self) -> bool:
+        """Whether some problem is still being tuned."""
+        return bool(self._active.any())
 
-    def take(self, step: int, now: Tensor, patience: int) -> Tensor:
-        """Which problems are better than ever before after `step` steps; one that was not for `patience` steps has ended."""
-        better = self._going & (now < self._best)
-        self._taken, self._last = torch.where(self._going, float(step), self._taken), torch.where(self._going, now, self._last)
-        self._best, self._step = torch.where(better, now, self._best), torch.where(better, float(step), self._step)
+    def update(self, step: int, losses: Tensor, patience: int) -> Tensor:
+        """Bool (problems,): whose loss after `step` steps is lower than ever before.
+
+        A problem whose best is `patience` steps old ends (0: none does): its later losses no longer count.
+        """
+        better = self._active & (losses < self._best)
+        self._steps, self._last = torch.where(self._active, float(step), self._steps), torch.where(self._active, losses, self._last)
+        self._best = torch.where(better, losses, self._best)
+        self._best_step = torch.where(better, float(step), self._best_step)
         if patience:
-            self._going = self._going & (step - self._step < patience)
+            self._active = self._active & (step - self._best_step < patience)
         return better
 
-    def results(self) -> list[Tuned]:
-        columns = (t.tolist() for t in (self._start, self._best, self._step, self._taken, self._last))
-        return [Tuned(start, best, int(step), int(taken), last) for start, best, step, taken, last in zip(*columns, strict=True)]
+    def results(self) -> list[TuningResult]:
+        columns = (t.tolist() for t in (self._start, self._best, self._best_step, self._steps, self._last))
+        rows = zip(*columns, strict=True)
+        return [TuningResult(start, best, int(step), int(steps), last) for start, best, step, steps, last in rows]
 
 
-def chosen(better: Tensor, now: Tensor, old: Tensor) -> Tensor:
-    """The tensors (problems, …) of `now` where `better`, else `old`; with one problem they need no leading dim."""
+def select_better(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The tensors (problems, …) of `new` where `better` (problems,), else `old`; with one problem they need no leading dim."""
     if bool(better.all()):
-        return now.clone()
-    return torch.where(better.view(-1, *[1] * (old.ndim - 1)), now, old) if bool(better.any()) else old
+        return new.clone()
+    return torch.where(better.view(-1, *[1] * (old.ndim - 1)), new, old) if bool(better.any()) else old
 
 
-def judged(judge: Callable[[], Tensor]) -> Tensor:
+def evaluate_holdout(losses: Callable[[], Tensor]) -> Tensor:
+    """The losses (problems,) without a gradient; NaN counts as infinite, so that it is never the best."""
     with torch.no_grad():
-        return judge().nan_to_num(nan=float("inf"), posinf=float("inf"))
+        return losses().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
-def rows_of(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of row numbers, each pass in a new order."""
+def cycle_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of positions in range(count), int64 (batch,), each pass in a new order; its last batch may be short."""
     while True:
         yield from torch.randperm(count, generator=generator).split(min(batch, count))

@@ -17,7 +17,7 @@ from hetfl.submodel.blocks import take
 from hetfl.submodel.units import Gate, apply_gates, find_gates, locate_gates, select_largest
 from hetfl.submodel.widths import Widths, within
 from hetfl.training.dropout import seeded_random
-from hetfl.training.tuning import rows_of
+from hetfl.training.tuning import cycle_batches
 
 Units = Mapping[str, Tensor]
 
@@ -86,7 +86,7 @@ class DAC(Plugin):
         generator, steps = server.stream(purpose, turn), self._steps(server)
         server.steps += steps
         with seeded_random(server.widths.draws, server.stream(f"{purpose} dropout", turn)):
-            for _, rows in zip(range(steps), rows_of(len(x), server.options.server_batch_size, generator), strict=False):
+            for _, rows in zip(range(steps), cycle_batches(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:
                     optimizer.zero_grad()
                     logits = functional_call(model, apply_gates(weights, gates, where), (x[rows],))
@@ -143,7 +143,7 @@ def survivors(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]
 def price(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(MACs of one example, parameters) of the submodel of `sizes`."""
     model, data = server.builder.fresh(sizes), server.public.tune
-    return cost.macs(model, data.x[data.index[:1]]), cost.parameters(model)
+    return cost.count_macs(model, data.x[data.index[:1]]), cost.count_parameters(model)
 
 
 def below(price: tuple[int, int], budget: tuple[int, int]) -> bool:

@@ -29,7 +29,7 @@ from hetfl import (
 )
 from hetfl.data.dataset import Examples
 from hetfl.training.local import descend, kl_divergence
-from hetfl.training.tuning import rows_of
+from hetfl.training.tuning import cycle_batches
 
 MOST = 1 << 24
 
@@ -181,7 +181,7 @@ def stratified(public: Examples, number: int, generator: torch.Generator) -> Ten
 
 def shuffled(x: Tensor, goal: Tensor, batch: int, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of x and what it is to answer, `epochs` times in new orders."""
-    rows = rows_of(len(x), batch, generator)
+    rows = cycle_batches(len(x), batch, generator)
     for _ in range(epochs * -(-len(x) // min(batch, len(x)))):
         at = next(rows)
         if len(at) > 1 or len(x) == 1:

@@ -126,7 +126,7 @@ def merged(patch: Patch, mean: Tensor, shared: Tensor) -> Patch:
 
 def strong(task: Task, ratio: float) -> dict[str, Tensor]:
     """The strongest channels of each group by the L2 norm of what makes them, so many that `ratio` of the whole group is left."""
-    strength = sum_powers(task.builder.widths, task.padded(), list_prunable(task.model), 2)
+    strength = sum_powers(task.builder.widths, task.pad_state(), list_prunable(task.model), 2)
     sizes = {name: min(size, unit_count(task.full_sizes[name], ratio)) for name, size in task.plan_sizes.items()}
     return {name: select_largest(strength[name][: task.plan_sizes[name]], size) for name, size in sizes.items()}
 

@@ -40,11 +40,11 @@ class HeteroFL(Plugin):
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if self.mask_loss:
-            task.loss = masked(task.data.labels)
+            task.loss = masked(task.data.held_classes)
         with scaled(task.model, ratio(task)) if self.scaler else nullcontext():
             reply = yield
         if self.mask_loss:
-            reply.extras["labels"] = task.data.labels
+            reply.extras["labels"] = task.data.held_classes
         return reply
 
     @hookimpl

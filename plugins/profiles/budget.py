@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import field_validator
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
-from hetfl.profiling.capacity import Grid, dealt, largest, mix, quantity, widths
+from hetfl.profiling.capacity import WidthGrid, assign_mix, find_largest_width, parse_grid, parse_mix, parse_quantity
 
 
 class Budget(Plugin):
@@ -17,19 +17,19 @@ class Budget(Plugin):
     deadline: float | None = Field(None, gt=0, description="seconds for a round's training and both transfers (with flops)")
     flops: str = Field("10G", description="floating-point operations a second that a device sustains")
     bandwidth: str = Field("1MB", description="bytes a second that a device transfers")
-    grid: Grid = Field("1,0.75,0.5,0.25,0.125,0.0625", description="widths to choose from")
+    grid: WidthGrid = Field("1,0.75,0.5,0.25,0.125,0.0625", description="widths to choose from")
 
     @field_validator("memory", "macs", "parameters", "flops", "bandwidth", mode="before")
     @classmethod
     def _amounts(cls, text: object) -> object:
         text = str(text) if isinstance(text, int | float) else text
         if isinstance(text, str):
-            mix(text, quantity)
+            parse_mix(text, parse_quantity)
         return text
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        return largest(widths(self.grid), lambda ratio: self._exceeded(node, ratio))
+        return find_largest_width(parse_grid(self.grid), lambda ratio: self._exceeded(node, ratio))
 
     def _exceeded(self, node: Node, ratio: float) -> str:
         """The first budget that the submodel of `ratio` exceeds, in words, or nothing."""
@@ -51,4 +51,4 @@ class Budget(Plugin):
         return 6 * cost.macs * node.examples / flops + 2 * cost.bytes / bandwidth
 
     def _of(self, node: Node, text: str | None) -> float | None:
-        return None if text is None else dealt(text, quantity, node.clients)[node.client]
+        return None if text is None else assign_mix(text, parse_quantity, node.clients)[node.client]

@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
 from hetfl.errors import nearest
-from hetfl.profiling.capacity import Grid, dealt, largest, mix, quantity, widths
+from hetfl.profiling.capacity import WidthGrid, assign_mix, find_largest_width, parse_grid, parse_mix, parse_quantity
 
 TABLE = Path(__file__).with_name("devices.toml")
 
@@ -23,27 +23,27 @@ class Devices(Plugin):
     """
 
     fleet: str = Field("fedconv-testbed", description="a fleet, or classes with counts or shares, e.g. nano:4,rpi4:6")
-    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: WidthGrid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     reference: float = Field(0.9, gt=0, description="TFLOP/s that train the full model in time")
     share: float = Field(0.5, gt=0, le=1, description="share of a device's memory that training may use")
 
     @field_validator("fleet")
     @classmethod
     def _known(cls, fleet: str) -> str:
-        mix(table()["fleet"].get(fleet, fleet), known)
+        parse_mix(table()["fleet"].get(fleet, fleet), known)
         return fleet
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        device = known(dealt(table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
-        memory = quantity(device["memory"]) * self.share
+        device = known(assign_mix(table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
+        memory = parse_quantity(device["memory"]) * self.share
 
         def limit(ratio: float) -> str:
             if ratio**2 > device["tflops"] / self.reference:
                 return f"compute: {device['what']} has {device['tflops']:g} TFLOP/s"
             return f"memory: {device['what']} has {device['memory']}" if node.cost(ratio).memory > memory else ""
 
-        return largest(widths(self.grid), limit)
+        return find_largest_width(parse_grid(self.grid), limit)
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from pydantic import field_validator
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
-from hetfl.profiling.capacity import dealt, mix, ratio
+from hetfl.profiling.capacity import assign_mix, parse_mix, parse_ratio
 
 LETTERS = re.compile(r"[a-z]\d+(-[a-z]\d+)*")
 
@@ -31,17 +31,17 @@ class Levels(Plugin):
     @field_validator("mix")
     @classmethod
     def _readable(cls, text: str) -> str:
-        mix(spelt(text), ratio)
+        parse_mix(spelt(text), parse_ratio)
         return text
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
         if self.redraw:
-            levels = mix(spelt(self.mix), ratio)
+            levels = parse_mix(spelt(self.mix), parse_ratio)
             shares = torch.tensor([float(share) for _, share in levels])
             drawn = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
             return Profile(levels[drawn][0])
-        return Profile(dealt(spelt(self.mix), ratio, node.clients)[node.client])
+        return Profile(assign_mix(spelt(self.mix), parse_ratio, node.clients)[node.client])
 
 
 def spelt(text: str) -> str:

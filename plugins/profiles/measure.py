@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import PrivateAttr
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
-from hetfl.profiling.capacity import Grid, largest, widths
-from hetfl.profiling.meter import free
+from hetfl.profiling.capacity import WidthGrid, find_largest_width, parse_grid
+from hetfl.profiling.meter import free_memory
 
 
 class Measure(Plugin):
@@ -17,17 +17,17 @@ class Measure(Plugin):
 
     deadline: float = Field(60.0, gt=0, description="seconds for a round's training")
     share: float = Field(0.5, gt=0, le=1, description="share of the free memory that training may use")
-    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: WidthGrid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     _found: dict[int, Profile] = PrivateAttr(default_factory=dict)
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
         if node.client not in self._found:
-            self._found[node.client] = largest(widths(self.grid), lambda ratio: self._exceeded(node, ratio))
+            self._found[node.client] = find_largest_width(parse_grid(self.grid), lambda ratio: self._exceeded(node, ratio))
         return self._found[node.client]
 
     def _exceeded(self, node: Node, ratio: float) -> str:
-        memory, allowed = node.cost(ratio).memory, self.share * free()
+        memory, allowed = node.cost(ratio).memory, self.share * free_memory()
         if memory > allowed:
             return f"memory: {memory:,} of {allowed:,.0f} bytes at width {ratio:g}"
         seconds = node.probe(ratio) * node.steps

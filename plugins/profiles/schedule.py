@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import PrivateAttr, model_validator
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
-from hetfl.profiling.capacity import Grid, largest, widths
+from hetfl.profiling.capacity import WidthGrid, find_largest_width, parse_grid
 
 Row = dict[str, float]
 
@@ -22,7 +22,7 @@ class Trace(Plugin):
     """
 
     file: Path = Field(Path("trace.csv"), description="CSV: round, client, width, battery, load")
-    grid: Grid = Field("1,0.75,0.5,0.25", description="widths to choose from")
+    grid: WidthGrid = Field("1,0.75,0.5,0.25", description="widths to choose from")
     _rows: dict[int, dict[int, Row]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -34,9 +34,9 @@ class Trace(Plugin):
     def profile(self, node: Node) -> Profile:
         rows = self._rows.get(node.client, {})
         row = rows.get(max((r for r in rows if r <= node.round), default=0), {})
-        grid, capacity = widths(self.grid), row.get("width", 1.0) * row.get("battery", 1.0) * (1 - row.get("load", 0.0))
+        grid, capacity = parse_grid(self.grid), row.get("width", 1.0) * row.get("battery", 1.0) * (1 - row.get("load", 0.0))
         told = ", ".join(f"{name} {value:g}" for name, value in row.items())
-        return largest(grid, lambda ratio: told if ratio > max(capacity, min(grid)) + 1e-9 else "")
+        return find_largest_width(grid, lambda ratio: told if ratio > max(capacity, min(grid)) + 1e-9 else "")
 
 
 def read(path: Path) -> dict[int, dict[int, Row]]:

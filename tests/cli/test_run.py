@@ -172,11 +172,11 @@ def test_a_device_that_affords_nothing_ends_the_run_with_a_sentence(tmp_path, ca
 
 
 def test_help_names_every_option():
-    from hetfl.config import RunOptions, flag
+    from hetfl.config import RunOptions, format_flag
 
     done = subprocess.run(
         [sys.executable, "-m", "hetfl.cli.main", "run", "--help"],
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "240", "TERMINAL_WIDTH": "240"},
     )  # fmt: skip
     assert done.returncode == 0
-    assert not [name for name in RunOptions.model_fields if flag(name) not in done.stdout]
+    assert not [name for name in RunOptions.model_fields if format_flag(name) not in done.stdout]

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.data_files import IMAGES, png, refused, same, write
 from hetfl.config import DataOptions
-from hetfl.data.catalog import KNOWN, find
+from hetfl.data.catalog import KNOWN, find_dataset
 from hetfl.data.loading import load
 
 
@@ -20,9 +20,9 @@ def test_short_names_are_looked_for_on_the_shelf(tmp_path, monkeypatch):
     federation = load(DataOptions(dataset="mnist", clients=1, partition="iid", server_data=0))
     values = (federation.test.x[:, 0, 0, 0] * 0.3081 + 0.1307) * 255
     assert values.round().int().tolist() == list(range(40))
-    assert find("ylecun/mnist").known is KNOWN["mnist"]
+    assert find_dataset("ylecun/mnist").known is KNOWN["mnist"]
     monkeypatch.delenv("HETFL_DATA")
-    assert find("mnist").hub == "ylecun/mnist"
+    assert find_dataset("mnist").hub == "ylecun/mnist"
 
 
 def hub(monkeypatch, answer, splits=None):

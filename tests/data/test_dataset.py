@@ -10,12 +10,12 @@ from hetfl.data.loading import load
 
 def test_counts_and_labels_say_who_holds_what():
     federation = load(DataOptions(clients=6, partition="pathological", classes_per_client=3))
-    assert federation.counts.shape == (6, 10)
-    for client, counts in zip(federation.clients, federation.counts, strict=True):
+    assert federation.class_counts.shape == (6, 10)
+    for client, counts in zip(federation.clients, federation.class_counts, strict=True):
         assert client.train.all()[1].bincount(minlength=10).tolist() == counts.tolist()
-        assert client.labels.dtype == torch.bool
-        assert client.labels.nonzero().flatten().tolist() == sorted(set(client.train.all()[1].tolist()))
-        assert int(client.labels.sum()) <= 3
+        assert client.held_classes.dtype == torch.bool
+        assert client.held_classes.nonzero().flatten().tolist() == sorted(set(client.train.all()[1].tolist()))
+        assert int(client.held_classes.sum()) <= 3
         assert set(client.test.all()[1].tolist()) <= set(torch.cat([client.train.all()[1], client.test.all()[1]]).tolist())
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from helpers.data_files import KINDS, parts, refused, rows, write
 from helpers.paths import ROOT
 from hetfl.config import DataOptions
-from hetfl.data.loading import _fingerprint, load
+from hetfl.data.loading import fingerprint_split, load
 from hetfl.data.partition import Split
 
 
@@ -116,7 +116,7 @@ def test_fingerprint_covers_every_part_of_a_deal():
         {"holdout": [7]},
         {"test": [7]},
     )
-    prints = {_fingerprint("c", dealt()), _fingerprint("d", dealt()), *(_fingerprint("c", dealt(**c)) for c in changes)}
+    prints = {fingerprint_split(content, dealt()) for content in "cd"} | {fingerprint_split("c", dealt(**c)) for c in changes}
     assert len(prints) == len(changes) + 2
 
 

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from helpers.data_files import rows, write
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
-from hetfl.data.partition import deal, spread
+from hetfl.data.partition import split_rows, stratified_order
 
 
 def test_every_beginning_of_a_spread_is_in_proportion():
     y = torch.tensor([0] * 80 + [1] * 19 + [2])
-    order = spread(y, torch.Generator().manual_seed(3))
+    order = stratified_order(y, torch.Generator().manual_seed(3))
     assert sorted(order.tolist()) == list(range(100))
     assert sorted(y[order[:3]].tolist()) == [0, 1, 2]
     assert y[order[:50]].bincount().tolist() in ([39, 10, 1], [40, 9, 1])
 
 
 def test_dirichlet_is_skewed_and_iid_is_not():
-    skewed = load(DataOptions(alpha=0.1, clients=5)).counts.double()
-    flat = load(DataOptions(partition="iid", clients=5)).counts.double()
+    skewed = load(DataOptions(alpha=0.1, clients=5)).class_counts.double()
+    flat = load(DataOptions(partition="iid", clients=5)).class_counts.double()
     share = lambda counts: (counts.max(1).values / counts.sum(1)).mean()  # noqa: E731
     assert share(skewed) > 0.25 > 0.2 > share(flat)
 
@@ -38,7 +38,7 @@ def test_natural_clients_are_the_people(numbered):
 
 def test_label_can_be_the_owner(numbered):
     federation = load(DataOptions(dataset=str(numbered), partition="natural", id_column="label"))
-    assert (federation.counts > 0).tolist() == torch.eye(4).bool().tolist()
+    assert (federation.class_counts > 0).tolist() == torch.eye(4).bool().tolist()
 
 
 def test_a_client_of_one_example_trains_on_it(tmp_path):
@@ -52,15 +52,15 @@ def test_a_client_of_one_example_trains_on_it(tmp_path):
 @pytest.mark.parametrize("kind", ["dirichlet", "pathological", "shard"])
 def test_partition_seed_draws_the_skew_anew(numbered, kind):
     options = DataOptions(dataset=str(numbered), partition=kind, clients=6, alpha=1, server_data=0, own_test=0)
-    assert not torch.equal(load(options).counts, load(options.model_copy(update={"partition_seed": 1})).counts)
+    assert not torch.equal(load(options).class_counts, load(options.model_copy(update={"partition_seed": 1})).class_counts)
 
 
 def test_deal_is_the_same_for_every_order_of_calls():
     y = torch.arange(200).remainder(5)
     options = DataOptions(alpha=1, clients=4)
-    first = deal(options, y)
+    first = split_rows(options, y)
     torch.rand(7)
-    second = deal(options, y)
+    second = split_rows(options, y)
     assert all(map(torch.equal, first.train + first.own, second.train + second.own))
 
 

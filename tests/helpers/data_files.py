@@ -59,7 +59,7 @@ def parts(federation: FederatedDataset) -> list:
 def same(one: FederatedDataset, other: FederatedDataset) -> bool:
     pairs = zip(parts(one), parts(other), strict=True)
     equal = all(torch.equal(a.index, b.index) and all(map(torch.equal, a.all(), b.all())) for a, b in pairs)
-    return equal and torch.equal(one.counts, other.counts) and one.fingerprint == other.fingerprint
+    return equal and torch.equal(one.class_counts, other.class_counts) and one.fingerprint == other.fingerprint
 
 
 def refused(values: dict, sentence: str) -> None:

@@ -53,5 +53,5 @@ def with_bad(monkeypatch, spoil, **values):
     load = setup.loading.load_plugins
     monkeypatch.setattr(setup.loading, "load_plugins", lambda options: PluginManager({**load(options).plugins, "wrap.bad": Bad()}))
     SPOILT[:] = [spoil] if spoil else []
-    base = {"extract": "heterofl", "aggregate": "overlap", "cohorts": "off"}
+    base = {"extract": "heterofl", "aggregate": "overlap", "vmap": "off"}
     return ready(0, **{**base, **values})

@@ -65,11 +65,11 @@ NORMED = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_
 
 FOUR_CLIENTS = {
     "limit": 200, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False,
-    "cohorts": "off", "workers": 2,
+    "vmap": "off", "workers": 2,
 }  # fmt: skip
 
 
-THREE_NODES = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
+THREE_NODES = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "vmap": "off"}
 
 
 STOPPABLE = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from helpers.cli import run_words
 from helpers.runs import STOPPABLE
 from hetfl.cli.main import app
-from hetfl.config import read, resolve
+from hetfl.config import read_run_file, resolve
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner as experiment
 from hetfl.runs.folder import RunFolder
@@ -40,7 +40,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, stops, values):
     experiment.run(options, RunFolder(tmp_path / "whole").open(), NoCallback())
     with pytest.raises(stops.Stopped):
         experiment.run(options, RunFolder(tmp_path / "part").open(), stops.Stopping(1))
-    options = resolve({**read(tmp_path / "part" / "config.toml"), "out": tmp_path / "part"})
+    options = resolve({**read_run_file(tmp_path / "part" / "config.toml"), "out": tmp_path / "part"})
     with pytest.raises(stops.Stopped):
         experiment.resume_run(options, RunFolder(tmp_path / "part"), stops.Stopping(3))
     watch = stops.go_on(tmp_path / "part")

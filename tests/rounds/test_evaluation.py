@@ -11,13 +11,13 @@ from hetfl.training import evaluation
 
 def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
     """A level that is the whole model, and what a client was sent and the round before tested, are not tested again."""
-    seen, whole = [], evaluation.examine
+    seen, whole = [], evaluation.score_batches
 
-    def examine(model, data, part):
+    def score_batches(model, data, part):
         seen.append(sum(p.numel() for p in model.parameters()))
         return whole(model, data, part)
 
-    monkeypatch.setattr(exams, "examine", examine)
+    monkeypatch.setattr(exams, "score_batches", score_batches)
     made = simulate(extract="heterofl", aggregate="overlap", levels="1,0.5,0.5", steps=1)
     pieces = -(-len(made.state.test) // (made.options.eval_batch_size * exams.PIECE))
     assert len(seen) == 4 * pieces  # in round 1: the new and the sent one of both levels

@@ -82,7 +82,7 @@ def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypa
         return whole(task)
 
     monkeypatch.setattr(train, "fit", fit)
-    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off")
+    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", vmap="off")
     assert any("client 2 left out: ValueError: sensor unplugged" in note for note in summary["notes"])
     assert "sensor unplugged" in (tmp_path / "a" / "clients.csv").read_text()
 
@@ -94,8 +94,8 @@ def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch)
         raise RuntimeError("down")
 
     monkeypatch.setattr(train, "fit", fit)
-    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off", rounds=1)
-    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", cohorts="off", rounds=3)
+    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", vmap="off", rounds=1)
+    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", vmap="off", rounds=3)
     assert same(one, two)
 
 

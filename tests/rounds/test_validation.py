@@ -78,7 +78,7 @@ def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks
         return reply
 
     monkeypatch.setattr(ClientRuntime, "train", answer)
-    made = simulate(extract="full", aggregate="overlap", cohorts="off", steps=1)
+    made = simulate(extract="full", aggregate="overlap", vmap="off", steps=1)
     (row,) = [r for r in made.state.client_rows if "fault" in r]
     assert row["client"] == 0
     assert re.search(fault, row["fault"])
@@ -108,6 +108,6 @@ def test_a_bad_reply_is_left_out(tmp_path, monkeypatch, spoil):
         return reply
 
     monkeypatch.setattr(train, "fit", fit)
-    weights, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off")
+    weights, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", vmap="off")
     assert sum("client 1 left out" in note for note in summary["notes"]) == 2
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())

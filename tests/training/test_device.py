@@ -8,9 +8,9 @@ import torch
 from hetfl.errors import UsageError
 
 
-@pytest.mark.parametrize("cohorts", ["off", "on"])
-def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, cohorts):
-    values = {"extract": "heterofl", "aggregate": "overlap", "cohorts": cohorts, "pretrain_steps": 0}
+@pytest.mark.parametrize("vmap", ["off", "on"])
+def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, vmap):
+    values = {"extract": "heterofl", "aggregate": "overlap", "vmap": vmap, "pretrain_steps": 0}
     plain, short = (simulate(**values, precision=precision) for precision in ("float32", "bf16"))
     assert not all(torch.equal(t, short.server.state[n]) for n, t in plain.server.state.items())
     for name, tensor in plain.server.state.items():

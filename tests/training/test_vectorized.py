@@ -45,28 +45,28 @@ def alone(model, member, options):
     counts=st.lists(st.integers(2, 23), min_size=2, max_size=4), epochs=st.integers(1, 3), batch=st.integers(2, 9),
     momentum=st.sampled_from([0.0, 0.9]), clip=st.sampled_from([0.0, 0.3]), optimizer=st.sampled_from(["sgd", "adam"]),
 )  # fmt: skip
-def test_a_cohort_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
+def test_a_vmap_group_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
     torch.manual_seed(0)
-    model = to_fast_layout(SMALL_NETS[net]())
-    if not vectorized.has_batch_statistics(model):
+    model = to_fast_layout(SMALL_NETS[net]().double())  # in single precision rounding may turn a ReLU or a maximum the other way
+    if not vectorized.allows_padding(model):
         counts = counts[:1] * len(counts)
-    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    x, y = torch.randn(40, 1, 6, 6).double(), torch.arange(40) % 3
     if net == "cnn":  # biases before a batch norm have no gradient but rounding, which Adam would blow up
         optimizer = "sgd"
     values = {"epochs": epochs, "batch_size": batch, "momentum": momentum, "clip": clip, "optimizer": optimizer, "lr": 0.01}
     options = resolve(values)
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
-    vectorized.train(model, members[::-1], options, 1, fixed)  # what another cohort leaves behind is to be gone
+    vectorized.train(model, members[::-1], options, 1, fixed)  # what another group leaves behind is to be gone
     together = vectorized.train(model, members, options, 1, fixed)
     for member, trained in zip(members, together, strict=True):
         wanted, loss = alone(model, member, options)
         assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)
         for name, tensor in wanted.items():
-            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-3, atol=2e-4), name
+            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-4, atol=1e-5), name
 
 
-def test_a_cohort_scores_as_its_clients_would_alone():
+def test_a_vmap_group_scores_as_its_clients_would_alone():
     torch.manual_seed(0)
     model = SMALL_NETS["cnn"]()
     x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
@@ -82,9 +82,9 @@ def test_a_cohort_scores_as_its_clients_would_alone():
 RUN = {"extract": "heterofl", "aggregate": "overlap", "clients": 7, "partition": "dirichlet", "levels": "1:4,0.5:3", "rounds": 2}
 
 
-def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
-    off, on, other = (simulate(**RUN, cohorts=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
-    assert (off.group_size, on.group_size > 1) == (1, True)
+def test_vmap_groups_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
+    off, on, other = (simulate(**RUN, vmap=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
+    assert (off.group_size, on.vmap_clients > 1) == (1, True)
     for name, tensor in off.server.state.items():
         assert torch.allclose(on.server.state[name], tensor, rtol=1e-3, atol=1e-4)
         assert torch.equal(on.server.state[name], other.server.state[name])
@@ -98,8 +98,8 @@ def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simul
     ({"extract": "fiarse", "aggregate": "overlap"}, "a plugin takes part in local training"),
     ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers or is recurrent"),
 ])  # fmt: skip
-def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
-    made = simulate(steps=0, cohorts="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
+def test_who_cannot_train_in_vmap_groups_is_told_why(simulate, values, why):
+    made = simulate(steps=0, vmap="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
     assert made.group_size == 1
     assert any(why in note for note in made.server.notes)
 
@@ -112,5 +112,5 @@ def test_auto_is_a_rule_on_device_parameters_and_batch():
     assert vectorized.group_size(large, auto, (1, 28, 28), False) == 1
     assert vectorized.group_size(conv, auto, (1, 6, 6), False) > 1
     assert vectorized.group_size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
-    assert vectorized.group_size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
-    assert vectorized.group_size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
+    assert vectorized.group_size(large, resolve({"vmap": "on"}), (1, 28, 28), False) > 1
+    assert vectorized.group_size(small, resolve({"vmap": "off"}), (1, 6, 6), False) == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from hetfl.config import RunOptions, write
+from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.flower.manifest import OUTLINE, RUN, read_mod
 from hetfl.errors import UsageError
 from hetfl.rounds import setup
@@ -42,7 +42,7 @@ app = {half}(begin(__file__))
 def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     """Writes the app of a run into `folder`. Raises UsageError where it cannot be written or is too large."""
     common = setup.build_setup(options, NoCallback())
-    options = common.options.model_copy(update={"cohorts": "off", "engine": "flower", "out": None})
+    options = common.options.model_copy(update={"vmap": "off", "engine": "flower", "out": None})
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "LICENSE").write_text("An experiment of whoever exported it; hetfl itself is under the Apache License 2.0.\n")
@@ -51,7 +51,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     (package / "__init__.py").write_text("")
     for half, module in HALVES.items():
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
-    (package / RUN).write_text(write(options, common.plugins.options()))
+    (package / RUN).write_text(format_run_file(options, common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(outline(common, mods)))
     carry(options.model, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -175,7 +175,7 @@ class FedConv(Plugin):
         model, positions = server.builder.fresh(), self.batch_size * math.prod(x.shape[2:])
         together = vectorized.is_worthwhile(
             model, sum(p.numel() for p in model.parameters()), positions
-        ) and not vectorized.stackable(model, x)
+        ) and not vectorized.find_stacking_error(model, x)
         by_class: dict[Selection, list[ReceivedReply]] = {}
         for r in replies:
             by_class.setdefault(selection(r), []).append(r)

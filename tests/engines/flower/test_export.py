@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.runs import THREE_NODES
-from hetfl.config import read, resolve
+from hetfl.config import read_run_file, resolve
 from hetfl.engines.flower.client_app import is_allowed, refuse_not_allowed
 from hetfl.engines.flower.export import export
 from hetfl.errors import UsageError
@@ -14,9 +14,9 @@ from hetfl.errors import UsageError
 def test_an_exported_app_is_small_and_holds_no_package(tmp_path):
     folder = export(resolve({**THREE_NODES, "extract": "fedconv"}), tmp_path / "app")
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 100_000
-    project = read(folder / "pyproject.toml")
+    project = read_run_file(folder / "pyproject.toml")
     assert project["project"]["dependencies"] == ["flwr>=1.41.0"]
-    assert read(folder / "hetfl_app" / "run.toml")["aggregate"] == "kld"
+    assert read_run_file(folder / "hetfl_app" / "run.toml")["aggregate"] == "kld"
     for half in ("server_app", "client_app"):
         assert len((folder / "hetfl_app" / f"{half}.py").read_text().splitlines()) < 10
 

@@ -24,7 +24,7 @@ from hetfl.runs.experiment import prepare
 
 TINY = {
     "limit": 150, "clients": 2, "rounds": 1, "epochs": 1, "pretrain_steps": 0, "levels": "0.5:1", "control": False,
-    "cohorts": "off", "model": "mlp", "model_args": {"hidden": [8]},
+    "vmap": "off", "model": "mlp", "model_args": {"hidden": [8]},
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_dac_costs():
     def prices(h):
         small = build_submodel(widths, model, {g.name: torch.arange(h if g.name == hidden else g.size) for g in widths.groups})
         conv = sum(p.numel() for p in small.parameters() if p.ndim > 1)
-        return conv, cost_.parameters(small) - conv, cost_.macs(small, x)
+        return conv, cost_.count_parameters(small) - conv, cost_.count_macs(small, x)
 
     assert prices(8) == (136, 40, 8704)
     assert prices(6) == (102, 32, 6528)

@@ -70,7 +70,7 @@ def test_budget_reads_the_sliced_module(simulate):
     )
     width = float(made.state.client_rows[0]["level"])
     widths, model = made.server.widths, made.server.builder.model
-    counted = {r: cost.parameters(build_submodel(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
+    counted = {r: cost.count_parameters(build_submodel(widths, model, widths.prefix(r))) for r in (1, 0.5, 0.25)}
     assert width == max(r for r, p in counted.items() if p <= 300)
     assert made.state.client_rows[0]["bottleneck"].startswith("parameters: ")
 

@@ -31,20 +31,20 @@ def measure(net: str, args: dict[str, Any], size: int, examples: int) -> dict[st
     from hetfl.rng import stream
     from hetfl.submodel.builder import to_fast_layout
     from hetfl.training import local as train
-    from hetfl.training import vectorized as cohorts
+    from hetfl.training import vectorized
 
     known = {"classes": 10, "channels": 1, "size": size}
     given = {k: v for k, v in known.items() if k in inspect.signature(models.ZOO[net]).parameters}
     model = to_fast_layout(models.ZOO[net](**given, **args)).train()
     x, y, options = torch.randn(ROWS, 1, size, size), torch.arange(ROWS) % 10, resolve({"lr": 0.01, "epochs": 1})
     state = {name: t.clone() for name, t in tensors(model).items()}
-    members = [cohorts.Member(i, state, Examples(x, y, torch.randperm(ROWS)[:examples].sort().values)) for i in range(CLIENTS)]
+    members = [vectorized.Member(i, state, Examples(x, y, torch.randperm(ROWS)[:examples].sort().values)) for i in range(CLIENTS)]
 
     def alone() -> None:
         for member in members:
             load(model, member.state)
             optimizer = train.make_optimizer(model, options, 1)
-            for rows in train.orders(member.train, options, stream(0, "batches", 1, member.client), model):
+            for rows in train.batch_rows(member.train, options, stream(0, "batches", 1, member.client), model):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[rows]), y[rows]).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -52,8 +52,8 @@ def measure(net: str, args: dict[str, Any], size: int, examples: int) -> dict[st
             copied(model)
 
     def together() -> None:
-        for start in range(0, CLIENTS, cohorts.MOST):
-            cohorts.train(model, members[start : start + cohorts.MOST], options, 1)
+        for start in range(0, CLIENTS, vectorized.MOST):
+            vectorized.train(model, members[start : start + vectorized.MOST], options, 1)
 
     count = sum(p.numel() for p in model.parameters())
     return {

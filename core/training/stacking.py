@@ -1,0 +1,124 @@
+"""Several clients' models of one shape as one stacked model (torch.func.vmap), their batches side by side, and a step of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from hetfl.config import RunOptions
+from hetfl.data.dataset import Examples
+from hetfl.models.state import State
+from hetfl.training.device import autocast
+from hetfl.training.local import make_optimizer_for
+
+
+def stack_states(states: Sequence[State]) -> State:
+    """Tensors (clients, *shape) of the clients' tensors (*shape); where all states are one object, that one repeated.
+
+    torch.func.stack_module_state does this for modules; here there is one module and a state for each client.
+    """
+    if all(state is states[0] for state in states):
+        return {
+            n: t.detach().expand(len(states), *t.shape).clone(memory_format=torch.contiguous_format) for n, t in states[0].items()
+        }
+    return {n: torch.stack([state[n].detach() for state in states]) for n in states[0]}
+
+
+class ModelStack:
+    """The models of several clients as one. `values` are all tensors (clients, *shape), `parameters` those that are trained."""
+
+    def __init__(self, model: nn.Module, states: Sequence[State], trained: bool = True) -> None:
+        device = next(model.parameters()).device
+        self.model, self.values = model, {name: t.to(device) for name, t in stack_states(states).items()}
+        names = [n for n, p in model.named_parameters() if trained and p.requires_grad and n in self.values]
+        self.parameters = [self.values[n].requires_grad_() for n in names]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (clients, N, classes) of x (clients, N, *shape)."""
+        out: Tensor = torch.func.vmap(self._call_one)(self.values, x)
+        return out
+
+    def _call_one(self, values: State, x: Tensor) -> Any:
+        return torch.func.functional_call(self.model, values, (x,))
+
+    def states(self) -> list[State]:
+        """The tensors of each client as they are now; on CPU, views of the stacked ones."""
+        rows = zip(*(tensor.detach().cpu().unbind(0) for tensor in self.values.values()), strict=True)
+        return [dict(zip(self.values, row, strict=True)) for row in rows]
+
+
+def clip_gradients(parameters: Sequence[Tensor], largest: float) -> None:
+    """Scales each client's gradients, in place, to a norm of at most `largest`, as torch's clip_grad_norm_ does for one model.
+
+    `parameters` are (clients, *shape); the norm is taken over all of a client's parameters together.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    scale = (largest / (norms + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+
+
+class EagerStep:
+    """One step of local training of all clients of a stack: forward, backward, each client's clipping, optimiser.
+
+    With `in_place`, gradients keep their storage from step to step and the optimiser's step can be recorded (CUDA graphs).
+    """
+
+    def __init__(self, stack: ModelStack, options: RunOptions, round: int, in_place: bool = False) -> None:
+        self.stack, self.in_place, self._options = stack, in_place, options
+        self.optimizer = make_optimizer_for(stack.parameters, options, round)
+        if in_place:
+            for group in self.optimizer.param_groups:
+                group["capturable"] = stack.parameters[0].is_cuda
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """The clients' losses (clients,) on x (clients, N, *shape), y and weights (clients, N), before the step."""
+        self.optimizer.zero_grad(set_to_none=not self.in_place)
+        with autocast(self._options):
+            each = F.cross_entropy(self.stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        losses = (each * weights).sum(1)
+        losses.sum().backward()
+        if self._options.clip:
+            clip_gradients(self.stack.parameters, self._options.clip)
+        self.optimizer.step()
+        return losses.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class GroupBatch:
+    """One step's batch of each client side by side: `rows` (clients, N) of the data set, as wide as the largest of them.
+
+    `weights` (clients, N) are 0 where a row is padding, else 1, or 1 / the client's number of rows. `ending` are the positions of
+    the clients that have no further batch.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    ending: list[int]
+
+    def gather(self, data: Examples) -> tuple[Tensor, Tensor]:
+        """x (clients, N, *shape) and y (clients, N)."""
+        flat = self.rows.flatten()
+        return data.x[flat].unflatten(0, self.rows.shape), data.y[flat].unflatten(0, self.rows.shape)
+
+
+def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[GroupBatch]:
+    """The clients' batches side by side, step by step; `orders` holds for each client the rows (N,) of each of its batches.
+
+    With `mean` a client's weights of a step sum to 1, so that the weighted sum of losses is the mean over its batch. With batches
+    of 2 rows and of 1, the weights are (1/2, 1/2) and (1, 0).
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    for step in range(max(map(len, orders))):
+        rows = [order[step] if step < len(order) else none for order in orders]
+        counts = torch.tensor([len(r) for r in rows])
+        real = torch.arange(int(counts.max())) < counts[:, None]
+        weights = real / counts.clamp(min=1)[:, None] if mean else real.float()
+        yield GroupBatch(pad_sequence(rows, True), weights, [k for k, order in enumerate(orders) if len(order) == step + 1])
