@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -34,24 +34,35 @@ class Preset:
 @cache
 def presets() -> dict[str, Preset]:
     """The experiments by name; those that only others are made from are not among them."""
-    table = tomllib.loads(PATH.read_text())
+    table = tomllib.loads(PATH.read_text(encoding="utf-8"))
     bases = {values["like"] for values in table.values() if "like" in values}
-    return {name: preset(name, inherited(table, name)) for name in table if name not in bases and "/" in name}
+    return {name: read_preset(name, inherit(table, name)) for name in table if name not in bases and "/" in name}
 
 
-def inherited(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+def inherit(table: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The settings of `name` over those of what it is like."""
     own = dict(table[name])
-    return over(inherited(table, own.pop("like")), own) if "like" in own else own
+    return merge_settings(inherit(table, own.pop("like")), own) if "like" in own else own
 
 
-def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees of settings as one, `above` first."""
-    tables = {k: over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of settings as one, `above` first: {a: {b: 1, c: 2}} with {a: {c: 3}} above it is {a: {b: 1, c: 3}}."""
+    tables = {k: merge_settings(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
     return {**below, **above, **tables}
 
 
-def preset(name: str, values: dict[str, Any]) -> Preset:
+def assign(settings: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a tree of settings with `value` at `path`. Raises UsageError where the path leads through a plain value."""
+    name, *rest = path
+    if not rest:
+        return {**settings, name: value}
+    below = settings.get(name, {})
+    if not isinstance(below, Mapping):
+        raise UsageError(f"'{name}' is given twice, as a value and as a table ({'.'.join(path)})")
+    return {**settings, name: assign(below, rest, value)}
+
+
+def read_preset(name: str, values: dict[str, Any]) -> Preset:
     return Preset(name, values.pop("about"), values.pop("unlike", ""), values)
 
 

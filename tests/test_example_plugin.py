@@ -63,7 +63,7 @@ def dist(place, name, entry, code):
 def test_two_plugins_of_one_name_are_refused_and_both_named(tmp_path, monkeypatch):
     dist(tmp_path, "rival", "[hetfl.extract]\nheterofl = rival:Rival\n", "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UsageError, match=r"built-in \(hetfl.plugins.heterofl:HeteroFL\) and rival 1.0 \(rival:Rival\)"):
+    with pytest.raises(UsageError, match=r"built-in \(hetfl.plugins.methods.heterofl:HeteroFL\) and rival 1.0 \(rival:Rival\)"):
         registry.find("extract", "heterofl")
 
 
@@ -74,5 +74,5 @@ def test_a_broken_plugin_fails_only_when_asked_for(tmp_path, monkeypatch):
     assert "broken" in {e.name for e in registry.entries("aggregate")}
     with pytest.raises(UsageError, match=r"'broken' of broken 1\.0 cannot be imported: RuntimeError: no licence"):
         registry.find("aggregate", "broken").load()
-    with pytest.raises(UsageError, match="not a hetfl Strategy class"):
+    with pytest.raises(UsageError, match="not a hetfl Plugin class"):
         registry.find("aggregate", "odd").load()

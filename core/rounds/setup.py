@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hetfl import registry
 from hetfl.config import RunOptions
 from hetfl.data import loading as data
 from hetfl.data.dataset import FederatedDataset
@@ -106,7 +107,6 @@ def resolve_defaults(
     options: RunOptions, federation: FederatedDataset, plugins: PluginManager, policy: str, cohorts: str
 ) -> RunOptions:
     """`options` with every default that depended on the data or the plugins spelt out."""
-    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
-    model = options.model or federation.model
-    found = {"aggregate": names["aggregate"], "model": model, "norm_policy": policy, "cohorts": cohorts, "levels": None}
+    aggregate, model = options.aggregate or registry.partner_of(options.extract), options.model or federation.model
+    found = {"aggregate": aggregate, "model": model, "norm_policy": policy, "cohorts": cohorts, "levels": None}
     return options.model_copy(update={**found, **federation.preprocessing})

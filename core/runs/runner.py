@@ -34,6 +34,7 @@ def run(
     experiment = prepare(options, watch, moment, EngineContext(folder.path / "memory", grid))
     if moment is None:
         folder.json("run.json", run_facts(experiment))
+        folder.commit()
         folder.table("partition.csv", class_counts(experiment.federation))
         folder.write("config.toml", write(resolved(experiment), experiment.plugins.options()))
     recorder = RunRecorder(folder, experiment, watch)

@@ -20,6 +20,7 @@ from hetfl.engines import node as remote
 from hetfl.engines.node import NodeConfig
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
+from hetfl.registry import BUILT_IN
 from hetfl.rounds import setup
 from hetfl.rounds.client import client_app as inner
 from hetfl.rounds.records import RecordCodec
@@ -34,7 +35,7 @@ def client_app(home: Path) -> ClientApp:
     `partition-id`, `num-partitions`; `data`, a folder of its own examples (default: its part of the run's data set); `memory`, the
     folder in which its client remembers; `allow`, plugins and models beside the built-in ones that it will load, with commas.
     """
-    from hetfl.engines.flower.export import modes
+    from hetfl.engines.flower.export import build_mods
 
     outline = json.loads((home / OUTLINE).read_text())
 
@@ -43,7 +44,7 @@ def client_app(home: Path) -> ClientApp:
         given = {name: str(context.node_config.get(name, "")) for name in ("data", "allow", "num-partitions", "partition-id")}
         return NodeConfig((home / RUN).read_text(), memory, json.dumps({**given, "home": str(home)}))
 
-    return remote.client_app(where, mods=modes(outline["mods"]))
+    return remote.client_app(where, mods=build_mods(outline["mods"]))
 
 
 def default_memory() -> Path:
@@ -65,7 +66,7 @@ def site(config: str, node: str) -> ClientApp:
 def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) -> None:
     """Raises UsageError for plugins and models that are neither built in nor allowed here; before any is imported."""
     for entry in loading.choose_entries(options):
-        if entry.source != "built-in" and not {entry.name, f"{entry.role}.{entry.name}", entry.source.split()[0]} & set(allowed):
+        if entry.source != BUILT_IN and not entry.grants & set(allowed):
             raise UsageError(f"this node does not allow the {entry.role} plugin '{entry.name}' of {entry.source} (--allow)")
     if options.model and not is_allowed(options.model, allowed, home):
         raise UsageError(f"this node does not allow the model '{options.model}' (--allow)")
