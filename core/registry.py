@@ -17,6 +17,7 @@ from hetfl.errors import UsageError, nearest, unknown
 from hetfl.files import shipped
 
 if TYPE_CHECKING:
+    from hetfl.config import RunOptions
     from hetfl.hooks.base import Plugin
 
 ROLES = ("extract", "aggregate", "profile", "wrap")
@@ -131,6 +132,28 @@ def find(role: str, name: str) -> Entry:
 def partner_of(extract: str) -> str:
     """The aggregation that goes with an extraction where none is asked for: the one of its paper, or overlap."""
     return find("extract", extract).aggregate or "overlap"
+
+
+def choose_entries(options: RunOptions) -> list[Entry]:
+    """The registry entries of a run's plugins, found without importing them: extraction, aggregation, profile, wraps.
+
+    Raises UsageError for two different plugins of one role and name, and for an object that the engine's processes cannot get.
+    """
+    found = [
+        find("extract", options.extract),
+        find("aggregate", options.aggregate or partner_of(options.extract)),
+        find("profile", options.profile),
+        *(find("wrap", name) for name in options.wrap),
+    ]
+    for i, entry in enumerate(found):
+        if other := next((e for e in found[:i] if e.key == entry.key and e.plugin != entry.plugin), None):
+            raise UsageError(f"two chosen {entry.role} plugins bear the name '{entry.name}': {other.plugin} and {entry.plugin}")
+        if entry.local is not None and options.engine != "local":
+            raise UsageError(
+                f"the engine '{options.engine}' runs clients in other processes, which do not have the {entry.role} plugin "
+                f"'{entry.name}' of this one: give it as package.module:Class, or take the engine 'local'"
+            )
+    return found
 
 
 _local: dict[tuple[str, str], Entry] = {}

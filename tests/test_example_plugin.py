@@ -28,8 +28,13 @@ def site(tmp_path_factory):
     return place
 
 
+def before_path(site):
+    """PYTHONPATH with the folder in front of what is there."""
+    return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def hfl(site, *words):
-    env = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": before_path(site), "COLUMNS": "200"}
     return subprocess.run([sys.executable, "-m", "hetfl.cli.main", *words], capture_output=True, text=True, env=env)
 
 
@@ -41,7 +46,7 @@ def test_it_is_listed_without_being_imported(site):
         "import sys\nfrom hetfl.cli.main import main\ntry:\n    main(['list-plugins'])\nexcept SystemExit:\n    pass\n"
         "assert 'hetfl_example' not in sys.modules"
     )
-    env = {**os.environ, "PYTHONPATH": str(site)}
+    env = {**os.environ, "PYTHONPATH": before_path(site)}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).returncode == 0
 
 

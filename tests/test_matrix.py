@@ -13,8 +13,8 @@ from hetfl.cli.main import main
 from hetfl.config import resolve
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
-from hetfl.runs import cell as matrix
 from hetfl.runs import leaderboard, sweep
+from hetfl.runs.cell import Trial, TrialResult
 
 SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,1"]
 
@@ -82,37 +82,37 @@ def test_bad_matrices_are_refused_before_anything_runs(tmp_path, capsys, words, 
 def test_pairs_and_controls():
     controls = [e.name for e in registry.builtins() if e.control]
     assert controls == ["serveralone", "standalone", "exclusive"]
-    found = sweep.pairs(["all"], ["all"])
+    found = sweep.cross_plugins(["all"], ["all"])
     extractions = [e for e in registry.entries("extract") if not e.control]
     assert len(found) == len(extractions) * len(registry.entries("aggregate")) + 3
-    assert ("fedconv", "kld") in sweep.pairs(["fedconv"], ["natural"])
+    assert ("fedconv", "kld") in sweep.cross_plugins(["fedconv"], ["natural"])
 
 
 def test_options_reach_only_the_pairs_that_have_them():
     base = {"set": {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}}
-    found = sweep.cells(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    found = sweep.plan_trials(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert found[0].options.set == {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "kld": {"lr": 0.1}}
     assert found[1].options.set == {"levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}
     assert found[0].options.server_data == 0.2
     assert found[0].key != found[1].key
-    same = sweep.cells(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    same = sweep.plan_trials(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert same[0].key == found[0].key
 
 
-def cell(extract, point, seed):
-    return matrix.Trial(point, resolve({"extract": extract, "aggregate": "overlap", "seed": seed}))
+def trial(extract, point, seed):
+    return Trial(point, resolve({"extract": extract, "aggregate": "overlap", "seed": seed}))
 
 
-def outcome(extract, point, seed, value):
-    return matrix.TrialResult(cell(extract, point, seed), "ok", {"global@test": value})
+def result(extract, point, seed, value):
+    return TrialResult(trial(extract, point, seed), "ok", {"global@test": value})
 
 
 def test_leaderboard():
     one, two = (("alpha", 0.1),), (("alpha", 1.0),)
-    rows = [outcome("a", one, s, v) for s, v in enumerate((0.5, 0.7))] + [outcome("a", two, 0, 0.4)]
-    rows += [outcome("b", one, s, 0.9) for s in (0, 1)] + [outcome("b", two, 0, 0.3)]
-    refused = matrix.TrialResult(cell("c", one, 0), "not applicable", {"why": "no"})
-    board = leaderboard.leaderboard([*rows, refused], "global@test")
+    rows = [result("a", one, s, v) for s, v in enumerate((0.5, 0.7))] + [result("a", two, 0, 0.4)]
+    rows += [result("b", one, s, 0.9) for s in (0, 1)] + [result("b", two, 0, 0.3)]
+    refused = TrialResult(trial("c", one, 0), "not applicable", {"why": "no"})
+    board = leaderboard.rank_pairs([*rows, refused], "global@test")
     assert [s.extract for s in board] == ["a", "b", "c"]
     assert [s.rank for s in board] == [1.5, 1.5, math.inf]
     mean, half, seeds = board[0].values[one]
@@ -158,6 +158,6 @@ def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
 
 
 def test_settings_are_laid_over_each_other():
-    assert presets.over({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
+    assert presets.merge_settings({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
         "a": 1, "b": 2, "set": {"x": {"p": 1, "q": 3}},
     }  # fmt: skip

@@ -17,28 +17,6 @@ from hetfl.registry import ROLES, Entry
 ROLE_HOOKS = {"extract": ("extract",), "aggregate": ("aggregate", "fold"), "profile": ("profile",)}  # a wrap's may be any other
 
 
-def choose_entries(options: RunOptions) -> list[Entry]:
-    """The registry entries of a run's plugins, found without importing them: extraction, aggregation, profile, wraps.
-
-    Raises UsageError for two different plugins of one role and name, and for an object that the engine's processes cannot get.
-    """
-    found = [
-        registry.find("extract", options.extract),
-        registry.find("aggregate", options.aggregate or registry.partner_of(options.extract)),
-        registry.find("profile", options.profile),
-        *(registry.find("wrap", name) for name in options.wrap),
-    ]
-    for i, entry in enumerate(found):
-        if other := next((e for e in found[:i] if e.key == entry.key and e.plugin != entry.plugin), None):
-            raise UsageError(f"two chosen {entry.role} plugins bear the name '{entry.name}': {other.plugin} and {entry.plugin}")
-        if entry.local is not None and options.engine != "local":
-            raise UsageError(
-                f"the engine '{options.engine}' runs clients in other processes, which do not have the {entry.role} plugin "
-                f"'{entry.name}' of this one: give it as package.module:Class, or take the engine 'local'"
-            )
-    return found
-
-
 def plugin_settings(options: RunOptions, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     """The plugin options given with --set and --levels, by "role.name". Raises UsageError for a name that is not chosen."""
     found: dict[str, dict[str, Any]] = {e.key: {} for e in entries}
@@ -74,7 +52,7 @@ def option_owner(name: str, key: str, value: Any, entries: Sequence[Entry]) -> t
 
 def load_plugins(options: RunOptions) -> PluginManager:
     """Imports and configures a run's plugins. Raises UsageError for a bad option or a plugin that cannot be used."""
-    entries = choose_entries(options)
+    entries = registry.choose_entries(options)
     given = plugin_settings(options, entries)
     made = {e.key: configure_plugin(e, given[e.key]) for e in entries}
     refuse_own_models(made, entries)
@@ -91,11 +69,16 @@ def refuse_own_models(made: Mapping[str, Plugin], entries: Sequence[Entry]) -> N
         )
 
 
+def roles_of(kind: type[Plugin]) -> list[str]:
+    """The roles whose own hooks a class implements; none for one that only goes around others, as a wrap does."""
+    return [role for role, hooks in ROLE_HOOKS.items() if any(hasattr(getattr(kind, hook, None), "hetfl_impl") for hook in hooks)]
+
+
 def refuse_wrong_role(entry: Entry, kind: type[Plugin]) -> None:
     """A class that implements another role's hook and not its own was given under the wrong option."""
-    able = [role for role, hooks in ROLE_HOOKS.items() if any(hasattr(getattr(kind, hook, None), "hetfl_impl") for hook in hooks)]
-    if able and entry.role not in able:
-        raise UsageError(f"'{entry.plugin}' is no {entry.role} plugin: it implements {able[0]}, so give it with --{able[0]}")
+    roles = roles_of(kind)
+    if roles and entry.role not in roles:
+        raise UsageError(f"'{entry.plugin}' is no {entry.role} plugin: it implements {roles[0]}, so give it with --{roles[0]}")
 
 
 def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:

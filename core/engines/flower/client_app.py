@@ -13,14 +13,13 @@ from typing import Any
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
+from hetfl import registry
 from hetfl.config import RunOptions, resolve
 from hetfl.data import loading as data
 from hetfl.data.dataset import ClientData, FederatedDataset
 from hetfl.engines import node as remote
 from hetfl.engines.node import NodeConfig
 from hetfl.errors import UsageError
-from hetfl.hooks import loading
-from hetfl.registry import BUILT_IN
 from hetfl.rounds import setup
 from hetfl.rounds.client import client_app as inner
 from hetfl.rounds.records import RecordCodec
@@ -65,8 +64,8 @@ def site(config: str, node: str) -> ClientApp:
 
 def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) -> None:
     """Raises UsageError for plugins and models that are neither built in nor allowed here; before any is imported."""
-    for entry in loading.choose_entries(options):
-        if entry.source != BUILT_IN and not entry.grants & set(allowed):
+    for entry in registry.choose_entries(options):
+        if entry.source != registry.BUILT_IN and not entry.grants & set(allowed):
             raise UsageError(f"this node does not allow the {entry.role} plugin '{entry.name}' of {entry.source} (--allow)")
     if options.model and not is_allowed(options.model, allowed, home):
         raise UsageError(f"this node does not allow the model '{options.model}' (--allow)")
