@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -11,6 +13,8 @@ import typer
 from hetfl.cli import run, show, study
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
+
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,8 +60,23 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in words:
             raise
         code = report(error)
-    if code == 130:
+    if code == INTERRUPTED:
         complain("stopped; the rounds that had ended are in the run folder, and hfl resume goes on from there")
+    if arguments is None:
+        leave(code)
+    sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. Python's own way out would abort in torch where clients were in training: after Ctrl-C, or where a worker
+    thread waits for one that is late."""
+    workers = [thread for thread in threading.enumerate() if thread.daemon and thread.name == "hetfl"]
+    for worker in workers:
+        worker.join(1.0)
+    if code == INTERRUPTED or any(worker.is_alive() for worker in workers):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
