@@ -170,6 +170,10 @@ def follow_events(events: Iterator[dict[str, Any]], display: RoundDisplay) -> di
             raise RunError(f"the run failed: {value}")
         if kind == "phase":
             display.phase(*value)
+        elif kind == "done":
+            display.done(value)
+        elif kind == "note":
+            display.note(value)
         else:
-            {"done": display.done, "note": display.note, "alarm": display.alarm}[kind](value)
+            display.alarm(value)
     raise RunError("the run ended without a result")
