@@ -1,4 +1,4 @@
-"""Pictures of a run: the accuracy curves and who holds what."""
+"""Pictures: a run's accuracy curves and who holds what, a sweep's heat-map, the curves of scaling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from hetfl.runs.cell import TrialResult
 from hetfl.runs.folder import RunFolder
-from hetfl.runs.leaderboard import label
+from hetfl.runs.leaderboard import point_label
 
 
-def draw(folder: RunFolder) -> None:
+def draw_run(folder: RunFolder) -> None:
     """Writes curves.png and partition.png into the run folder."""
     import matplotlib
 
@@ -23,14 +23,14 @@ def draw(folder: RunFolder) -> None:
     with (folder.path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(8, 5), layout="constrained")
-    curves(figure.subplots(), rows)
-    folder.write("curves.png", png(figure))
+    plot_curves(figure.subplots(), rows)
+    folder.write("curves.png", to_png(figure))
     figure = Figure(figsize=(8, 5), layout="constrained")
-    partition(figure, folder.read("run.json"))
-    folder.write("partition.png", png(figure))
+    show_partition(figure, folder.read("run.json"))
+    folder.write("partition.png", to_png(figure))
 
 
-def curves(axes: Any, rows: list[dict[str, str]]) -> None:
+def plot_curves(axes: Any, rows: list[dict[str, str]]) -> None:
     """Accuracy over rounds: global, each level as sent, the control."""
     names = [n for n in rows[0] if "@test" in n and not n.endswith("loss") and not n.startswith("level-")]
     for name in names:
@@ -41,7 +41,7 @@ def curves(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def partition(figure: Any, facts: dict[str, Any]) -> None:
+def show_partition(figure: Any, facts: dict[str, Any]) -> None:
     """Training examples of every client (row) and class (column)."""
     axes = figure.subplots()
     counts = facts["counts"]
@@ -52,7 +52,7 @@ def partition(figure: Any, facts: dict[str, Any]) -> None:
     figure.colorbar(image, label="training examples")
 
 
-def growth(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
+def draw_scaling(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
     """Writes scale.png: server seconds by phase, memory and bytes of a round over the number of clients."""
     import matplotlib
 
@@ -73,10 +73,10 @@ def growth(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
         axes.grid(alpha=0.3)
     seconds.legend(fontsize="small")
     sent.legend(fontsize="small")
-    folder.write("scale.png", png(figure))
+    folder.write("scale.png", to_png(figure))
 
 
-def heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
+def draw_heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
     """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points."""
     import matplotlib
 
@@ -86,7 +86,7 @@ def heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
     values: dict[tuple[str, str, str], list[float]] = {}
     for o in outcomes:
         if o.row.get(metric) is not None:
-            values.setdefault((o.cell.extract, o.cell.aggregate, label(o.cell.point)), []).append(100 * o.row[metric])
+            values.setdefault((o.trial.extract, o.trial.aggregate, point_label(o.trial.point)), []).append(100 * o.row[metric])
     if not values:
         return
     extractions, partners, points = (list(dict.fromkeys(key[i] for key in values)) for i in range(3))
@@ -107,10 +107,10 @@ def heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
             look = {"ha": "center", "va": "center", "fontsize": 7, "color": "k" if value > bright else "w"}
             axes.text(columns.index(column), rows.index(row), f"{value:.0f}", **look)
     figure.colorbar(image, ax=figure.axes, label=f"{metric}, %")
-    RunFolder(out).write("heatmap.png", png(figure))
+    RunFolder(out).write("heatmap.png", to_png(figure))
 
 
-def png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -34,16 +34,30 @@ class Preset:
 @cache
 def presets() -> dict[str, Preset]:
     """The experiments by name; those that only others are made from are not among them."""
-    table = tomllib.loads(PATH.read_text())
+    table = tomllib.loads(PATH.read_text(encoding="utf-8"))
     bases = {values["like"] for values in table.values() if "like" in values}
-    found = {name: resolve_inheritance(table, name) for name in table if name not in bases and "/" in name}
-    return {name: Preset(name, values.pop("about"), values.pop("unlike", ""), values) for name, values in found.items()}
+    return {name: read_preset(name, resolve_inheritance(table, name)) for name in table if name not in bases and "/" in name}
 
 
 def resolve_inheritance(table: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of `name` over those of the preset that it names as `like`, and so on."""
+    """The settings of `name` over those of what it is like."""
     own = dict(table[name])
     return merge_options(resolve_inheritance(table, own.pop("like")), own) if "like" in own else own
+
+
+def assign(settings: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a tree of settings with `value` at `path`. Raises UsageError where the path leads through a plain value."""
+    name, *rest = path
+    if not rest:
+        return {**settings, name: value}
+    below = settings.get(name, {})
+    if not isinstance(below, Mapping):
+        raise UsageError(f"'{name}' is given twice, as a value and as a table ({'.'.join(path)})")
+    return {**settings, name: assign(below, rest, value)}
+
+
+def read_preset(name: str, values: dict[str, Any]) -> Preset:
+    return Preset(name, values.pop("about"), values.pop("unlike", ""), values)
 
 
 def find_preset(name: str) -> Preset:

@@ -1,33 +1,44 @@
-"""Which plugins exist: the built-in ones from registry.toml, third parties' from entry points; none is imported to be listed."""
+"""Which plugins exist: the built-in ones from registry.toml, third parties' from entry points, anyone's by `module:Class`, and what
+this process was handed as objects. None is imported to be listed or found."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import threading
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from hetfl.errors import UsageError, unknown
+from hetfl.errors import UsageError, nearest, unknown
 from hetfl.files import find_resource
 
 if TYPE_CHECKING:
+    from hetfl.config import RunOptions
     from hetfl.hooks.base import Plugin
 
 ROLES = ("extract", "aggregate", "profile", "wrap")
 
 PATH = find_resource("index/registry.toml", "registry.toml")
 
+BUILT_IN, IN_PROCESS = "built-in", "this process"  # sources beside distributions and modules
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One plugin in one role, as known without importing it; `source` is "built-in" or the distribution that brings it."""
+    """One plugin in one role, as known without importing it.
+
+    `source` is "built-in", the distribution that brings it ("name version"), the module of a `module:Class`, or "this process" for
+    what was handed in as `local`, a class or a configured object.
+    """
 
     role: str
     name: str
     plugin: str
-    source: str = "built-in"
+    source: str = BUILT_IN
     summary: str = ""
     paper: str = ""
     aggregate: str = ""
@@ -35,36 +46,58 @@ class Entry:
     public: bool = False
     memory: bool = False
     control: bool = False
+    local: Any = None
+
+    @property
+    def key(self) -> str:
+        """`role.name`, under which a run has the plugin."""
+        return f"{self.role}.{self.name}"
+
+    @property
+    def grants(self) -> set[str]:
+        """What the owner of a node may write to allow this plugin; a class by its module is not allowed by its bare name."""
+        module = self.plugin.partition(":")[0]
+        if self.source == module:
+            return {self.plugin, module, module.split(".")[0]}
+        return {self.name, self.key, self.source.split()[0]}
 
     def load(self) -> type[Plugin]:
         """The plugin's class. Raises UsageError if it cannot be imported or is no Plugin."""
-        module, _, attribute = self.plugin.partition(":")
-        try:
-            found: Any = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} cannot be imported: {cause}") from error
+        found: Any = self.local if isinstance(self.local, type) else type(self.local) if self.local is not None else self._import()
         from hetfl.hooks.base import Plugin
 
         if not (isinstance(found, type) and issubclass(found, Plugin)):
             raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} is not a hetfl Plugin class: {self.plugin}")
         return found
 
+    def _import(self) -> Any:
+        module, _, attribute = self.plugin.partition(":")
+        if self.source == module and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} cannot be imported: {cause}") from error
+        if not hasattr(found, attribute):
+            raise UsageError(f"module '{module}' has no {self.role} plugin '{attribute}'{nearest(attribute, dir(found))}")
+        return getattr(found, attribute)
+
 
 @cache
 def builtins() -> tuple[Entry, ...]:
     """The plugins of registry.toml."""
-    table = tomllib.loads(PATH.read_text())
+    table = tomllib.loads(PATH.read_text(encoding="utf-8"))
     return tuple(Entry(role, name, **fields) for role in ROLES for name, fields in table.get(role, {}).items())
 
 
 def third_party() -> list[Entry]:
     """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …)."""
-    found = [(role, point) for role in ROLES for point in entry_points(group=f"hetfl.{role}")]
-    return list(dict.fromkeys(outside(role, point) for role, point in found))
+    points = [(role, point) for role in ROLES for point in entry_points(group=f"hetfl.{role}")]
+    return list(dict.fromkeys(read_entry_point(role, point) for role, point in points))
 
 
-def outside(role: str, point: EntryPoint) -> Entry:
+def read_entry_point(role: str, point: EntryPoint) -> Entry:
     """One entry point; a distribution that is found twice on the path gives equal entries."""
     source = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
     summary = str(point.dist.metadata["Summary"] or "") if point.dist and "Summary" in point.dist.metadata else ""
@@ -72,16 +105,88 @@ def outside(role: str, point: EntryPoint) -> Entry:
 
 
 def entries(role: str | None = None) -> list[Entry]:
-    """All plugins, or those of one role, built-in ones first."""
+    """All plugins that are listed, or those of one role, built-in ones first."""
     return [e for e in [*builtins(), *third_party()] if role in (None, e.role)]
 
 
 def find(role: str, name: str) -> Entry:
-    """The one plugin of that name and role. Raises UsageError if there is none or more than one."""
+    """The one plugin of that role: by its name, or any Plugin class by `package.module:Class` (looked up in the current directory
+    too), whose name is then the class's. Raises UsageError if there is none or more than one."""
+    with _lock:
+        if (role, name) in _local:
+            return _local[role, name]
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        if not (attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise UsageError(f"{role} plugin '{name}' is no package.module:Class")
+        return Entry(role, attribute, name, module)
     same = [e for e in entries(role) if e.name == name]
     if not same:
-        raise unknown(f"{role} plugin", name, {e.name for e in entries(role)})
+        raise unknown(f"{role} plugin", name, {*(e.name for e in entries(role)), "package.module:Class"})
     if len(same) > 1:
         places = " and ".join(f"{e.source} ({e.plugin})" for e in same)
         raise UsageError(f"two {role} plugins bear the name '{name}': {places}; uninstall one of them")
     return same[0]
+
+
+def partner_of(extract: str) -> str:
+    """The aggregation that goes with an extraction where none is asked for: the one of its paper, or overlap."""
+    return find("extract", extract).aggregate or "overlap"
+
+
+def choose_entries(options: RunOptions) -> list[Entry]:
+    """The registry entries of a run's plugins, found without importing them: extraction, aggregation, profile, wraps.
+
+    Raises UsageError for two different plugins of one role and name, and for an object that the engine's processes cannot get.
+    """
+    found = [
+        find("extract", options.extract),
+        find("aggregate", options.aggregate or partner_of(options.extract)),
+        find("profile", options.profile),
+        *(find("wrap", name) for name in options.wrap),
+    ]
+    for i, entry in enumerate(found):
+        if other := next((e for e in found[:i] if e.key == entry.key and e.plugin != entry.plugin), None):
+            raise UsageError(f"two chosen {entry.role} plugins bear the name '{entry.name}': {other.plugin} and {entry.plugin}")
+        if entry.local is not None and options.engine != "local":
+            raise UsageError(
+                f"the engine '{options.engine}' runs clients in other processes, which do not have the {entry.role} plugin "
+                f"'{entry.name}' of this one: give it as package.module:Class, or take the engine 'local'"
+            )
+    return found
+
+
+_local: dict[tuple[str, str], Entry] = {}
+
+_lock = threading.Lock()
+
+
+def add_local(role: str, plugin: Plugin | type[Plugin]) -> str:
+    """The name by which `find` gives this class or configured object, in this process until `remove_local`; it is not listed.
+
+    The name is the class's, with a number behind it where another plugin of the role has it. Raises UsageError for what is neither
+    a Plugin class nor an object of one.
+    """
+    from hetfl.hooks.base import Plugin
+
+    kind = plugin if isinstance(plugin, type) else type(plugin)
+    if role not in ROLES:
+        raise unknown("role", role, ROLES)
+    if not issubclass(kind, Plugin):
+        raise UsageError(f"{role} takes a plugin's name, a Plugin class or an object of one, not {plugin!r}")
+    listed = {e.name for e in entries(role)}
+    with _lock:
+        for (known_role, name), entry in _local.items():
+            if known_role == role and entry.local is plugin:
+                return name
+        taken = listed | {name for known_role, name in _local if known_role == role}
+        names = (kind.__name__ if i == 1 else f"{kind.__name__}-{i}" for i in range(1, len(taken) + 2))
+        name = next(n for n in names if n not in taken)
+        _local[role, name] = Entry(role, name, f"{kind.__module__}:{kind.__qualname__}", IN_PROCESS, local=plugin)
+        return name
+
+
+def remove_local(role: str, name: str) -> None:
+    """Forgets what `add_local` named."""
+    with _lock:
+        _local.pop((role, name), None)

@@ -49,6 +49,6 @@ def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
 
 
 def test_settings_are_laid_over_each_other():
-    assert presets.over({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
+    assert presets.merge_settings({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
         "a": 1, "b": 2, "set": {"x": {"p": 1, "q": 3}},
     }  # fmt: skip

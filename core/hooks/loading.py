@@ -14,17 +14,12 @@ from hetfl.hooks.base import Plugin
 from hetfl.hooks.manager import PluginManager
 from hetfl.registry import ROLES, Entry
 
-
-def choose_entries(options: RunOptions) -> list[Entry]:
-    """The registry entries of a run's plugins, found without importing them."""
-    extract = registry.find("extract", options.extract)
-    aggregate = registry.find("aggregate", options.aggregate or extract.aggregate or "overlap")
-    return [extract, aggregate, registry.find("profile", options.profile), *(registry.find("wrap", w) for w in options.wrap)]
+ROLE_HOOKS = {"extract": ("extract",), "aggregate": ("aggregate", "fold"), "profile": ("profile",)}  # a wrap's may be any other
 
 
 def plugin_settings(options: RunOptions, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     """The plugin options given with --set and --levels, by "role.name". Raises UsageError for a name that is not chosen."""
-    found: dict[str, dict[str, Any]] = {f"{e.role}.{e.name}": {} for e in entries}
+    found: dict[str, dict[str, Any]] = {e.key: {} for e in entries}
     given = dict(options.set)
     if options.levels is not None:
         given = {**given, "levels": {**given.get("levels", {}), "mix": options.levels}}
@@ -45,21 +40,21 @@ def option_owner(name: str, key: str, value: Any, entries: Sequence[Entry]) -> t
     if len(bearers) > 1:
         bearers = [e for e in bearers if key in e.load().model_fields] or bearers
     if len(bearers) > 1:
-        places = " or ".join(f"{e.role}.{name}.{key}" for e in bearers)
+        places = " or ".join(f"{e.key}.{key}" for e in bearers)
         raise UsageError(f"option '{name}.{key}' could belong to two chosen plugins; say {places}")
     if not bearers:
         names = [e.name for e in entries]
         raise UsageError(
             f"option '{name}.{key}': no chosen plugin is named '{name}'{nearest(name, names)} (chosen: {', '.join(names)})"
         )
-    return f"{bearers[0].role}.{name}", {key: value}
+    return bearers[0].key, {key: value}
 
 
 def load_plugins(options: RunOptions) -> PluginManager:
     """Imports and configures a run's plugins. Raises UsageError for a bad option or a plugin that cannot be used."""
-    entries = choose_entries(options)
+    entries = registry.choose_entries(options)
     given = plugin_settings(options, entries)
-    made = {f"{e.role}.{e.name}": configure_plugin(e, given[f"{e.role}.{e.name}"]) for e in entries}
+    made = {e.key: configure_plugin(e, given[e.key]) for e in entries}
     refuse_own_models(made, entries)
     return PluginManager(made)
 
@@ -67,17 +62,34 @@ def load_plugins(options: RunOptions) -> PluginManager:
 def refuse_own_models(made: Mapping[str, Plugin], entries: Sequence[Entry]) -> None:
     """Architectures that share no coordinates cannot be averaged entry by entry."""
     extract, aggregate = entries[:2]
-    if made[f"extract.{extract.name}"].takes_own_models and not made[f"aggregate.{aggregate.name}"].takes_own_models:
+    if made[extract.key].takes_own_models and not made[aggregate.key].takes_own_models:
         raise NotApplicable(
             f"not applicable: the clients of '{extract.name}' have architectures of their own here, which share no coordinates, "
             f"and '{aggregate.name}' averages parameters; take an aggregation of scores or of clusters"
         )
 
 
+def roles_of(kind: type[Plugin]) -> list[str]:
+    """The roles whose own hooks a class implements; none for one that only goes around others, as a wrap does."""
+    return [role for role, hooks in ROLE_HOOKS.items() if any(hasattr(getattr(kind, hook, None), "hetfl_impl") for hook in hooks)]
+
+
+def refuse_wrong_role(entry: Entry, kind: type[Plugin]) -> None:
+    """A class that implements another role's hook and not its own was given under the wrong option."""
+    roles = roles_of(kind)
+    if roles and entry.role not in roles:
+        raise UsageError(f"'{entry.plugin}' is no {entry.role} plugin: it implements {roles[0]}, so give it with --{roles[0]}")
+
+
 def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:
-    """One plugin with its options."""
-    strategy = entry.load()
+    """One plugin with its options; an object that this process was handed has its own and is taken as it is."""
+    kind = entry.load()
+    refuse_wrong_role(entry, kind)
+    if isinstance(entry.local, Plugin):
+        if given:
+            raise UsageError(f"the plugin '{entry.name}' is an object, which has its options already: {', '.join(given)}")
+        return entry.local
     try:
-        return strategy(**given)
+        return kind(**given)
     except ValidationError as error:
-        raise UsageError(explain_validation_error(error, strategy, f"{entry.name}.")) from error
+        raise UsageError(explain_validation_error(error, kind, f"{entry.name}.")) from error

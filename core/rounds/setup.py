@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hetfl import registry
 from hetfl.config import RunOptions
 from hetfl.data import loading as data
 from hetfl.data.dataset import FederatedDataset
@@ -71,9 +72,9 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
 
 def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:
     """`options` with every default that depended on the data or the plugins spelt out; what --levels gave is the plugin's now."""
-    names = {key.split(".")[0]: key.split(".")[1] for key in plugins.plugins}
     policy = choose_norm_policy(options.norm_policy, plugins.norm_policy, federation.public is not None)
-    found = {"aggregate": names["aggregate"], "model": options.model or federation.model, "norm_policy": policy, "levels": None}
+    found = {"model": options.model or federation.model, "norm_policy": policy, "levels": None}
+    found["aggregate"] = options.aggregate or registry.partner_of(options.extract)
     return options.model_copy(update={**found, **federation.preprocessing})
 
 

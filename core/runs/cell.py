@@ -1,4 +1,4 @@
-"""One run of a matrix: its options, and what came of it."""
+"""One run of a sweep: its options, and what came of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from hetfl import registry
 from hetfl.config import RunOptions
 
-IDLE = {"out", "overwrite", "workers"}  # options that change no result
+WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: what the matrix varies in it beside pair and seed (`point`), and the whole of its options."""
+    """One run: what the sweep varies in it beside pair and seed (`point`), and the whole of its options."""
 
     point: tuple[tuple[str, Any], ...]
     options: RunOptions
@@ -28,7 +28,7 @@ class Trial:
 
     @property
     def aggregate(self) -> str:
-        return self.options.aggregate or natural(self.extract)
+        return self.options.aggregate or registry.partner_of(self.extract)
 
     @property
     def seed(self) -> int:
@@ -37,12 +37,13 @@ class Trial:
     @property
     def key(self) -> str:
         """A hash of all that its result depends on."""
-        values = self.options.model_dump(mode="json", exclude=IDLE)
+        values = self.options.model_dump(mode="json", exclude=WITHOUT_EFFECT)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        return f"{self.extract}-{self.aggregate}-{self.key}"
+        """Of its folder; a plugin given as package.module:Class is named by its class."""
+        return f"{registry.find('extract', self.extract).name}-{registry.find('aggregate', self.aggregate).name}-{self.key}"
 
 
 Row = dict[str, Any]
@@ -50,26 +51,25 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class TrialResult:
-    """What became of a cell: "ok", "not applicable" or "failed", its row, and why where it is not ok."""
+    """What became of a trial: "ok", "not applicable" or "failed", and its row of matrix.csv, with `why` where it is not ok.
 
-    cell: Trial
+    `cached`: it was there from an earlier sweep.
+    """
+
+    trial: Trial
     status: str
     row: Row = field(default_factory=dict)
     cached: bool = False
 
 
-def natural(extract: str) -> str:
-    return registry.find("extract", extract).aggregate or "overlap"
-
-
-def row(cell: Trial, found: Mapping[str, Any]) -> Row:
-    """A cell's line of matrix.csv; costs are means over the levels' clients."""
-    base: Row = {"extract": cell.extract, "aggregate": cell.aggregate, **dict(cell.point), "seed": cell.seed}
-    if "why" in found:
-        return base | {"status": found["status"], "why": found["why"], "config": cell.key}
-    accuracies = {name: values["last three"] for name, values in found["accuracy"].items()}
-    deciles = {f"{name} p10": values["p10"] for name, values in found["accuracy"].items() if "p10" in values}
-    levels = found["levels"]
+def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
+    """A trial's line of matrix.csv from its summary.json or refused.json; costs are means over the levels' clients."""
+    base: Row = {"extract": trial.extract, "aggregate": trial.aggregate, **dict(trial.point), "seed": trial.seed}
+    if "why" in summary:
+        return base | {"status": summary["status"], "why": summary["why"], "config": trial.key}
+    accuracies = {name: values["last three"] for name, values in summary["accuracy"].items()}
+    deciles = {f"{name} p10": values["p10"] for name, values in summary["accuracy"].items() if "p10" in values}
+    levels = summary["levels"]
     costs = {n: statistics.fmean(level[n] for level in levels) for n in ("parameters", "MACs", "memory") if levels}
-    totals = {name: found[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
-    return base | {"status": "ok", **accuracies, **deciles, **costs, **totals, "config": cell.key}
+    totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
+    return base | {"status": "ok", **accuracies, **deciles, **costs, **totals, "config": trial.key}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
-import os
 import shutil
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from hetfl.errors import RunError, UsageError
 from hetfl.files import reason, write_file
 
-LOCK = ".lock"
+LOCK, MARK = ".lock", ".hetfl"
 
 
 class RunFolder:
@@ -24,18 +23,25 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._held: Any = None
+        self._lock: FileLock | None = None
+        self._replaced: Path | None = None  # where the run lies that this one is to replace once it has begun
         self._tables: dict[str, tuple[list[str], int]] = {}  # columns and number of rows of what was written
 
     def open(self, overwrite: bool = False) -> RunFolder:
-        """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`), is in use or cannot be written."""
+        """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`), is in use or cannot be written.
+
+        With `overwrite` a run of hetfl that lies there is moved aside: `commit` deletes it, `discard` and `release` put it back.
+        """
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"--out '{self.path}' is a file; name a folder")
             if self.path.is_dir() and any(self.path.iterdir()):
-                self._clear(overwrite)
+                if not overwrite:
+                    raise UsageError(f"the run folder '{self.path}' is not empty; choose another with --out or give --overwrite")
+                self._move_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
+            self.write(MARK, "A run folder of hetfl: hfl show, hfl resume and --overwrite know it by this file.\n")
             self.write("config.toml", "")
         except (OSError, RunError) as error:
             raise UsageError(
@@ -43,28 +49,50 @@ class RunFolder:
             ) from error
         return self
 
-    def _clear(self, overwrite: bool) -> None:
-        if not overwrite:
-            raise UsageError(f"the run folder '{self.path}' is not empty; choose another with --out or give --overwrite")
-        if not (self.path / "config.toml").exists():
+    def _move_aside(self) -> None:
+        """Makes way for a new run. Raises UsageError where the folder is no run of hetfl, in use, or the current folder."""
+        target = self.path.resolve()
+        if not is_run_folder(target):
             raise UsageError(f"'{self.path}' holds no run of hetfl, so --overwrite does not replace it")
+        if Path.cwd().is_relative_to(target):
+            raise UsageError(f"--overwrite cannot replace '{self.path}': it is the current folder")
         self.lock()
-        shutil.rmtree(self.path)
+        self.release()  # a folder with an open file in it cannot be renamed on Windows
+        aside = target.with_name(f".{target.name}.replaced")
+        if aside.exists() and not (target / "run.json").exists():
+            shutil.rmtree(target)  # a process was killed here before its run began: what it was to replace is still aside
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+        target.mkdir()
+        self._replaced = aside
+
+    def commit(self) -> None:
+        """The new run has begun: the one that it replaces is deleted."""
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
 
     def lock(self) -> None:
         """Keeps the folder for this process as long as it lives. Raises UsageError where another one has it."""
-        self.release()
-        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
-        self._held = weakref.finalize(self, os.close, handle)
+        self._unlock()
+        self._lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock.acquire()
+        except Timeout as error:
             raise UsageError(f"'{self.path}' is being run by another process") from error
 
     def release(self) -> None:
-        """Lets others have the folder."""
-        if self._held is not None:
-            self._held()
+        """Lets others have the folder; a run that it was to replace and did not, since it never began, is back in its place."""
+        self._unlock()
+        if self._replaced is not None:
+            shutil.rmtree(self.path.resolve())
+            self._replaced.rename(self.path.resolve())
+            self._replaced = None
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def write(self, name: str, content: str | bytes) -> None:
         """Writes one file whole. Raises RunError when the disk is full or the folder not writable."""
@@ -79,9 +107,9 @@ class RunFolder:
         columns, count = self._tables.get(name, ([], 0))
         wider = list(dict.fromkeys([*columns, *(key for row in rows[count:] for key in row)]))
         if columns == wider:
-            self._append(name, lines(columns, rows[count:]))
+            self._append(name, csv_text(columns, rows[count:]))
         else:
-            self.write(name, lines(wider, [dict(zip(wider, wider, strict=True)), *rows]))
+            self.write(name, csv_text(wider, [dict(zip(wider, wider, strict=True)), *rows]))
         self._tables[name] = wider, len(rows)
 
     def _append(self, name: str, text: str) -> None:
@@ -105,12 +133,24 @@ class RunFolder:
             raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
 
     def discard(self) -> None:
-        """Removes a folder that holds nothing but its config: the run was refused before it began."""
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml", LOCK}:
+        """Removes a folder that holds nothing but its config, for a run refused before it began; what it was to replace is back."""
+        if self._replaced is None and self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml", LOCK, MARK}:
+            self._unlock()
             shutil.rmtree(self.path)
+        self.release()
 
 
-def lines(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def is_run_folder(path: Path) -> bool:
+    """Whether hetfl made this folder: it has the mark, or a run.json with hetfl's version."""
+    if (path / MARK).is_file():
+        return True
+    try:
+        return "hetfl" in json.loads((path / "run.json").read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """`rows` as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([row.get(c, "") for c in columns] for row in rows)

@@ -1,10 +1,10 @@
-"""Means, intervals and ranks over the runs of a matrix."""
+"""Means, intervals and ranks over the runs of a sweep."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,44 +17,45 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
      2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
+Point = tuple[tuple[str, Any], ...]  # what the sweep varies, as (option, value)
+
+
 @dataclass(frozen=True)
 class LeaderboardRow:
     """A pair over the seeds at each point of the sweep: (mean, half width of the 95 % interval, seeds), and its mean rank."""
 
     extract: str
     aggregate: str
-    values: dict[tuple[tuple[str, Any], ...], tuple[float, float, int]]
+    values: dict[Point, tuple[float, float, int]]
     rank: float
     why: str = ""
 
 
-def leaderboard(outcomes: Sequence[TrialResult], metric: str) -> list[LeaderboardRow]:
-    """Every pair by its mean rank over the points of the sweep, by `metric`; pairs without a value come last."""
-    grouped: dict[tuple[str, str], dict[Any, list[float]]] = {}
-    why: dict[tuple[str, str], str] = {}
-    for o in outcomes:
-        pair = (o.cell.extract, o.cell.aggregate)
-        at = grouped.setdefault(pair, {}).setdefault(o.cell.point, [])
-        if o.row.get(metric) is not None:
-            at.append(float(o.row[metric]))
-        elif o.status != "ok":
-            why[pair] = o.row["why"]
-    values = {pair: {p: interval(v) for p, v in points.items() if v} for pair, points in grouped.items()}
-    ranks = ranked(values)
-    rows = [LeaderboardRow(*pair, found, ranks[pair], why.get(pair, "")) for pair, found in values.items()]
-    return sorted(rows, key=lambda s: s.rank)
+def rank_pairs(results: Sequence[TrialResult], metric: str) -> list[LeaderboardRow]:
+    """Every pair by its mean rank over the points of the sweep, by `metric`; pairs without a value come last.
 
+    At each point the pair with the highest mean over the seeds has rank 1, and equal means have the same rank.
+    """
+    import pandas as pd
 
-def ranked(values: Mapping[tuple[str, str], Mapping[Any, tuple[float, float, int]]]) -> dict[tuple[str, str], float]:
-    """Each pair's mean rank over the points, 1 the best; infinite for a pair without a value."""
-    points = {p for found in values.values() for p in found}
-    places: dict[tuple[str, str], list[int]] = {pair: [] for pair in values}
-    for point in points:
-        means = sorted((found[point][0] for found in values.values() if point in found), reverse=True)
-        for pair, found in values.items():
-            if point in found:
-                places[pair].append(1 + means.index(found[point][0]))
-    return {pair: statistics.fmean(p) if p else math.inf for pair, p in places.items()}
+    pairs = list(dict.fromkeys((r.trial.extract, r.trial.aggregate) for r in results))
+    points = list(dict.fromkeys(r.trial.point for r in results))
+    measured = [
+        (pairs.index((r.trial.extract, r.trial.aggregate)), points.index(r.trial.point), float(r.row[metric]))
+        for r in results
+        if r.row.get(metric) is not None
+    ]
+    table = pd.DataFrame(measured, columns=["pair", "point", "value"])
+    spread = {key: interval(values.tolist()) for key, values in table.groupby(["pair", "point"], sort=False)["value"]}
+    means = pd.Series({key: mean for key, (mean, _, _) in spread.items()}, dtype=float)
+    ranks = means.groupby(level=1).rank(ascending=False, method="min").groupby(level=0).mean() if spread else {}
+    why = {(r.trial.extract, r.trial.aggregate): r.row["why"] for r in results if r.status != "ok"}
+    rows = [
+        LeaderboardRow(*pair, {points[p]: found for (q, p), found in spread.items() if q == i},
+                       float(ranks.get(i, math.inf)), why.get(pair, ""))
+        for i, pair in enumerate(pairs)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row.rank)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, int]:
@@ -66,9 +67,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, int]:
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n), n
 
 
-def write(outcomes: Sequence[TrialResult], metric: str, out: Path) -> None:
-    """matrix.csv and matrix.parquet (a row a cell and seed) and leaderboard.csv, each whole or not at all."""
-    if not outcomes:
+def write_tables(results: Sequence[TrialResult], metric: str, out: Path) -> None:
+    """Writes matrix.csv and matrix.parquet (a row a trial) and leaderboard.csv, each whole or not at all."""
+    if not results:
         return
     import io
 
@@ -76,23 +77,26 @@ def write(outcomes: Sequence[TrialResult], metric: str, out: Path) -> None:
     from pyarrow import parquet
 
     folder = RunFolder(out)
-    rows = [o.row for o in sorted(outcomes, key=lambda o: (o.cell.extract, o.cell.aggregate, str(o.cell.point), o.cell.seed))]
+    by_name = sorted(results, key=lambda r: (r.trial.extract, r.trial.aggregate, str(r.trial.point), r.trial.seed))
+    rows = [r.row for r in by_name]
     folder.table("matrix.csv", rows)
-    columns = list(dict.fromkeys(name for r in rows for name in r))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist([{name: r.get(name) for name in columns} for r in rows]), buffer)
+    parquet.write_table(pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), buffer)
     folder.write("matrix.parquet", buffer.getvalue())
-    folder.table("leaderboard.csv", [line for s in leaderboard(outcomes, metric) for line in lines(s, metric)])
+    folder.table("leaderboard.csv", [line for row in rank_pairs(results, metric) for line in csv_rows(row, metric)])
 
 
-def lines(standing: LeaderboardRow, metric: str) -> list[Row]:
-    base = {"extract": standing.extract, "aggregate": standing.aggregate, "mean rank": standing.rank, "metric": metric}
+def csv_rows(row: LeaderboardRow, metric: str) -> list[Row]:
+    """The lines of leaderboard.csv for one pair: one a point, or one that says why it has no value."""
+    base = {"extract": row.extract, "aggregate": row.aggregate, "mean rank": row.rank, "metric": metric}
     found = [
         {**base, **dict(point), "mean": mean, "half width of the 95 % interval": half, "seeds": n}
-        for point, (mean, half, n) in standing.values.items()
+        for point, (mean, half, n) in row.values.items()
     ]
-    return found or [{**base, "why": standing.why}]
+    return found or [{**base, "why": row.why}]
 
 
-def label(point: Sequence[tuple[str, Any]]) -> str:
+def point_label(point: Sequence[tuple[str, Any]]) -> str:
+    """A point of the sweep in words, e.g. `alpha 0.1, lr 0.05`."""
     return ", ".join(f"{name} {value}" for name, value in point) or "all"

@@ -44,6 +44,7 @@ def run(
             folder.write("config.toml", format_run_file(experiment.options, experiment.plugins.options()))
         else:
             restore(experiment, snapshot)
+        folder.commit()
         recorder.begin(snapshot is None)
         experiment.engine.drive(partial(run_rounds, experiment.state, experiment.engine))
     finally:

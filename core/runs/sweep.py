@@ -14,22 +14,26 @@ from typing import Any
 
 from hetfl import config, registry
 from hetfl.errors import NotApplicable, RunError, UsageError, unknown
-from hetfl.runs.cell import IDLE, Trial, TrialResult, natural, row
+from hetfl.presets import assign
+from hetfl.runs.cell import WITHOUT_EFFECT, Trial, TrialResult, result_row
 from hetfl.runs.folder import RunFolder
 
-FIXED = {"extract", "aggregate", "seed", *IDLE}  # and those that a matrix has options of its own for
+FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sweep has options of its own for
 
 
-def pairs(extract: Sequence[str], aggregate: Sequence[str]) -> list[tuple[str, str]]:
-    """The cross product, `all` and `natural` spelt out, with the controls behind it."""
+def cross_plugins(extract: Sequence[str], aggregate: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs to run: the cross product, `all` and `natural` spelt out, with the controls behind it."""
     known = registry.entries("extract")
     names = [e.name for e in known if not e.control] if list(extract) == ["all"] else list(extract)
     partners = [e.name for e in registry.entries("aggregate")] if list(aggregate) == ["all"] else list(aggregate)
-    found = [(e, natural(e) if a == "natural" else registry.find("aggregate", a).name) for e in names for a in partners]
-    return list(dict.fromkeys([*found, *((e.name, natural(e.name)) for e in known if e.control)]))
+    for partner in partners:
+        if partner != "natural":
+            registry.find("aggregate", partner)
+    found = [(e, registry.partner_of(e) if a == "natural" else a) for e in names for a in partners]
+    return list(dict.fromkeys([*found, *((e.name, registry.partner_of(e.name)) for e in known if e.control)]))
 
 
-def cells(
+def plan_trials(
     base: Mapping[str, Any], pairs: Sequence[tuple[str, str]], sweep: Mapping[str, Sequence[Any]], seeds: Sequence[int]
 ) -> list[Trial]:
     """Every pair at every point of the sweep with every seed. Raises UsageError for options that no run could have."""
@@ -39,99 +43,103 @@ def cells(
         for seed in seeds:
             options = {**base, "extract": extract, "aggregate": aggregate, "seed": seed}
             for name, value in point:
-                put(options, name, value)
-            options["set"] = relevant(options.get("set", {}), extract, aggregate, str(base.get("profile", "levels")))
+                set_option(options, name, value)
+            options["set"] = settings_of_chosen(options)
             found.append(Trial(point, config.resolve({k: v for k, v in options.items() if v is not None})))
     return found
 
 
-def put(options: dict[str, Any], name: str, value: Any) -> None:
+def set_option(options: dict[str, Any], name: str, value: Any) -> None:
     """Sets a swept option: one of the run (also as data.public, train.lr …), or plugin.option."""
     group, _, rest = name.partition(".")
     plain = {"public": "server_data"}.get(rest, rest) if group in ("data", "train", "server", "run") else name.replace("-", "_")
     if plain in FIXED:
         raise UsageError(f"'{plain}' is not swept: it has its own option, or changes no result")
-    if "." not in plain:
-        config.check_option(plain)
-        options[plain] = value
+    if "." in plain:
+        options["set"] = assign(options.get("set", {}), name.split("."), value)
         return
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    options["set"] = config.merge_options(options.get("set", {}), value)
+    config.check_option(plain)
+    options[plain] = value
 
 
-def relevant(given: Mapping[str, Any], extract: str, aggregate: str, profile: str) -> dict[str, Any]:
-    """Of the plugin options given for the whole matrix those that this pair has a plugin for."""
-    chosen = {"extract": extract, "aggregate": aggregate, "profile": profile}
-    known = {e.name for e in registry.entries()}
-    for name in given:
-        if name not in known and name not in chosen:
-            raise unknown("plugin", name, known)
-    kept: dict[str, Any] = {name: values for name, values in given.items() if name in chosen.values()}
-    for role in chosen.keys() & given.keys():
-        kept[role] = {name: values for name, values in given[role].items() if name == chosen[role] or name not in known}
-    return {name: values for name, values in kept.items() if values != {}}
+def settings_of_chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the plugin options given for the whole sweep those whose plugin this run has. Raises UsageError for an unknown plugin."""
+    given: Mapping[str, Any] = options.get("set", {})
+    asked = [(role, options[role]) for role in ("extract", "aggregate")] + [("profile", options.get("profile", "levels"))]
+    chosen = [registry.find(role, str(name)) for role, name in [*asked, *(("wrap", w) for w in options.get("wrap", ()))]]
+    names, known = {e.name for e in chosen}, {e.name for e in registry.entries()}
+    found: dict[str, Any] = {}
+    for name, values in given.items():
+        if name in registry.ROLES and isinstance(values, Mapping):
+            mine = {n: v for n, v in values.items() if n not in known or any((e.role, e.name) == (name, n) for e in chosen)}
+            found |= {name: mine} if mine else {}
+        elif name in names:
+            found[name] = values
+        elif name not in known:
+            raise unknown("plugin", name, known | names)
+    return found
 
 
-def refuse_bad(cells: Sequence[Trial]) -> None:
-    """What every cell would be refused for is refused at once: an unknown data set, a bad plugin option."""
+def refuse_bad(trials: Sequence[Trial]) -> None:
+    """What every trial would be refused for is refused at once: an unknown data set, a bad plugin option."""
     from hetfl.data import catalog
     from hetfl.hooks.loading import load_plugins
 
-    for dataset in dict.fromkeys(cell.options.dataset for cell in cells):
+    for dataset in dict.fromkeys(trial.options.dataset for trial in trials):
         catalog.find_dataset(dataset)
-    for cell in {(cell.extract, cell.aggregate, cell.point): cell for cell in cells}.values():
+    for trial in {(trial.extract, trial.aggregate, trial.point): trial for trial in trials}.values():
         with suppress(NotApplicable):
-            load_plugins(cell.options)
+            load_plugins(trial.options)
 
 
-def run(cells: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialResult]:
-    """Runs what is not yet in `out` or failed, `jobs` processes at a time; yields every cell's outcome as it is known."""
-    waiting: dict[str, list[Trial]] = {}  # a swept option that a pair does not have leaves it one run for several cells
-    for cell in cells:
-        known = stored(out, cell)
+def run_trials(trials: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialResult]:
+    """Runs what is not yet in `out` or failed, `jobs` processes at a time; yields every trial's result as it is known."""
+    waiting: dict[str, list[Trial]] = {}  # a swept option that a pair does not have leaves it one run for several trials
+    for trial in trials:
+        known = read_result(out, trial)
         if known is None or known.status == "failed":
-            waiting.setdefault(cell.name, []).append(cell)
+            waiting.setdefault(trial.name, []).append(trial)
         else:
             yield known
     if not waiting:
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[None], list[Trial]] = {pool.submit(one, same[0], out, jobs): same for same in waiting.values()}
+        futures: dict[Future[None], list[Trial]] = {pool.submit(run_trial, same[0], out, jobs): same for same in waiting.values()}
         try:
             for future in as_completed(futures):
                 future.result()
-                for cell in futures[future]:
-                    outcome = stored(out, cell)
-                    assert outcome is not None
-                    yield replace(outcome, cached=False)
+                for trial in futures[future]:
+                    result = read_result(out, trial)
+                    assert result is not None
+                    yield replace(result, cached=False)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def one(cell: Trial, out: Path, jobs: int) -> None:
-    """One cell, in a process of its own; its folder holds a summary, or why there is none."""
+def run_trial(trial: Trial, out: Path, jobs: int) -> None:
+    """Runs one trial, in a process of its own; its folder then holds a summary, or why there is none."""
     from hetfl.parallel import cores
     from hetfl.rounds.reporting import NoCallback
     from hetfl.runs import runner
 
-    folder = RunFolder(out / "cells" / cell.name).open(overwrite=True)
+    folder = RunFolder(out / "cells" / trial.name).open(overwrite=True)
+    folder.commit()
     workers = max(1, cores() // jobs)
     try:
-        runner.run(cell.options.model_copy(update={"workers": workers, "checkpoint_every": 0}), folder, NoCallback())
+        runner.run(trial.options.model_copy(update={"workers": workers, "checkpoint_every": 0}), folder, NoCallback())
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:
-        told = str(error) if isinstance(error, RunError | UsageError) else f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, RunError | UsageError) else f"{type(error).__name__}: {error}"
         folder.write("traceback.txt", traceback.format_exc())
-        folder.json("refused.json", {"status": "failed", "why": told})
+        folder.json("refused.json", {"status": "failed", "why": why})
 
 
-def stored(out: Path, cell: Trial) -> TrialResult | None:
-    """What `out` holds of a cell."""
-    folder = RunFolder(out / "cells" / cell.name)
+def read_result(out: Path, trial: Trial) -> TrialResult | None:
+    """What `out` holds of a trial; None where it has not ended."""
+    folder = RunFolder(out / "cells" / trial.name)
     for name in ("summary.json", "refused.json"):
         if (folder.path / name).exists():
             found = folder.read(name)
-            return TrialResult(cell, found.get("status", "ok"), row(cell, found), cached=True)
+            return TrialResult(trial, found.get("status", "ok"), result_row(trial, found), cached=True)
     return None

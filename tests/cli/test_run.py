@@ -15,7 +15,7 @@ from hetfl.cli.main import main
 
 
 def test_run_folder_holds_what_a_reader_needs(finished):
-    names = {p.name for p in finished.iterdir()} - {".lock", "checkpoints"}
+    names = {p.name for p in finished.iterdir()} - {".lock", ".hetfl", "checkpoints"}
     wanted = {"config.toml", "run.json", "metrics.csv", "clients.csv", "summary.json", "weights.safetensors"}
     assert wanted | {"curves.png", "partition.png", "partition.csv"} == names
     held = pd.read_csv(finished / "partition.csv")

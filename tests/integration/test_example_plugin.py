@@ -22,15 +22,14 @@ def site(tmp_path_factory):
     return place
 
 
+def before_path(site):
+    """PYTHONPATH with the folder in front of what is there."""
+    return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def hfl(site, *words):
-    command = [sys.executable, "-m", "hetfl.cli.main", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(site))
-
-
-def environment(site):
-    """This process's modules, and the example."""
-    places = [str(site), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": before_path(site), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-m", "hetfl.cli.main", *words], capture_output=True, text=True, env=env)
 
 
 def test_it_is_listed_without_being_imported(site):
@@ -41,7 +40,8 @@ def test_it_is_listed_without_being_imported(site):
         "import sys\nfrom hetfl.cli.main import main\ntry:\n    main(['list-plugins'])\nexcept SystemExit:\n    pass\n"
         "assert 'hetfl_example' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(site)).returncode == 0
+    env = {**os.environ, "PYTHONPATH": before_path(site)}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).returncode == 0
 
 
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3"]

@@ -11,9 +11,19 @@ import pytest
 from helpers.paths import ROOT
 
 
-def inside(path):
-    """Where a file of core/, plugins/ or cli/ lies in the wheel."""
-    return f"hetfl/{str(path.relative_to(ROOT)).removeprefix('core/')}"
+def shipped_as(path):
+    """The place of a file in the wheel: core is the package itself, the others are packages in it."""
+    top, *rest = path.relative_to(ROOT).parts
+    return "/".join(["hetfl", *({"core": [], "registry.toml": ["index", top]}.get(top, [top])), *rest])
+
+
+def shipped_files():
+    """Every module, and the data that pyproject.toml names."""
+    for folder in ("core", "plugins", "cli"):
+        yield from (ROOT / folder).rglob("*.py")
+    yield from (path for path in (ROOT / "core" / "data" / "digits").iterdir() if path.suffix in (".parquet", ".md"))
+    yield from (ROOT / "plugins").rglob("*.toml")
+    yield from (ROOT / "core" / "py.typed", ROOT / "registry.toml")
 
 
 @pytest.mark.slow
@@ -24,11 +34,7 @@ def test_wheel_holds_exactly_the_package(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("hetfl-*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    sources = {inside(p) for folder in ("core", "plugins", "cli") for p in (ROOT / folder).rglob("*.py")}
-    data = {
-        inside(p) for p in [*(ROOT / "core/data/digits").glob("*.*"), *(ROOT / "plugins").rglob("*.toml"), ROOT / "core/py.typed"]
-    }
-    assert names == sources | data | {"hetfl/index/registry.toml"}
+    assert names == {shipped_as(path) for path in shipped_files()}
 
 
 def test_no_python_file_at_the_root():

@@ -76,18 +76,18 @@ def test_bad_matrices_are_refused_before_anything_runs(tmp_path, capsys, words, 
 def test_pairs_and_controls():
     controls = [e.name for e in registry.builtins() if e.control]
     assert controls == ["serveralone", "standalone", "exclusive"]
-    found = sweep.pairs(["all"], ["all"])
+    found = sweep.cross_plugins(["all"], ["all"])
     extractions = [e for e in registry.entries("extract") if not e.control]
     assert len(found) == len(extractions) * len(registry.entries("aggregate")) + 3
-    assert ("fedconv", "kld") in sweep.pairs(["fedconv"], ["natural"])
+    assert ("fedconv", "kld") in sweep.cross_plugins(["fedconv"], ["natural"])
 
 
 def test_options_reach_only_the_pairs_that_have_them():
     base = {"set": {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}}
-    found = sweep.cells(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    found = sweep.plan_trials(base, [("fedconv", "kld"), ("heterofl", "hermes")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert found[0].options.set == {"fedconv": {"steps": 3}, "levels": {"mix": "1"}, "kld": {"lr": 0.1}}
     assert found[1].options.set == {"levels": {"mix": "1"}, "aggregate": {"hermes": {"overlap": "all"}}}
     assert found[0].options.server_data == 0.2
     assert found[0].key != found[1].key
-    same = sweep.cells(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
+    same = sweep.plan_trials(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert same[0].key == found[0].key

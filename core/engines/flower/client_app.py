@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
+from hetfl import registry
 from hetfl.config import RunOptions, resolve
 from hetfl.data import loading as data
 from hetfl.data.dataset import ClientData, FederatedDataset
@@ -22,7 +23,6 @@ from hetfl.engines.flower.manifest import OUTLINE, RUN, make_mods
 from hetfl.engines.flower.node import make_client_app
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.errors import UsageError
-from hetfl.hooks import loading
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.setup import build_node_setup
 from hetfl.submodel import serialization
@@ -65,8 +65,8 @@ def build_node_runtime(home: Path, config: str, node: str) -> ClientRuntime:
 
 def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) -> None:
     """Raises UsageError for plugins and models that are neither built in nor allowed here; before any is imported."""
-    for entry in loading.choose_entries(options):
-        if entry.source != "built-in" and not {entry.name, f"{entry.role}.{entry.name}", entry.source.split()[0]} & set(allowed):
+    for entry in registry.choose_entries(options):
+        if entry.source != registry.BUILT_IN and not entry.grants & set(allowed):
             raise UsageError(f"this node does not allow the {entry.role} plugin '{entry.name}' of {entry.source} (--allow)")
     if options.model and not is_allowed(options.model, allowed, home):
         raise UsageError(f"this node does not allow the model '{options.model}' (--allow)")

@@ -46,27 +46,28 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "LICENSE").write_text("An experiment of whoever exported it; hetfl itself is under the Apache License 2.0.\n")
-    (folder / "pyproject.toml").write_text(tomli_w.dumps(project(options)))
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(project_file(options)))
     (folder / "README.md").write_text(f"An experiment of hetfl: {options.extract} on {options.dataset}. `flwr run . SUPERLINK`\n")
     (package / "__init__.py").write_text("")
     for half, module in HALVES.items():
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
     (package / RUN).write_text(format_run_file(options, common.plugins.options()))
-    (package / OUTLINE).write_text(json.dumps(outline(common, mods)))
-    carry(options.model, folder)
+    (package / OUTLINE).write_text(json.dumps(describe_run(common, mods)))
+    for name in (options.model, options.extract, options.aggregate, options.profile, *options.wrap):
+        copy_module(name, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MOST:
         raise UsageError(f"the app has {size:,} bytes, more than the {MOST:,} that Flower takes")
     return folder
 
 
-def outline(common: Setup, mods: Sequence[str]) -> dict[str, Any]:
+def describe_run(common: Setup, mods: Sequence[str]) -> dict[str, Any]:
     """What nodes know of the run beside its options; `key` sets its clients' memory apart from that of other runs."""
     widths, named = serialization.to_json(common.builder.widths), list(common.federation.classes)
     return {"key": secrets.token_hex(8), "classes": named, "mods": [read_mod(m) for m in mods], "widths": widths}
 
 
-def project(options: RunOptions) -> dict[str, Any]:
+def project_file(options: RunOptions) -> dict[str, Any]:
     """The app's pyproject.toml: heavy packages are not among its dependencies, so that nothing is installed anew on a node."""
     components = {"serverapp": f"{PACKAGE}.server_app:app", "clientapp": f"{PACKAGE}.client_app:app"}
     app = {
@@ -83,9 +84,9 @@ def project(options: RunOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def carry(model: str | None, folder: Path) -> None:
-    """Copies the module of a user's own model, so that it travels inside the app."""
-    module, colon, _ = (model or "").partition(":")
+def copy_module(name: str | None, folder: Path) -> None:
+    """Copies the module of a user's own model or plugin, `package.module:name`, so that it travels inside the app."""
+    module, colon, _ = (name or "").partition(":")
     if not colon or module in ("timm", "torchvision", "transformers"):
         return
     top = module.split(".")[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -12,19 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+import trustme
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from hetfl.engines.flower.manifest import EVENTS
-from hetfl.errors import RunError
+from hetfl.errors import RunError, UsageError
 
 BIN = Path(sys.executable).parent
 
@@ -48,6 +45,8 @@ class LocalFederation:
         self.env = {**os.environ, **QUIET, "FLWR_HOME": str(self._home), "PATH": path}
 
     def __enter__(self) -> LocalFederation:
+        if os.name != "posix":
+            raise UsageError("a federation on this machine needs Linux or macOS; take hfl export flower and flwr run elsewhere")
         self._home.mkdir(parents=True, exist_ok=True)
         (self._home / "state.db").unlink(missing_ok=True)
         (self._home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": self._address()}}))
@@ -80,7 +79,7 @@ class LocalFederation:
             words += ["--enable-supernode-auth", "--database", str(self._home / "state.db")]
         self._start("superlink", "flower-superlink", *words, *([] if self._tls else ["--insecure"]))
         until = time.monotonic() + READY
-        while not answers(self._port):
+        while not port_answers(self._port):
             if time.monotonic() > until or self._running["superlink"].poll() is not None:
                 raise RunError(f"the SuperLink did not begin: {self.tail('superlink')}")
             time.sleep(0.1)
@@ -109,9 +108,9 @@ class LocalFederation:
             words += ["--root-certificates", str(self._home / "ca.crt"), "--auth-supernode-private-key", str(self._home / name)]
         self._start(name, "flower-supernode", *words, *([] if self._tls else ["--insecure"]))
 
-    def leave(self, node: int, sign: int = signal.SIGKILL) -> None:
+    def leave(self, node: int) -> None:
         """Ends SuperNode `node` and its processes, as a crash would."""
-        end(self._running.pop(f"node{node}"), sign)
+        end(self._running.pop(f"node{node}"), signal.SIGKILL)
 
     def running(self, name: str) -> bool:
         """Whether a process of ours is still there."""
@@ -179,38 +178,21 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def answers(port: int) -> bool:
+def port_answers(port: int) -> bool:
     with socket.socket() as tried:
         tried.settimeout(0.5)
         return tried.connect_ex((HERE, port)) == 0
 
 
 def make_certificates(home: Path) -> None:
-    """A certificate authority of our own, and a certificate for the SuperLink on this machine."""
+    """Writes ca.crt, a certificate authority of our own, and server.pem and server.key for the SuperLink on this machine."""
     if (home / "ca.crt").exists():
         return
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    root = certificate("hetfl", authority, "hetfl", authority, [x509.BasicConstraints(ca=True, path_length=None)])
-    hosts = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HERE))])
-    ours = certificate("localhost", server, "hetfl", authority, [hosts])
-    (home / "ca.crt").write_bytes(root.public_bytes(serialization.Encoding.PEM))
-    (home / "server.pem").write_bytes(ours.public_bytes(serialization.Encoding.PEM))
-    secret(home / "server.key", pem(server, serialization.PrivateFormat.PKCS8))
-
-
-def certificate(
-    name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, extensions: Sequence[Any]
-) -> x509.Certificate:
-    now = datetime.datetime.now(datetime.UTC)
-    made = x509.CertificateBuilder(common_name(issuer), common_name(name), key.public_key(), x509.random_serial_number())
-    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=365))
-    for extension in extensions:
-        made = made.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
-    return made.sign(signer, hashes.SHA384())
-
-
-def common_name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    authority = trustme.CA(organization_name="hetfl")
+    server = authority.issue_cert("localhost", HERE, common_name="localhost", organization_name="hetfl")
+    authority.cert_pem.write_to_path(home / "ca.crt")
+    (home / "server.pem").write_bytes(b"".join(part.bytes() for part in server.cert_chain_pems))
+    write_secret(home / "server.key", server.private_key_pem.bytes())
 
 
 def make_key(path: Path) -> None:
@@ -218,16 +200,13 @@ def make_key(path: Path) -> None:
     if path.exists():
         return
     key = ec.generate_private_key(ec.SECP384R1())
-    secret(path, pem(key, serialization.PrivateFormat.OpenSSH))
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    write_secret(path, private)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.with_name(path.name + ".pub").write_bytes(public + b"\n")
 
 
-def pem(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-
-
-def secret(path: Path, data: bytes) -> None:
+def write_secret(path: Path, data: bytes) -> None:
     """Writes a file that only its owner may read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(data)

@@ -1,0 +1,131 @@
+"""What the terminal shows while something runs: the rounds of a run, the leaderboard of a sweep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hetfl.cli.console import console, plain_text, say
+from hetfl.cli.render import format_bytes, leaderboard_table, percent, table
+from hetfl.config import RunOptions
+
+if TYPE_CHECKING:
+    from hetfl.runs.cell import TrialResult
+
+SHOWN = 12  # rounds on the screen
+
+COLUMNS = ("global@test", "loss", "control", "client@own", "down", "up", "seconds")
+
+
+class RoundDisplay:
+    """A table of the rounds that grows while they run; one plain line a round where the output is no terminal."""
+
+    def __init__(self, options: RunOptions, path: Path) -> None:
+        self.options, self.path, self.rows, self.notes = options, path, list[dict[str, Any]](), list[str]()
+        self.started, self._phase = time.perf_counter(), "starting"
+        self._screen = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> RoundDisplay:
+        options = self.options
+        pair = f"{options.extract} x {options.aggregate or 'its natural aggregation'} on {options.dataset}"
+        say(f"{pair}, {options.clients} clients, {options.rounds} rounds, seed {options.seed} -> {self.path}")
+        if self._screen:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen:
+            self._phase = ""
+            self._refresh()
+            self._screen.stop()
+
+    def phase(self, round: int, name: str) -> None:
+        self._phase = f"round {round}: {name}" if round else name
+        self._refresh()
+
+    def note(self, text: str) -> None:
+        self._remark(f"note: {text}")
+
+    def alarm(self, text: str) -> None:
+        self._remark(f"ALARM: {text}")
+
+    def _remark(self, text: str) -> None:
+        self.notes.append(text)
+        self._refresh()
+        if not self._screen:
+            say(text)
+
+    def done(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._refresh()
+        if not self._screen:
+            say(round_line(row, self.options.rounds))
+
+    def _refresh(self) -> None:
+        if self._screen:
+            notes = (plain_text(n, "bold red" if n.startswith("ALARM") else "yellow") for n in self.notes[-4:])
+            self._screen.update(Group(self._table(), plain_text(self._status()), *notes))
+            self._screen.refresh()
+
+    def _status(self) -> str:
+        if not self._phase:
+            return ""
+        left = ""
+        if self.rows:
+            each = sum(r["seconds"] for r in self.rows) / len(self.rows)
+            left = f", about {each * (self.options.rounds - len(self.rows)):.0f} s left"
+        return f"{self._phase} ({time.perf_counter() - self.started:.0f} s{left})"
+
+    def _table(self) -> Table:
+        rows = [(str(row["round"]), *round_cells(row)) for row in self.rows[-SHOWN:]]
+        return table(("round", *COLUMNS), rows, right=True)
+
+
+def round_cells(row: dict[str, Any]) -> list[str]:
+    """A round's values under COLUMNS."""
+    loss = f"{row['global@test loss']:.3f}" if "global@test loss" in row else ""
+    accuracy, control, own = (percent(row.get(name)) for name in ("global@test", "control@test", "client@own"))
+    return [accuracy, loss, control, own, format_bytes(row["bytes down"]), format_bytes(row["bytes up"]), f"{row['seconds']:.2f}"]
+
+
+def round_line(row: dict[str, Any], rounds: int) -> str:
+    """A round in one line."""
+    shown = " ".join(f"{name} {value}" for name, value in zip(COLUMNS, round_cells(row), strict=True) if value)
+    return f"round {row['round']}/{rounds} {shown}"
+
+
+class SweepDisplay:
+    """The leaderboard of a sweep while it runs; one plain line a trial where the output is no terminal."""
+
+    def __init__(self, trials: int, metric: str) -> None:
+        self._trials, self._metric, self._started = trials, metric, time.perf_counter()
+        self._screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> SweepDisplay:
+        if self._screen:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen:
+            self._screen.stop()
+
+    def show(self, results: Sequence[TrialResult]) -> None:
+        """Shows what is known by now; the last of `results` is the new one."""
+        done, new = len(results), results[-1]
+        if self._screen:
+            passed = time.perf_counter() - self._started
+            status = f"{done} of {self._trials} trials, {sum(r.cached for r in results)} of them from before ({passed:.0f} s)"
+            self._screen.update(Group(leaderboard_table(results, self._metric), Text(status)))
+            self._screen.refresh()
+            return
+        value = percent(new.row.get(self._metric)) if new.status == "ok" else f"{new.status}: {new.row['why']}"
+        trial, at = new.trial, ", ".join(f"{name} {value}" for name, value in new.trial.point)
+        say(f"[{done}/{self._trials}] {trial.extract} x {trial.aggregate} {at} seed {trial.seed}: {value}")

@@ -1,0 +1,136 @@
+"""`hfl inspect`, `profile`, `list-plugins`, `presets`, `show`, `version`: what there is, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetfl import config, presets, registry
+from hetfl.cli import render
+from hetfl.cli.console import say
+from hetfl.cli.options import Debug, ModelArgs, parse_pairs
+from hetfl.errors import UsageError, unknown
+from hetfl.registry import Entry
+
+Model = Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")]
+
+Dataset = Annotated[str | None, typer.Option(help="build the model for this data set")]
+
+Shape = Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")]
+
+Classes = Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")]
+
+Vocab = Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")]
+
+
+def inspect(
+    model: Model,
+    levels: Annotated[str, typer.Option(help="width ratios to measure, in (0, 1]")] = "1,0.5,0.25",
+    dataset: Dataset = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    vocab: Vocab = None,
+    model_args: ModelArgs = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="batch size of the training memory")] = 32,
+    heads: Annotated[str, typer.Option(help="what is cut of attention: width, or whole heads")] = "width",
+    norm_policy: Annotated[str, typer.Option(help="as in hfl run")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
+    checked = config.resolve({"heads": heads, "norm_policy": norm_policy})
+    ratios = parse_ratios(levels)
+    from hetfl.profiling import inspection
+
+    inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
+    args = parse_pairs(model_args or [], "--model-args")
+    report = inspection.inspect_model(
+        model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy
+    )
+    render.print_model_report(report)
+
+
+def profile(
+    model: Model,
+    levels: Annotated[str, typer.Option(help="width ratios to choose from, in (0, 1]")] = "1,0.75,0.5,0.25,0.125,0.0625",
+    dataset: Dataset = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    vocab: Vocab = None,
+    model_args: ModelArgs = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="local batch size")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of a round")] = 100,
+    deadline: Annotated[float, typer.Option(min=0, help="seconds for a round's training")] = 60.0,
+    share: Annotated[float, typer.Option(min=0, max=1, help="share of the free memory that training may use")] = 0.5,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
+    ratios = parse_ratios(levels)
+    from hetfl.profiling import inspection
+
+    inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
+    args = parse_pairs(model_args or [], "--model-args")
+    reports = inspection.measure_widths(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share)
+    render.print_width_reports(model, reports)
+
+
+def parse_ratios(levels: str) -> list[float]:
+    """The width ratios of --levels."""
+    try:
+        ratios = [float(part) for part in levels.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+        raise UsageError(f"--levels takes width ratios in (0, 1] such as 1,0.5,0.25, not '{levels}'")
+    return ratios
+
+
+def list_plugins() -> None:
+    """List every plugin by role; none is imported for it."""
+    render.print_plugins(registry.entries())
+
+
+def list_presets(
+    name: Annotated[str | None, typer.Argument(help="show this preset's settings")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the papers' experiments that `hfl run --preset` takes, or show one."""
+    if name is None:
+        render.print_presets(list(presets.presets().values()))
+    else:
+        render.print_preset(presets.find_preset(name))
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="a plugin's name, role.name or package.module:Class, or a run folder")],
+    debug: Debug = False,
+) -> None:
+    """Show a plugin's options and docs, or a run's summary again."""
+    if Path(name).is_dir():
+        from hetfl.runs.folder import RunFolder
+
+        render.print_summary(RunFolder(Path(name)).read("summary.json"), Path(name))
+        return
+    for entry in find_in_any_role(name):
+        render.print_plugin(entry, entry.load())
+
+
+def find_in_any_role(name: str) -> list[Entry]:
+    """The plugins of that name, or `role.name`; a class by `package.module:Class` in the role whose hook it implements."""
+    if ":" in name:
+        from hetfl.hooks.loading import roles_of
+
+        return [registry.find((roles_of(registry.find("wrap", name).load()) or ["wrap"])[0], name)]
+    role, _, plain = name.rpartition(".")
+    found = [registry.find(e.role, plain) for e in registry.entries() if e.name == plain and role in ("", e.role)]
+    if not found:
+        raise unknown("plugin or run folder", name, {e.name for e in registry.entries()})
+    return found
+
+
+def version(debug: Debug = False) -> None:
+    """Print the versions that matter."""
+    from importlib.metadata import version as version_of
+
+    say(" ".join(f"{name} {version_of(name)}" for name in ("hetfl", "torch", "flwr", "datasets")))
