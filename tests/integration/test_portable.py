@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers.paths import ROOT
 
 # Other people's packages choose by the platform, so they are imported before Linux is made to look like Windows.
 CODE = """
