@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hetfl.hooks.loading import load_class
+
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 
 NAMES = ("overlap", "fedavg", "fiarse", "tailorfl", "cluster", "hermes", "median", "trimmed-mean", "kld")
@@ -63,7 +65,7 @@ def measure(name: str, clients: int) -> None:
         trained = {n: t.clone() + (0.01 if t.is_floating_point() else 1) for n, t in plan.take(server.state).items()}
         held += sum(t.numel() * t.element_size() for t in trained.values())
         updates.append(Update(client, plan.put(trained), 10.0))
-    plugin = registry.find("aggregate", name).load()()
+    plugin = load_class(registry.find("aggregate", name))()
     before = peak()
     PluginManager({f"aggregate.{name}": plugin}).aggregate(server, Updates(updates, server.state), 1)
     print(held, peak() - before)

@@ -112,16 +112,18 @@ def show(
 
         render.print_summary(RunFolder(Path(name)).read("summary.json"), Path(name))
         return
+    from hetfl.hooks.loading import load_class
+
     for entry in find_in_any_role(name):
-        render.print_plugin(entry, entry.load())
+        render.print_plugin(entry, load_class(entry))
 
 
 def find_in_any_role(name: str) -> list[Entry]:
     """The plugins of that name, or `role.name`; a class by `package.module:Class` in the role whose hook it implements."""
     if ":" in name:
-        from hetfl.hooks.loading import roles_of
+        from hetfl.hooks.loading import load_class, roles_of
 
-        return [registry.find((roles_of(registry.find("wrap", name).load()) or ["wrap"])[0], name)]
+        return [registry.find((roles_of(load_class(registry.find("wrap", name))) or ["wrap"])[0], name)]
     role, _, plain = name.rpartition(".")
     found = [registry.find(e.role, plain) for e in registry.entries() if e.name == plain and role in ("", e.role)]
     if not found:

@@ -3,22 +3,16 @@ this process was handed as objects. None is imported to be listed or found."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 import threading
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hetfl.errors import UsageError, nearest, unknown
+from hetfl.config import RunOptions
+from hetfl.errors import UsageError, unknown
 from hetfl.files import find_resource
-
-if TYPE_CHECKING:
-    from hetfl.config import RunOptions
-    from hetfl.hooks.base import Plugin
 
 ROLES = ("extract", "aggregate", "profile", "wrap")
 
@@ -60,28 +54,6 @@ class Entry:
         if self.source == module:
             return {self.plugin, module, module.split(".")[0]}
         return {self.name, self.key, self.source.split()[0]}
-
-    def load(self) -> type[Plugin]:
-        """The plugin's class. Raises UsageError if it cannot be imported or is no Plugin."""
-        found: Any = self.local if isinstance(self.local, type) else type(self.local) if self.local is not None else self._import()
-        from hetfl.hooks.base import Plugin
-
-        if not (isinstance(found, type) and issubclass(found, Plugin)):
-            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} is not a hetfl Plugin class: {self.plugin}")
-        return found
-
-    def _import(self) -> Any:
-        module, _, attribute = self.plugin.partition(":")
-        if self.source == module and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            found = importlib.import_module(module)
-        except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise UsageError(f"{self.role} plugin '{self.name}' of {self.source} cannot be imported: {cause}") from error
-        if not hasattr(found, attribute):
-            raise UsageError(f"module '{module}' has no {self.role} plugin '{attribute}'{nearest(attribute, dir(found))}")
-        return getattr(found, attribute)
 
 
 @cache
@@ -161,19 +133,15 @@ _local: dict[tuple[str, str], Entry] = {}
 _lock = threading.Lock()
 
 
-def add_local(role: str, plugin: Plugin | type[Plugin]) -> str:
+def add_local(role: str, plugin: Any) -> str:
     """The name by which `find` gives this class or configured object, in this process until `remove_local`; it is not listed.
 
-    The name is the class's, with a number behind it where another plugin of the role has it. Raises UsageError for what is neither
-    a Plugin class nor an object of one.
+    The name is the class's, with a number behind it where another plugin of the role has it. What is no plugin is refused when a
+    run loads it.
     """
-    from hetfl.hooks.base import Plugin
-
     kind = plugin if isinstance(plugin, type) else type(plugin)
     if role not in ROLES:
         raise unknown("role", role, ROLES)
-    if not issubclass(kind, Plugin):
-        raise UsageError(f"{role} takes a plugin's name, a Plugin class or an object of one, not {plugin!r}")
     listed = {e.name for e in entries(role)}
     with _lock:
         for (known_role, name), entry in _local.items():

@@ -9,11 +9,12 @@ import pytest
 from hetfl import registry
 from hetfl.errors import UsageError
 from hetfl.hooks.base import Plugin
+from hetfl.hooks.loading import load_class
 
 
 @pytest.mark.parametrize("entry", registry.builtins(), ids=lambda e: f"{e.role}.{e.name}")
 def test_the_registry_agrees_with_the_classes(entry):
-    strategy = entry.load()
+    strategy = load_class(entry)
     assert issubclass(strategy, Plugin)
     assert strategy.__doc__
     assert strategy.__module__ == entry.plugin.partition(":")[0]
@@ -49,6 +50,6 @@ def test_a_broken_plugin_fails_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "broken" in {e.name for e in registry.entries("aggregate")}
     with pytest.raises(UsageError, match=r"'broken' of broken 1\.0 cannot be imported: RuntimeError: no licence"):
-        registry.find("aggregate", "broken").load()
+        load_class(registry.find("aggregate", "broken"))
     with pytest.raises(UsageError, match="not a hetfl Plugin class"):
-        registry.find("aggregate", "odd").load()
+        load_class(registry.find("aggregate", "odd"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.work import report
+from hetfl.hooks.loading import load_class
 
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
@@ -44,7 +45,7 @@ def main() -> None:
     model = models.ZOO["resnet18"](classes=10, channels=3)
     widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)
     server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, None, Pool(1))
-    roles = PluginManager({"aggregate.overlap": registry.find("aggregate", "overlap").load()()})
+    roles = PluginManager({"aggregate.overlap": load_class(registry.find("aggregate", "overlap"))()})
     generator = torch.Generator().manual_seed(0)
 
     def some(ratio: float) -> Callable[[int], torch.Tensor]:

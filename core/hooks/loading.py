@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +17,30 @@ from hetfl.hooks.base import Plugin
 from hetfl.hooks.manager import PluginManager
 from hetfl.registry import ROLES, Entry
 
-ROLE_HOOKS = {"extract": ("extract",), "aggregate": ("aggregate", "fold"), "profile": ("profile",)}  # a wrap's may be any other
+ROLE_HOOKS = {"extract": ("extract",), "aggregate": ("aggregate",), "profile": ("profile",)}  # a wrap's may be any other
+
+
+def load_class(entry: Entry) -> type[Plugin]:
+    """The plugin's class. Raises UsageError if it cannot be imported or is no Plugin."""
+    found = import_class(entry) if entry.local is None else entry.local if isinstance(entry.local, type) else type(entry.local)
+    if not (isinstance(found, type) and issubclass(found, Plugin)):
+        raise UsageError(f"{entry.role} plugin '{entry.name}' of {entry.source} is not a hetfl Plugin class: {entry.plugin}")
+    return found
+
+
+def import_class(entry: Entry) -> Any:
+    """What `module:Class` names; a module that was named by hand is looked up in the current directory too."""
+    module, _, attribute = entry.plugin.partition(":")
+    if entry.source == module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{entry.role} plugin '{entry.name}' of {entry.source} cannot be imported: {cause}") from error
+    if not hasattr(found, attribute):
+        raise UsageError(f"module '{module}' has no {entry.role} plugin '{attribute}'{nearest(attribute, dir(found))}")
+    return getattr(found, attribute)
 
 
 def plugin_settings(options: RunOptions, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
@@ -38,7 +64,7 @@ def option_owner(name: str, key: str, value: Any, entries: Sequence[Entry]) -> t
         name = f"{name}.{key}"
     bearers = [e for e in entries if e.name == name]
     if len(bearers) > 1:
-        bearers = [e for e in bearers if key in e.load().model_fields] or bearers
+        bearers = [e for e in bearers if key in load_class(e).model_fields] or bearers
     if len(bearers) > 1:
         places = " or ".join(f"{e.key}.{key}" for e in bearers)
         raise UsageError(f"option '{name}.{key}' could belong to two chosen plugins; say {places}")
@@ -83,7 +109,7 @@ def refuse_wrong_role(entry: Entry, kind: type[Plugin]) -> None:
 
 def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:
     """One plugin with its options; an object that this process was handed has its own and is taken as it is."""
-    kind = entry.load()
+    kind = load_class(entry)
     refuse_wrong_role(entry, kind)
     if isinstance(entry.local, Plugin):
         if given:

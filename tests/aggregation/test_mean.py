@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helpers.oracles import quick
 from hetfl.aggregation.mean import MeanAggregator, mean, mean_with_absent
 from hetfl.aggregation.updates import Update, Updates
+from hetfl.hooks.loading import load_class
 from hetfl.hooks.manager import PluginManager
 from hetfl.submodel.plan import Patch, window
 
@@ -79,7 +80,7 @@ STREAMING = [("overlap", {}), ("overlap", {"weighting": "samples"}), ("fedavg", 
 def test_taking_updates_one_by_one_is_taking_them_together(name, options):
     from hetfl import registry
 
-    plugins = PluginManager({f"aggregate.{name}": registry.find("aggregate", name).load()(**options)})
+    plugins = PluginManager({f"aggregate.{name}": load_class(registry.find("aggregate", name))(**options)})
     old = {"w": torch.randn(6, 4), "seen": torch.tensor(2)}
     rows = [torch.tensor([0, 1, 2]), torch.tensor([5, 1]), torch.arange(6)]
     updates = [

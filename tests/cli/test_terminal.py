@@ -15,7 +15,7 @@ from rich.console import Group
 from hetfl import registry
 from hetfl.cli import console, live, render
 from hetfl.cli.main import main
-from hetfl.config import RunOptions, flag, resolve
+from hetfl.config import RunOptions, format_flag, resolve
 
 TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
         "--model", "mlp"]  # fmt: skip
@@ -39,12 +39,12 @@ def python(*words, **env):
 
 
 def test_errors_with_brackets_and_control_characters_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
-    from hetfl.rounds.loop import Rounds
+    from hetfl.rounds import loop
 
     def fail(self, *_):
         raise ValueError(NASTY)
 
-    monkeypatch.setattr(Rounds, "step", fail)
+    monkeypatch.setattr(loop, "run_round", fail)
     code, _, err = hfl(capsys, "run", *TINY, "--out", tmp_path / "a")
     assert code == 1
     assert f"the run failed: ValueError: {SHOWN} (--debug" in err
@@ -87,7 +87,7 @@ def test_help_shows_the_main_options_first_then_panels_by_subject():
     assert titles == ["Arguments", "Options", *panels]
     first, *_ = out.split("Plugins and model")
     for name in ("extract", "aggregate", "dataset", "clients", "rounds", "seed", "out"):
-        assert flag(name) in first
+        assert format_flag(name) in first
     assert "--momentum" not in first
     text = " ".join(out.replace("│", " ").split())
     assert "--clients INTEGER number of clients [default: 10]" in text
@@ -96,7 +96,7 @@ def test_help_shows_the_main_options_first_then_panels_by_subject():
     assert (
         "--lr-milestones INTEGER rounds after which lr is multiplied by --lr-decay; may be repeated, or given with commas" in text
     )
-    assert not [name for name in RunOptions.model_fields if flag(name) not in out]
+    assert not [name for name in RunOptions.model_fields if format_flag(name) not in out]
 
 
 @pytest.mark.parametrize("command", ["matrix", "scale", "federate", ["export", "flower"], "inspect", "show"])

@@ -16,6 +16,7 @@ from hetfl.engines.flower.client_app import refuse_not_allowed
 from hetfl.engines.flower.export import copy_module
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
+from hetfl.hooks.loading import load_class
 from hetfl.runs import sweep
 
 MODULE = '''
@@ -92,7 +93,7 @@ def test_finding_imports_nothing(own):
     entry = registry.find("extract", "own_plugins:Last")
     assert (entry.name, entry.source, entry.key) == ("Last", "own_plugins", "extract.Last")
     assert "own_plugins" not in sys.modules
-    assert entry.load().__name__ == "Last"
+    assert load_class(entry).__name__ == "Last"
     assert entry not in registry.entries()
 
 
