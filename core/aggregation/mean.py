@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hetfl.aggregation.updates import Update, Updates, WeightedSum, by_examples
+from hetfl.aggregation.updates import Update, Updates, by_examples
 from hetfl.models.state import State
-from hetfl.submodel.blocks import Index, cells
+from hetfl.submodel.blocks import Index, view_blocks
 from hetfl.submodel.plan import Patch
+
+
+def leads(index: Mapping[int, Tensor]) -> bool:
+    """Whether a block is a leading part of its tensor along every dim."""
+    return (index if isinstance(index, Index) else Index(index)).leads
 
 
 @dataclass(eq=False)
@@ -21,6 +27,70 @@ class Layout:
     blocks: list[tuple[str, Mapping[int, Tensor]]]
     views: list[Tensor]
     weight: float = 0.0
+
+
+class WeightedSum:
+    """sum w c x and sum w c of one tensor, over the patches of clients that come one after the other."""
+
+    def __init__(self, old: Tensor) -> None:
+        self.old, self.total = old, cast(Tensor | None, None)
+        self._whole, self._parts = 0.0, torch.zeros([1] * old.ndim)  # the counts of whole tensors, and of blocks of it
+
+    @property
+    def count(self) -> Tensor:
+        """sum w c; may be broadcastable to the tensor's shape: a dim is 1 where no patch was cut."""
+        return self._parts + self._whole
+
+    def add(self, patch: Patch, weight: float) -> None:
+        self.cover(patch.index, patch.coverage, weight)
+        values = patch.values if patch.coverage is None else patch.values * patch.coverage
+        Index.of(patch.index).add(self.open(), values, weight)
+
+    def cover(self, index: Mapping[int, Tensor], coverage: Tensor | None, weight: float) -> None:
+        """Adds to `count` alone."""
+        if not index and coverage is None:
+            self._whole += weight
+            return
+        self.widen(index if coverage is None else range(self.old.ndim))
+        Index.of(index).add(self._parts, 1.0 if coverage is None else coverage, weight)
+
+    def open(self) -> Tensor:
+        """The sum, 0 before anything was added."""
+        if self.total is None:
+            self.total = torch.zeros(self.old.shape, dtype=self.old.dtype)
+        return self.total
+
+    def widen(self, dims: Iterable[int]) -> None:
+        """Gives the count its full size along `dims`."""
+        wanted = [n if d in dims else now for d, (n, now) in enumerate(zip(self.old.shape, self._parts.shape, strict=True))]
+        if list(self._parts.shape) != wanted:
+            self._parts = self._parts.expand(wanted).clone()
+
+    def take_over(self, values: Tensor, weight: float) -> bool:
+        """Makes the first client's whole tensor the sum and scales it IN PLACE; False where its memory cannot serve."""
+        ours = values.is_contiguous() and values.dtype == self.old.dtype and self.total is None
+        if not ours or values.untyped_storage().data_ptr() == self.old.untyped_storage().data_ptr():
+            return False
+        self.total = values if weight == 1 else values.mul_(weight)
+        return True
+
+    def mean(self) -> Tensor:
+        """Per entry sum w c x / sum w c; the old value where nothing is covered (spec heterofl 2.5)."""
+        count = self.count
+        if self.total is None:
+            return self.old
+        if self._whole > 0 or bool((count > 0).all()):
+            return self.total.div_(count)
+        return torch.where(count > 0, self.total / count.clamp(min=torch.finfo(count.dtype).tiny), self.old)
+
+    def mean_with_absent(self, whole: float) -> Tensor:
+        """(sum w c x + (whole - sum w c) old) / whole."""
+        count = self.count
+        if self.total is None:
+            return self.old
+        if bool((count == whole).all()):
+            return self.total.div_(whole)
+        return torch.where(count > 0, (self.total + (whole - count) * self.old) / whole, self.old)
 
 
 class MeanAggregator:
@@ -40,7 +110,7 @@ class MeanAggregator:
     def add(self, update: Update, weight: float) -> None:
         """Takes one more update, which counts `weight`."""
         first, self._whole = not self._whole, self._whole + weight
-        leading = [(n, p) for n, p in update.patches.items() if n in self._sums and p.coverage is None and Index.of(p.index).leads]
+        leading = [(n, p) for n, p in update.patches.items() if n in self._sums and p.coverage is None and leads(p.index)]
         led = {name for name, _ in leading}
         apart = {name: patch for name, patch in update.patches.items() if name not in led}
         free = [(n, p) for n, p in leading if not p.index] if first and self._consume else []
@@ -60,8 +130,8 @@ class MeanAggregator:
         """Where the leading blocks `patches` lie, found once for all clients that have the same."""
         key = tuple([(name, id(p.index)) for name, p in patches])
         if key not in self._layouts:
-            totals = [self._sums[name].opened() for name, _ in patches]
-            views = [total[cells(p.index, total)] for total, (_, p) in zip(totals, patches, strict=True)]
+            totals = [self._sums[name].open() for name, _ in patches]
+            views = view_blocks(totals, [p.index for _, p in patches])
             self._layouts[key] = Layout([(name, p.index) for name, p in patches], views)
         return self._layouts[key]
 
@@ -70,7 +140,7 @@ class MeanAggregator:
         for layout in self._layouts.values():
             for name, index in layout.blocks:
                 self._sums[name].cover(index, None, layout.weight)
-        found = {name: s.blend(self._whole) if self.absent else s.mean() for name, s in self._sums.items()}
+        found = {name: s.mean_with_absent(self._whole) if self.absent else s.mean() for name, s in self._sums.items()}
         return {name: found[name] if name in found else self._counters[name] for name in self.old}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,11 +61,11 @@ class Updates(Sequence[Update]):
         return [WEIGHTINGS[weighting](u) for u in self]
 
     def cover(self, name: str, weights: Sequence[float]) -> Tensor:
-        """sum w c over the clients for one tensor; may be broadcastable to its shape."""
-        total = WeightedSum(self.old[name])
+        """sum w c over the clients, in the shape of one tensor."""
+        count = torch.zeros(self.old[name].shape)
         for patch, weight in self._held(name, weights):
-            total.cover(patch.index, patch.coverage, weight)
-        return total.count
+            Index.of(patch.index).add(count, 1.0 if patch.coverage is None else patch.coverage, weight)
+        return count
 
     def _held(self, name: str, weights: Sequence[float]) -> list[tuple[Patch, float]]:
         return [(u.patches[name], weight) for u, weight in zip(self, weights, strict=True) if name in u.patches]
@@ -91,70 +90,6 @@ class Updates(Sequence[Update]):
     def among(self, chosen: Callable[[Update], bool], old: State | None = None) -> Updates:
         """The updates that are `chosen`, over `old` in place of the global state."""
         return Updates([u for u in self if chosen(u)], self.old if old is None else old)
-
-
-class WeightedSum:
-    """sum w c x and sum w c of one tensor, over the patches of clients that come one after the other."""
-
-    def __init__(self, old: Tensor) -> None:
-        self.old, self.total = old, cast(Tensor | None, None)
-        self._whole, self._parts = 0.0, torch.zeros([1] * old.ndim)  # the counts of whole tensors, and of blocks of it
-
-    @property
-    def count(self) -> Tensor:
-        """sum w c; may be broadcastable to the tensor's shape: a dim is 1 where no patch was cut."""
-        return self._parts + self._whole
-
-    def add(self, patch: Patch, weight: float) -> None:
-        self.cover(patch.index, patch.coverage, weight)
-        values = patch.values if patch.coverage is None else patch.values * patch.coverage
-        Index.of(patch.index).add(self.opened(), values, weight)
-
-    def cover(self, index: Mapping[int, Tensor], coverage: Tensor | None, weight: float) -> None:
-        """Adds to `count` alone."""
-        if not index and coverage is None:
-            self._whole += weight
-            return
-        self.widen(index if coverage is None else range(self.old.ndim))
-        Index.of(index).add(self._parts, 1.0 if coverage is None else coverage, weight)
-
-    def opened(self) -> Tensor:
-        """The sum, 0 before anything was added."""
-        if self.total is None:
-            self.total = torch.zeros(self.old.shape, dtype=self.old.dtype)
-        return self.total
-
-    def widen(self, dims: Iterable[int]) -> None:
-        """Gives the count its full size along `dims`."""
-        wanted = [n if d in dims else now for d, (n, now) in enumerate(zip(self.old.shape, self._parts.shape, strict=True))]
-        if list(self._parts.shape) != wanted:
-            self._parts = self._parts.expand(wanted).clone()
-
-    def take_over(self, values: Tensor, weight: float) -> bool:
-        """Makes the first client's whole tensor the sum and scales it IN PLACE; False where its memory cannot serve."""
-        ours = values.is_contiguous() and values.dtype == self.old.dtype and self.total is None
-        if not ours or values.untyped_storage().data_ptr() == self.old.untyped_storage().data_ptr():
-            return False
-        self.total = values if weight == 1 else values.mul_(weight)
-        return True
-
-    def mean(self) -> Tensor:
-        """Per entry sum w c x / sum w c; the old value where nothing is covered (spec heterofl 2.5)."""
-        count = self.count
-        if self.total is None:
-            return self.old
-        if self._whole > 0 or bool((count > 0).all()):
-            return self.total.div_(count)
-        return torch.where(count > 0, self.total / count.clamp(min=torch.finfo(count.dtype).tiny), self.old)
-
-    def blend(self, whole: float) -> Tensor:
-        """(sum w c x + (whole - sum w c) old) / whole."""
-        count = self.count
-        if self.total is None:
-            return self.old
-        if bool((count == whole).all()):
-            return self.total.div_(whole)
-        return torch.where(count > 0, (self.total + (whole - count) * self.old) / whole, self.old)
 
 
 def by_examples(update: Update) -> float:

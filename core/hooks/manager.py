@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import pluggy
@@ -75,7 +76,7 @@ class PluginManager:
         adapted = self._manager.hook.adapt_model(model=model, x=x, classes=classes)
         return model if adapted is None else cast(nn.Module, adapted)
 
-    @property
+    @cached_property
     def adapts_model(self) -> bool:
         """Whether a plugin changes the model before the run."""
         return self._answers("adapt_model")
@@ -106,7 +107,7 @@ class PluginManager:
     def fit(self, task: Task) -> Reply:
         return cast(Reply, self._ask("fit")(task=task))
 
-    @property
+    @cached_property
     def plain_fit(self) -> bool:
         """Whether local training is the core's own, with nothing around it."""
         return not self._answers("fit")
@@ -128,13 +129,13 @@ class PluginManager:
             )
         return merged
 
-    @property
+    @cached_property
     def averages(self) -> bool:
         """Whether the aggregation is a mean over the clients that cover an entry, and the recovery the core's own."""
         aggregations = [p for key, p in self.plugins.items() if key.startswith("aggregate.")]
         return not self._answers("recover", "extract") and all(p.mean for p in aggregations)
 
-    @property
+    @cached_property
     def finalizes(self) -> bool:
         """Whether a plugin has a last word on what was merged."""
         return self._answers("finalize")
@@ -149,12 +150,12 @@ class PluginManager:
                 merged = changed
         return merged
 
-    @property
+    @cached_property
     def extras_up(self) -> dict[str, ExtraSpec]:
         """The extras that replies may carry."""
         return {name: extra for plugin in self.plugins.values() for name, extra in plugin.extras_up.items()}
 
-    @property
+    @cached_property
     def extras_down(self) -> dict[str, ExtraSpec]:
         """The extras that plans may carry."""
         return {name: extra for plugin in self.plugins.values() for name, extra in plugin.extras_down.items()}

@@ -20,7 +20,7 @@ from hetfl.profiling.node import Node, Profile
 from hetfl.rounds.messages import Answer, ClientState, Content, Instruction, Kind
 from hetfl.rounds.rows import OWN_ACCURACY, OWN_LOSS, SECONDS
 from hetfl.submodel import encoding
-from hetfl.submodel.blocks import take
+from hetfl.submodel.blocks import take_blocks
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import within
 from hetfl.training import vectorized
@@ -153,7 +153,7 @@ class ClientRuntime:
         if not reply.kept or not sent.masks or sent.sizes is None:
             return {**sent.masks, **reply.masks}
         index = within(self.builder.widths, sent.sizes, reply.kept)
-        return {**{name: take(mask, index.get(name, {})) for name, mask in sent.masks.items()}, **reply.masks}
+        return {**take_blocks(sent.masks, index), **reply.masks}
 
 
 def own_metrics(score: Score) -> dict[str, float]:

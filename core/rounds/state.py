@@ -45,15 +45,12 @@ class RunState:
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
     options: RunOptions = field(init=False)
+    local_norms: bool = field(init=False)  # whether normalisation statistics stay with the clients
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.options, self.evaluator = self.server.options, Evaluator(self.server, self.test)
-
-    @property
-    def local_norms(self) -> bool:
-        """Whether normalisation statistics stay with the clients."""
-        return self.norm_policy == "local"
+        self.options, self.local_norms = self.server.options, self.norm_policy == "local"
+        self.evaluator = Evaluator(self.server, self.test)
 
     def travelling(self, state: State) -> State:
         """What of `state` crosses the network under the policy for normalisation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +72,16 @@ def take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     for dim, where in index.items():
         tensor = tensor.narrow(dim, 0, len(where)) if index.leads or is_leading(where) else tensor.index_select(dim, where)
     return tensor
+
+
+def take_blocks(state: Mapping[str, Tensor], index: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+    """`take` for each tensor of `state` at its own `index`; one without an index is whole."""
+    return {name: take(tensor, index[name]) if name in index else tensor for name, tensor in state.items()}
+
+
+def view_blocks(tensors: Sequence[Tensor], index: Sequence[Mapping[int, Tensor]]) -> list[Tensor]:
+    """Views of the leading blocks of `tensors`, each at its `index`."""
+    return [tensor[cells(where, tensor)] for tensor, where in zip(tensors, index, strict=True)]
 
 
 def put(small: Tensor, index: Mapping[int, Tensor], like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetfl.models.state import State
-from hetfl.submodel.blocks import Index, cells, is_leading, take
+from hetfl.submodel.blocks import Index, cells, is_leading, take_blocks
 from hetfl.submodel.widths import DEPTH, Kept, Widths, unit_count, within
 
 WHOLE = Index()  # the index of a tensor that is not cut
@@ -88,8 +88,9 @@ class Selection:
     depth: int | None = None
     model: str | None = None
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
+        """Units kept in each group, and the number of exits under DEPTH where the model has several."""
         depth = {} if self.depth is None else {DEPTH: self.depth}
         return {name: len(units) for name, units in self.kept.items()} | depth
 
@@ -109,8 +110,8 @@ class Selection:
         return {name: cut(index, shapes[name]) if name in shapes else index for name, index in self.index.items()}
 
     def take(self, state: State) -> State:
-        names = state.keys() if self.names is None else [name for name in state if name in self.names]
-        small = {name: take(state[name], self.cuts.get(name, WHOLE)) for name in names}
+        mine = state if self.names is None else {name: t for name, t in state.items() if name in self.names}
+        small = take_blocks(mine, self.cuts)
         return {name: t * self.masks[name] if name in self.masks else t for name, t in small.items()}
 
     def put(self, trained: State) -> dict[str, Patch]:
@@ -119,8 +120,7 @@ class Selection:
     def narrow(self, kept: Kept, masks: State) -> Selection:
         units = {name: units[kept[name]] if name in kept else units for name, units in self.kept.items()}
         inner = within(self.widths, self.sizes, kept) if kept else {}
-        old = {name: take(mask, inner.get(name, {})) for name, mask in self.masks.items()}
-        return replace(self, kept=units, masks={**old, **masks})
+        return replace(self, kept=units, masks={**take_blocks(self.masks, inner), **masks})
 
 
 def is_whole(selection: Selection) -> bool:

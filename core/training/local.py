@@ -40,12 +40,12 @@ def descend(
     Gradients of entries outside the task's masks are 0, and the gradient's norm over all parameters is at most `options.clip`
     (0: any). Dropout draws from the client's stream `purpose`.
     """
-    model, last = task.model.train(), torch.zeros(())
+    model, last, precision = task.model.train(), torch.zeros(()), autocast(task.options)
     masked = [(p, task.masks[name].to(p.device)) for name, p in model.named_parameters() if name in task.masks]
     with seeded_random(task.draws, task.stream(purpose)):
         for x, y in batches:
             optimizer.zero_grad()
-            with autocast(task.options):
+            with precision:
                 last = loss(x, y)
             last.backward()
             for parameter, mask in masked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class EagerStep:
     """
 
     def __init__(self, stack: ModelStack, options: RunOptions, round: int, in_place: bool = False) -> None:
-        self.stack, self.in_place, self._options = stack, in_place, options
+        self.stack, self.in_place, self._options, self._autocast = stack, in_place, options, autocast(options)
         self.optimizer = make_optimizer_for(stack.parameters, options, round)
         if in_place:
             for group in self.optimizer.param_groups:
@@ -81,7 +81,7 @@ class EagerStep:
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """The clients' losses (clients,) on x (clients, N, *shape), y and weights (clients, N), before the step."""
         self.optimizer.zero_grad(set_to_none=not self.in_place)
-        with autocast(self._options):
+        with self._autocast:
             each = F.cross_entropy(self.stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
         losses = (each * weights).sum(1)
         losses.sum().backward()
@@ -107,6 +107,14 @@ class GroupBatch:
         """x (clients, N, *shape) and y (clients, N)."""
         flat = self.rows.flatten()
         return data.x[flat].unflatten(0, self.rows.shape), data.y[flat].unflatten(0, self.rows.shape)
+
+
+def run_steps(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor], batches: Iterable[GroupBatch], data: Examples, device: torch.device
+) -> Iterator[tuple[GroupBatch, Tensor]]:
+    """Takes `step` on each of `batches`: the batch, and the clients' losses (clients,) on it before the step."""
+    for batch in batches:
+        yield batch, step(*batch.gather(data), batch.weights.to(device))
 
 
 def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[GroupBatch]:

@@ -18,7 +18,7 @@ from hetfl.rng import stream
 from hetfl.training.cuda_graphs import GraphedSteps, cached_steps, use_own_cuda_stream
 from hetfl.training.evaluation import Score
 from hetfl.training.local import batch_rows
-from hetfl.training.stacking import EagerStep, ModelStack, align_batches
+from hetfl.training.stacking import EagerStep, ModelStack, align_batches, run_steps
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -104,8 +104,7 @@ def train(
             step = cached_steps(model, states, options, round, widest if allows_padding(model) else 0)
         else:
             step = EagerStep(ModelStack(model.train(), states), options, round)
-        for batch in align_batches(orders, mean=True):
-            losses = step(*batch.gather(members[0].train), batch.weights.to(device))
+        for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device):
             if batch.ending:
                 now, last = step.stack.states(), losses.tolist()
                 shared = step.in_place or len(results) + len(batch.ending) < len(members)  # later steps write to these tensors

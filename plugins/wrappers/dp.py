@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from hetfl import Coverage, Field, Merged, Plugin, Reply, Server, Task, hookimpl
-from hetfl.aggregation.updates import WeightedSum
+from hetfl.aggregation.mean import WeightedSum
 from hetfl.models.state import copy_state
 from hetfl.plugins.wrappers.clip import begun, clipped
 
