@@ -89,7 +89,7 @@ class ClientRuntime:
         return self.roles.profile(
             Node(
                 client, len(self.federation.clients), round, self.options.seed,
-                self.meter.cost, partial(self.meter.seconds, data),
+                self.meter.width_cost, partial(self.meter.step_seconds, data),
                 self.options.epochs * len(data), self.options.epochs * -(-len(data) // self.options.batch_size),
             )
         )  # fmt: skip

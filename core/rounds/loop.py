@@ -226,7 +226,7 @@ class Rounds(Strategy):
         costs: dict[int, Row] = {}  # by plan: clients of a level share theirs
         for client, sent in ((i, s) for i, s in self._sent.items() if i in now.clients):
             if id(sent.plan) not in costs:
-                costs[id(sent.plan)] = device_costs(self.meter.of(sent.plan.sizes, sent.plan.model), sent)
+                costs[id(sent.plan)] = device_costs(self.meter.cost(sent.plan.sizes, sent.plan.model), sent)
             now.clients[client] |= costs[id(sent.plan)]
         add_mean_and_decile(now.row, "client@own", [c["own accuracy"] for c in people if "own accuracy" in c])
         now.row |= {
