@@ -45,7 +45,7 @@ def simulate(monkeypatch):
 class Unmetered:
     """Costs are not what these tests are about."""
 
-    def of(self, sizes, model=None):
+    def cost(self, sizes, model=None):
         return Cost(0, 0, 0, 0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hetfl import presets
 from hetfl.cli.main import main
-from hetfl.config import resolve
+from hetfl.config import merge_options, resolve
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
 
@@ -49,6 +49,6 @@ def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
 
 
 def test_settings_are_laid_over_each_other():
-    assert presets.merge_settings({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
+    assert merge_options({"a": 1, "set": {"x": {"p": 1, "q": 2}}}, {"b": 2, "set": {"x": {"q": 3}}}) == {
         "a": 1, "b": 2, "set": {"x": {"p": 1, "q": 3}},
     }  # fmt: skip

@@ -18,31 +18,31 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 def find_largest_width(grid: Sequence[float], limit: Callable[[float], str]) -> Profile:
-    """The largest width of `grid` at which `limit` names nothing that is exceeded, and what binds at the next larger one.
+    """The largest width of `grid` that exceeds no limit; its bottleneck is the limit that the next larger width exceeds.
 
-    Raises ValueError where even the smallest is too much.
+    `limit(ratio)` names the limit that the width exceeds, or nothing. Raises ValueError where even the smallest width exceeds one.
     """
-    binding = ""
+    bottleneck = ""
     for ratio in sorted(grid, reverse=True):
         exceeded = limit(ratio)
         if not exceeded:
-            return Profile(ratio, binding)
-        binding = exceeded
-    raise ValueError(f"even width {min(grid):g} is too much: {binding}")
+            return Profile(ratio, bottleneck)
+        bottleneck = exceeded
+    raise ValueError(f"even width {min(grid):g} is too much: {bottleneck}")
 
 
 def parse_grid(text: str) -> list[float]:
-    """The ratios of a grid such as 1,0.75,0.5. Raises ValueError for what is no width in (0, 1]."""
+    """The widths of a grid such as 1,0.75,0.5. Raises ValueError for what is no width in (0, 1]."""
     return [parse_ratio(part) for part in text.split(",")]
 
 
 def check_grid(text: str) -> str:
-    """A grid that `widths` can read, as it was given."""
+    """`text`, where `parse_grid` can read it. Raises ValueError."""
     parse_grid(text)
     return text
 
 
-WidthGrid = Annotated[str, AfterValidator(check_grid)]
+WidthGrid = Annotated[str, AfterValidator(check_grid)]  # the type of a plugin's option that is a grid
 
 
 def parse_ratio(text: str) -> float:
@@ -81,19 +81,21 @@ def parse_mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fract
 
 
 def assign_shares(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
-    """Every client's value: floor(clients * share / sum) of each in order, the rest the last (spec heterofl 2.7).
+    """Every client's value: floor(clients * share / sum) clients get each in order, the rest the last (spec heterofl 2.7).
 
-    Fewer clients than the shares' sum would all get the last so; they are dealt by the shares' running sum instead.
+    With 1:1,0.5:2 and 10 clients, 3 have 1 and 7 have 0.5. Where there are fewer clients than the shares' sum, flooring would give
+    all of them the last value; then client i gets the value in whose part of the running sum it falls: with 1:4,0.5:4 and 2
+    clients, 1 and 0.5.
     """
-    whole = sum((share for _, share in parts), Fraction())
-    if clients < whole:
-        ends = [int(clients * sum((s for _, s in parts[: i + 1]), Fraction()) / whole) for i in range(len(parts))]
+    total = sum((share for _, share in parts), Fraction())
+    if clients < total:
+        ends = [int(clients * sum((s for _, s in parts[: i + 1]), Fraction()) / total) for i in range(len(parts))]
         return [v for (v, _), start, end in zip(parts, [0, *ends], ends, strict=False) for _ in range(end - start)]
-    dealt = [value for value, share in parts for _ in range(int(clients * share / whole))]
-    return dealt + [parts[-1][0]] * (clients - len(dealt))
+    values = [value for value, share in parts for _ in range(int(clients * share / total))]
+    return values + [parts[-1][0]] * (clients - len(values))
 
 
 @lru_cache
 def assign_mix(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
-    """Every client's value under the mix `text`, worked out once for all clients of a run."""
+    """Every client's value under the mix `text`; cached, for every client asks for it."""
     return tuple(assign_shares(parse_mix(text, value), clients))

@@ -21,7 +21,13 @@ from hetfl.training import local
 
 @dataclass(frozen=True)
 class Cost:
-    """`memory` are the most bytes of tensors alive at once in a training step; `bytes` is the encoded payload."""
+    """What a module costs a client.
+
+    parameters   their number
+    macs         multiply-accumulates of the forward pass of one example
+    memory       the most bytes of tensors alive at once in a training step
+    bytes        size of its tensors encoded for sending
+    """
 
     parameters: int
     macs: int
@@ -30,28 +36,22 @@ class Cost:
 
 
 def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
-    """The cost of `model` on examples `x` (N, *shape): MACs of one example, memory of two local steps on `batch` of them.
+    """The cost of `model` on examples x (N, *shape), repeated to a batch of `batch` for the training steps.
 
-    The optimiser is that of `options` (default: SGD with momentum).
-
-    The model's values change.
+    The optimiser is that of `options` (default: SGD with momentum). The model's values change.
     """
-    rows = torch.arange(batch) % len(x)
-    labels = torch.arange(batch) % classes
-    return Cost(
-        count_parameters(model),
-        count_macs(model, x[:1]),
-        measure_memory(model, x[rows], labels, options),
-        encoding.payload_bytes(tensors(model)),
-    )
+    rows, labels = torch.arange(batch) % len(x), torch.arange(batch) % classes
+    memory = measure_memory(model, x[rows], labels, options)
+    return Cost(count_parameters(model), count_macs(model, x[:1]), memory, encoding.payload_bytes(tensors(model)))
 
 
 def count_parameters(model: nn.Module) -> int:
+    """The number of the model's parameters; buffers do not count."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of one forward pass of `x`."""
+    """Multiply-accumulates of one forward pass of x (N, *shape) in evaluation mode."""
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with counter, torch.no_grad():
         model.eval()(x)
@@ -59,17 +59,17 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 
 
 def count_recurrent_flops(x: tuple[int, ...], w_ih: tuple[int, ...], w_hh: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Flops of one layer and direction of an LSTM: every step of every example meets both weights."""
+    """Flops of one layer and direction of an LSTM on x (L, N, features): a product with both weights for each step and example."""
     return 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
 
 
 def count_attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Flops of scaled dot product attention: queries with keys, then with values."""
+    """Flops of scaled dot product attention of q (N, heads, L, E): queries with keys, then weights with values."""
     rows = q[0] * q[1] * q[2] * k[2]
     return 2 * rows * (q[3] + v[3])
 
 
-FLOP_FORMULAS = {  # by torch's own counter
+FLOP_FORMULAS = {  # of ops that torch's own counter leaves out
     torch.ops.aten.mkldnn_rnn_layer: count_recurrent_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention_flops,
 }
@@ -87,7 +87,7 @@ def measure_memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions |
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from the op that makes them until they are freed."""
+    """Counts the bytes of storages from the op that makes them until they are freed: `now`, and their `peak` so far."""
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What `hfl inspect` tells of a model: its width groups, what is frozen and why, and what each level costs."""
+"""What `hfl inspect` and `hfl profile` show of a model: its width groups, what is frozen and why, and what each width costs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from hetfl.config import DataOptions
+from hetfl.config import DataOptions, resolve
 from hetfl.data import loading
 from hetfl.data.catalog import KNOWN
+from hetfl.data.dataset import Examples
 from hetfl.data.inputs import Inputs
 from hetfl.errors import UsageError
 from hetfl.models import factory, normalization
-from hetfl.profiling import cost as costs
 from hetfl.profiling.cost import Cost
-from hetfl.profiling.meter import free_memory, time_step
+from hetfl.profiling.meter import Meter, free_memory
 from hetfl.rng import stream
-from hetfl.submodel.slicing import build_submodel
+from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.tracing.table import Heads
 from hetfl.submodel.tracing.verify import compare_cut
@@ -28,7 +29,7 @@ from hetfl.submodel.widths import Widths
 
 @dataclass(frozen=True)
 class LevelReport:
-    """A level's submodel: its cost, and how far its outputs are from those of the masked full model."""
+    """A level's submodel: its cost, and the largest difference between its outputs and those of the masked whole model."""
 
     ratio: float
     cost: Cost
@@ -37,31 +38,14 @@ class LevelReport:
 
 @dataclass(frozen=True)
 class ModelReport:
+    """A traced model: `members` are the tensors' dims that each group cuts, as name[dim]; tracing took `seconds`."""
+
     model: str
     inputs: Inputs
     widths: Widths
-    members: dict[str, list[str]]  # of each group: the tensors that it cuts, as name[dim]
+    members: dict[str, list[str]]
     levels: list[LevelReport]
     seconds: float
-
-
-def inspect_model(
-    name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
-    batch: int = 32, heads: Heads = "width", norm_policy: str = "auto",
-) -> ModelReport:  # fmt: skip
-    """Builds the model `name` for `inputs`, traces it and measures the sliced module of every level in (0, 1].
-
-    Raises UsageError where the model cannot be built or run.
-    """
-    model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
-    x, started = inputs.batch(), time.perf_counter()
-    widths = trace(model, x, heads=heads)
-    seconds, rows = time.perf_counter() - started, []
-    for ratio in levels:
-        kept = widths.prefix(ratio)
-        error = compare_cut(widths, model, [x], kept, stream(0, "inspect"))[1] if widths.groups else 0.0
-        rows.append(LevelReport(ratio, costs.measure_cost(build_submodel(widths, model, kept), x, inputs.classes, batch), error))
-    return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
 
 
 @dataclass(frozen=True)
@@ -74,26 +58,54 @@ class WidthReport:
     exceeded: str
 
 
+def inspect_model(
+    name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
+    batch: int = 32, heads: Heads = "width", norm_policy: str = "auto",
+) -> ModelReport:  # fmt: skip
+    """Builds the model `name` for `inputs`, traces it and measures the submodel of every level in (0, 1].
+
+    Raises UsageError where the model cannot be built or run.
+    """
+    model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
+    started = time.perf_counter()
+    meter = make_meter(model, inputs, batch, heads)
+    seconds, widths, rows = time.perf_counter() - started, meter.builder.widths, []
+    for ratio in levels:
+        error = 0.0
+        if widths.groups:
+            error = compare_cut(widths, model, [inputs.batch()], widths.prefix(ratio), stream(0, "inspect"))[1]
+        rows.append(LevelReport(ratio, meter.width_cost(ratio), error))
+    return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
+
+
 def measure_widths(
     name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
     batch: int, steps: int, deadline: float, share: float,
 ) -> list[WidthReport]:  # fmt: skip
     """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
-    model, x = factory.build_model(name, args, inputs, 0), inputs.batch()
-    widths, allowed = trace(model, x), share * free_memory()
-    x, y = x[torch.arange(batch) % len(x)], torch.arange(batch) % inputs.classes
-    offers = []
+    meter, allowed = make_meter(factory.build_model(name, args, inputs, 0), inputs, batch), share * free_memory()
+    data, reports = make_examples(inputs), []
     for ratio in levels:
-        small = build_submodel(widths, model, widths.prefix(ratio))
-        spent, seconds = costs.measure_cost(small, x, inputs.classes, batch), time_step(small, x, y)
-        over = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if spent.memory > allowed else []
-        over += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
-        offers.append(WidthReport(ratio, spent, seconds, "; ".join(over)))
-    return offers
+        cost, seconds = meter.width_cost(ratio), meter.step_seconds(data, ratio)
+        exceeded = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if cost.memory > allowed else []
+        exceeded += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
+        reports.append(WidthReport(ratio, cost, seconds, "; ".join(exceeded)))
+    return reports
+
+
+def make_meter(model: nn.Module, inputs: Inputs, batch: int, heads: Heads = "width") -> Meter:
+    """Traces `model` and makes a meter of its submodels, for local batches of `batch` examples of `inputs`."""
+    builder = SubmodelBuilder(model, trace(model, inputs.batch(), heads=heads))
+    return Meter(resolve({"batch_size": batch}), builder, make_examples(inputs), inputs.classes)
+
+
+def make_examples(inputs: Inputs) -> Examples:
+    """Two random examples."""
+    return Examples(inputs.batch(), torch.arange(2) % inputs.classes, torch.arange(2))
 
 
 def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:
-    """What to build `model` for: as given, else as `dataset` has it, else as the data set whose own model it is."""
+    """What to build `model` for: as given, else as `dataset` has it, else as the first data set whose usual model it is."""
     if shape is not None:
         return Inputs(parse_shape(shape), classes or 10, vocab)
     name = dataset or next((short for short, known in KNOWN.items() if known.model == model), "cifar10")
@@ -107,6 +119,7 @@ def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: i
 
 
 def parse_shape(shape: str) -> tuple[int, ...]:
+    """The shape that a text such as 3x32x32 names. Raises UsageError."""
     try:
         sides = tuple(int(side) for side in shape.split("x"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What submodels cost on this machine: measured on the sliced module, once a width."""
+"""What submodels cost: built, and measured on the built module, once for each size."""
 
 from __future__ import annotations
 
@@ -15,44 +15,51 @@ from torch.nn import functional as F
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.early_exit import all_exits
-from hetfl.profiling import cost as cost_
-from hetfl.profiling.cost import Cost
+from hetfl.profiling.cost import Cost, measure_cost
 from hetfl.submodel.builder import SubmodelBuilder
 
 
 class Meter:
-    """Costs of the submodels of a run's model, for the profile plugins and for the report."""
+    """Costs of the submodels of `builder`, for profile plugins, reports, `hfl inspect` and `hfl profile`.
+
+    Measured are local steps on batches of the first two examples of `sample`, with the batch size and optimiser of `options`.
+    """
 
     def __init__(self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, classes: int) -> None:
-        self._options, self._workshop, self._classes = options, builder, classes
+        self._options, self.builder, self._classes = options, builder, classes
         self._x = sample.x[sample.index[:2]].cpu()
         self._costs: dict[object, Cost] = {}
         self._lock = threading.Lock()
 
-    def cost(self, ratio: float) -> Cost:
-        """The cost of the leading `ratio` of every width group."""
-        return self.of({name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()})
+    def width_cost(self, ratio: float) -> Cost:
+        """The cost of the submodel of the leading `ratio` of every width group."""
+        return self.cost(self._sizes(ratio))
 
-    def of(self, sizes: Mapping[str, int] | None, model: str | None = None) -> Cost:
-        """The cost of a submodel: dense compute, whatever is masked in it."""
+    def cost(self, sizes: Mapping[str, int] | None, model: str | None = None) -> Cost:
+        """The cost of the submodel of `sizes`, or of the client's own architecture `model`, with all its exits.
+
+        Compute and memory are those of dense tensors, whatever is masked in them.
+        """
         key = (model, tuple((sizes or {}).items()))
         with self._lock:
             if key not in self._costs:
-                module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
+                module = self.builder.fresh(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
-                    self._costs[key] = cost_.measure_cost(module, self._x, self._classes, self._options.batch_size, self._options)
+                    self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
 
-    def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
-        """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
-        sizes = {name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()}
-        model = self._workshop.fresh(sizes).to(data.x.device)
+    def step_seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
+        """The median seconds of a training step at width `ratio` on a batch of `data`, timed now, on its device."""
+        model = self.builder.fresh(self._sizes(ratio)).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
         return time_step(model, data.x[rows], data.y[rows], repeats)
 
+    def _sizes(self, ratio: float) -> dict[str, int]:
+        return {name: len(units) for name, units in self.builder.widths.prefix(ratio).items()}
+
 
 def time_step(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> float:
-    """The median seconds of a forward and backward pass in training, after one to warm up."""
+    """The median seconds of a forward and backward pass on x (N, *shape), y (N,) in training, after one to warm up."""
     model, times = model.train(), []
     for _ in range(repeats + 1):
         started = time.perf_counter()

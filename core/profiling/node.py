@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def refuse_measuring(ratio: float) -> Any:
+    """The default of Node.cost and Node.probe: raises NotImplementedError."""
     raise NotImplementedError("this node cannot measure")
 
 
 @dataclass(frozen=True)
 class Node:
-    """Where a client lives, as its profile plugin sees it: client `client` of `clients`, in round `round`.
+    """The device of one client, as its profile plugin sees it in one round.
 
-    `cost(ratio)` is what the submodel of a width ratio costs, `probe(ratio)` the seconds of one training step of it on this
-    machine; `examples` and `steps` are those of a round's training, epochs counted.
+    client, clients   the client's id, counted from 0, and the number of all clients
+    round, seed       the round, counted from 1, and the run's seed
+    cost              cost(ratio): the Cost of the submodel of width `ratio`
+    probe             probe(ratio): seconds of one training step of that submodel, timed on this machine
+    examples, steps   training examples and steps of a round, all epochs together
     """
 
     client: int
@@ -36,12 +40,13 @@ class Node:
     steps: int = 0
 
     def stream(self, purpose: str, each_round: bool = True) -> torch.Generator:
+        """The client's own random stream for `purpose`: of this round, or the same in every round."""
         return stream(self.seed, purpose, self.round if each_round else 0, self.client)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device can afford: `width`, the REMAINING width ratio in (0, 1], and `binding`, what keeps it from more."""
+    """What a device can afford: `width`, the REMAINING width ratio in (0, 1]; `bottleneck` says what keeps it from more."""
 
     width: float = 1.0
     bottleneck: str = ""
@@ -53,5 +58,5 @@ class Profile:
 
     @property
     def level(self) -> str:
-        """The name under which clients of this capacity are reported."""
+        """The name under which clients of this capacity are reported: the width, as 0.5."""
         return f"{self.width:g}"

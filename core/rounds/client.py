@@ -65,8 +65,9 @@ class ClientRuntime:
     def profile(self, client: int, round: int) -> Profile:
         """What the client's device affords in this round."""
         data, options = self.federation.clients[client].train, self.options
+        cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, data)
         node = Node(
-            client, len(self.federation.clients), round, options.seed, self.meter.cost, partial(self.meter.seconds, data),
+            client, len(self.federation.clients), round, options.seed, cost, probe,
             options.epochs * len(data), options.epochs * -(-len(data) // options.batch_size),
         )  # fmt: skip
         return self.plugins.profile(node)

@@ -134,7 +134,7 @@ def report_round(now: RoundState) -> None:
     for client, assignment in ((i, a) for i, a in now.assignments.items() if i in row.clients):
         plan = assignment.plan
         if id(plan) not in costs:
-            costs[id(plan)] = device_costs(run.meter.of(plan.sizes, plan.model), assignment)
+            costs[id(plan)] = device_costs(run.meter.cost(plan.sizes, plan.model), assignment)
         row.clients[client].costs = costs[id(plan)]
     accuracies = [c.metrics[OWN_ACCURACY] for c in row.clients.values() if OWN_ACCURACY in c.metrics]
     row.add_mean_and_decile("client@own", accuracies)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ from typing import Any
 
 from hetfl import registry
 from hetfl.config import RunOptions
+from hetfl.digest import digest_json
 
 WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
 
@@ -38,7 +37,7 @@ class Trial:
     def key(self) -> str:
         """A hash of all that its result depends on."""
         values = self.options.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_json(values)[:16]
 
     @property
     def name(self) -> str:

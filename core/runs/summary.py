@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +12,7 @@ import torch
 from hetfl import presets
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
+from hetfl.digest import digest_tensors
 from hetfl.models.state import State
 from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, CLIENT_SECONDS, FAULT, LEVEL, MACS, MEMORY, PARAMETERS, PHASE, SECONDS, Row
 from hetfl.runs.experiment import Experiment
@@ -26,7 +26,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         **preset_origin(experiment.given), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
-        "partition fingerprint": federation.fingerprint, "initial weights sha256": digest(experiment.initial),
+        "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
         "classes": list(federation.classes), "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
                      "tune": len(federation.public.tune) if federation.public else 0,
@@ -65,7 +65,7 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
         BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
-        "weights sha256": digest(experiment.server.state),
+        "weights sha256": digest_tensors(experiment.server.state, shapes=False),
         "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment), *warnings(measured)],
     }  # fmt: skip
 
@@ -125,12 +125,3 @@ def warnings(measured: Sequence[Row]) -> list[str]:
 
 def to_contiguous(state: State) -> State:
     return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def digest(state: State) -> str:
-    """SHA-256 over names and values; equal weights have equal digests."""
-    found = hashlib.sha256()
-    for name, tensor in state.items():
-        found.update(name.encode())
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
