@@ -38,7 +38,7 @@ class Meter:
         key = (model, tuple((sizes or {}).items()))
         with self._lock:
             if key not in self._costs:
-                module = self._workshop.fresh(dict(sizes) if sizes is not None else None, model)
+                module = self._workshop.build(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
                     self._costs[key] = cost_.measure(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
@@ -46,7 +46,7 @@ class Meter:
     def seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on examples of `data`, timed here and now."""
         sizes = {name: len(units) for name, units in self._workshop.widths.prefix(ratio).items()}
-        model = self._workshop.fresh(sizes).to(data.x.device)
+        model = self._workshop.build(sizes).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
         return step_seconds(model, data.x[rows], data.y[rows], repeats)
 

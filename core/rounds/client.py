@@ -59,7 +59,7 @@ class HandOver:
 
     def pack(self, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
         """Nothing is packed that does not travel; what travelling would lose is lost here too."""
-        return replace(reply, state=encoding.as_received(reply.state, masks, reply.code)) if reply.code else reply
+        return replace(reply, state=encoding.simulate_transfer(reply.state, masks, reply.code)) if reply.code else reply
 
 
 class Transport(Protocol):
@@ -102,7 +102,7 @@ class ClientRuntime:
         reply.metrics["seconds"] = time.perf_counter() - started
         own = self._holding(context).test
         if len(own) and reply.state:
-            model = self.builder.loaded(reply.state, shrunk(down.sizes, reply.kept), down.model)
+            model = self.builder.load(reply.state, shrunk(down.sizes, reply.kept), down.model)
             score = evaluate(model, own, self.options.eval_batch_size)
             reply.metrics |= {"own accuracy": score.accuracy, "own loss": score.loss}
         if down.up is not None:

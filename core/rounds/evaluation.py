@@ -58,5 +58,5 @@ class Evaluator:
     def _seen(self, candidate: EvalJob, piece: tuple[Tensor, ...]) -> list[Seen]:
         plan, state = candidate.plan, candidate.source
         how = (None, None) if plan is None else (plan.sizes, plan.model)
-        model = self._server.builder.loaded(state if plan is None else self._taken(plan, state), *how)
+        model = self._server.builder.load(state if plan is None else self._taken(plan, state), *how)
         return examine(model, self._test, piece)

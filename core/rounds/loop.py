@@ -366,7 +366,7 @@ class Rounds(Strategy):
 
     def _recalibrated(self) -> State:
         data = self.server.public.tune
-        model = self.server.builder.loaded(self.server.state)
+        model = self.server.builder.load(self.server.state)
         return measure_statistics(model, data.batches(self.options.eval_batch_size, None))[0]
 
     def _evaluate(self, round: int, grid: Grid, wanted: bool, last: bool) -> None:
