@@ -99,7 +99,7 @@ class Server:
 
     def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None, model: str | None = None) -> Score:
         """Accuracy and loss of `state` on `data`."""
-        return evaluate(self.builder.loaded(state, sizes, model), data, self.options.eval_batch_size)
+        return evaluate(self.builder.load(state, sizes, model), data, self.options.eval_batch_size)
 
     def tune(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
@@ -134,7 +134,7 @@ class Server:
         """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss."""
         if not steps:
             return state
-        model, (x, y) = self.builder.loaded(state, sizes), self.public.tune.all()
+        model, (x, y) = self.builder.load(state, sizes), self.public.tune.all()
         parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
         def loss(rows: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def run_steps(model: nn.Module, x: Tensor) -> list[StageEnd]:
     def end(module: nn.Module, args: Any, out: Any) -> None:
         name = names[module]
         features = isinstance(out, Tensor) and out.ndim > 1 and out.is_floating_point() and len(out) == len(x)
-        if features and name not in containers and ancestors(name) <= containers:
+        if features and name not in containers and list_ancestors(name) <= containers:
             ended.append(StageEnd(name, tuple(out.shape[1:]), frozenset(names[m] for m in started), is_channels_last(started)))
 
     hooks = [m.register_forward_pre_hook(start) for m in names] + [m.register_forward_hook(end) for m in names]
@@ -219,7 +219,7 @@ def is_channels_last(started: Sequence[nn.Module]) -> bool:
     return bool(layers) and not isinstance(layers[-1], CHANNELS_FIRST)
 
 
-def ancestors(name: str) -> set[str]:
+def list_ancestors(name: str) -> set[str]:
     """The names of the modules around module `name`: a.b.c gives "", a and a.b."""
     parts = name.split(".")
     return {".".join(parts[:i]) for i in range(len(parts))}

@@ -43,14 +43,14 @@ class Meter:
         key = (model, tuple((sizes or {}).items()))
         with self._lock:
             if key not in self._costs:
-                module = self.builder.fresh(dict(sizes) if sizes is not None else None, model)
+                module = self.builder.build(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
                     self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._options)
         return self._costs[key]
 
     def step_seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on a batch of `data`, timed now, on its device."""
-        model = self.builder.fresh(self._sizes(ratio)).to(data.x.device)
+        model = self.builder.build(self._sizes(ratio)).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
         return time_step(model, data.x[rows], data.y[rows], repeats)
 

@@ -34,7 +34,7 @@ Pack = Callable[[Reply, Mapping[str, Tensor]], Reply]
 def round_reply(reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
     """The reply as the server would decode it: what its code loses on the way is lost here."""
     if reply.code:
-        reply.state = encoding.as_received(reply.state, masks, reply.code)
+        reply.state = encoding.simulate_transfer(reply.state, masks, reply.code)
     return reply
 
 
@@ -81,7 +81,7 @@ class ClientRuntime:
         own = self.federation.clients[client].test
         if len(own) and reply.state:
             sizes = {**sent.sizes, **{name: len(units) for name, units in reply.kept.items()}} if sent.sizes else sent.sizes
-            model = self.builder.loaded(reply.state, sizes, sent.model)
+            model = self.builder.load(reply.state, sizes, sent.model)
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}

@@ -58,5 +58,5 @@ class Evaluator:
     def _examine(self, take: Callable[[Plan, State], State], job: EvalJob, piece: tuple[Tensor, ...]) -> list[BatchScore]:
         plan, state = job.plan, job.source
         how = (None, None) if plan is None else (plan.sizes, plan.model)
-        model = self._server.builder.loaded(state if plan is None else take(plan, state), *how)
+        model = self._server.builder.load(state if plan is None else take(plan, state), *how)
         return score_batches(model, self._test, piece)

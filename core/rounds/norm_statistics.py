@@ -56,5 +56,5 @@ def average_passes(now: RoundState) -> State:
 def measure_on_server(now: RoundState) -> State:
     """The statistics of the global model on the server's own examples."""
     server = now.run.server
-    model = server.builder.loaded(server.state)
+    model = server.builder.load(server.state)
     return measure_statistics(model, server.public.tune.batches(server.options.eval_batch_size, None))[0]

@@ -21,7 +21,7 @@ class SubmodelBuilder:
     """Builds the submodels of `model`, and with `other` the architectures that clients have of their own, by name.
 
     `model` may be without values (on device "meta") where submodels are only loaded; `whole` then builds the one with values for
-    `initial`. Modules are on `device`. A module that `module` or `loaded` returns belongs to the calling thread, until that thread
+    `initial`. Modules are on `device`. A module that `module` or `load` returns belongs to the calling thread, until that thread
     asks for the same sizes again.
     """
 
@@ -41,9 +41,9 @@ class SubmodelBuilder:
     def module(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` units of each group (None: the whole model), with the values of its last use."""
         units = () if model else tuple((self.full if sizes is None else sizes).items())
-        return self._cache.get((model, units), lambda: to_fast_layout(self._build(dict(units), model)).to(self.device))
+        return self._cache.get((model, units), lambda: to_fast_layout(self._make(dict(units), model)).to(self.device))
 
-    def _build(self, sizes: dict[str, int], name: str | None) -> nn.Module:
+    def _make(self, sizes: dict[str, int], name: str | None) -> nn.Module:
         model = self.untrained(name)
         if name or sizes == self.full:
             return materialize(copy.deepcopy(model))
@@ -51,9 +51,9 @@ class SubmodelBuilder:
         base = model if depth is None else model.at_depth(depth)  # type: ignore[operator]
         return materialize(build_submodel(self.widths, base, {name: torch.arange(size) for name, size in sizes.items()}))
 
-    def fresh(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
-        """A new submodel of `sizes` (None: the whole model) that nobody else has, with the values from before training."""
-        return self._build(dict(self.full if sizes is None else sizes), model)
+    def build(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
+        """Builds a new submodel of `sizes` (None: the whole model) that nobody else has, with the values from before training."""
+        return self._make(dict(self.full if sizes is None else sizes), model)
 
     def untrained(self, name: str | None = None) -> nn.Module:
         """The run's model, or the architecture `name`, as it was before training; it must not be changed."""
@@ -73,9 +73,9 @@ class SubmodelBuilder:
             with self._lock:
                 self.model, self._whole = self._whole(), None
                 self._untrained[None] = self.model
-        return tensors(self.untrained(model) if model else self.fresh(sizes))
+        return tensors(self.untrained(model) if model else self.build(sizes))
 
-    def loaded(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
+    def load(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` with the values of `state`."""
         return load_state(self.module(sizes, model), state)
 

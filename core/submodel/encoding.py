@@ -45,7 +45,7 @@ def decode_tensors(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> 
     return {n: t.float() * scales[n] if n in scales else t for n, t in state.items()}
 
 
-def as_received(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], code: str) -> State:
+def simulate_transfer(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], code: str) -> State:
     """What arrives of `state` when it travels as `code` without the entries that `masks` (bool, shaped like it) leave out."""
     masks = {name: mask for name, mask in masks.items() if name in state}
     return fill_masked(decode_tensors(*encode_tensors(select_existing(state, masks), code)), masks)

@@ -58,13 +58,13 @@ def find_gates(widths: Widths, model: nn.Module) -> dict[str, list[Gate]]:
     weights = {name for name, p in model.named_parameters() if p.ndim > 1}
     found: dict[str, list[Gate]] = {g.name: [] for g in widths.groups}
     for name, dim in ((n, d) for n, axes in widths.axes.items() if n in weights for d in axes):
-        if dim in input_dims(model, name):
+        if dim in find_input_dims(model, name):
             for group, _, _ in split_by_group(widths.axes[name][dim]):
                 found[group].append((name, dim))
     return found
 
 
-def input_dims(model: nn.Module, name: str) -> tuple[int, ...]:
+def find_input_dims(model: nn.Module, name: str) -> tuple[int, ...]:
     """The dims of tensor `name` along which channels enter its layer."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):

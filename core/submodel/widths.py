@@ -139,7 +139,7 @@ def make_axis(names: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Axis:
     return Axis(names, group, unit)
 
 
-def without(widths: Widths, reasons: dict[str, str]) -> Widths:
+def freeze_groups(widths: Widths, reasons: dict[str, str]) -> Widths:
     """`widths` with the named groups frozen."""
     if not reasons:
         return widths

@@ -77,7 +77,7 @@ class DAC(Plugin):
         self, server: Server, state: State, sizes: dict[str, int], purpose: str, turn: int
     ) -> tuple[State, dict[str, Tensor]]:
         """Weights and gates trained together (eq. 3); the weights with the gates folded into them, and the gates."""
-        model, (x, y) = server.builder.loaded(state, sizes).train(), server.public.tune.all()
+        model, (x, y) = server.builder.load(state, sizes).train(), server.public.tune.all()
         places = gate_places(server.widths, server.builder.model)
         where = locate_gates(server.widths, places, sizes)
         gates = {name: torch.ones(sizes[name], requires_grad=True) for name in places}
@@ -142,7 +142,7 @@ def survivors(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]
 
 def price(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(MACs of one example, parameters) of the submodel of `sizes`."""
-    model, data = server.builder.fresh(sizes), server.public.tune
+    model, data = server.builder.build(sizes), server.public.tune
     return cost.count_macs(model, data.x[data.index[:1]]), cost.count_parameters(model)
 
 

@@ -1,7 +1,8 @@
-"""Tables of torch operations by what they do with channels."""
+"""Tables of torch operations by what they do with channels; an op in none of them, and without a rule, freezes what it touches."""
 
 from __future__ import annotations
 
+# only move data: they run on the ids themselves
 MOVES = frozenset(
     (
         "view reshape permute transpose flatten unflatten squeeze unsqueeze expand repeat tile chunk split unbind "
@@ -11,6 +12,7 @@ MOVES = frozenset(
     ).split()
 )
 
+# elementwise: the result has the channels of its operands, which are tied
 SAME = frozenset(
     (
         "add sub subtract rsub mul multiply div divide true_divide maximum minimum pow where addcmul addcdiv lerp add_ "
@@ -25,6 +27,7 @@ SAME = frozenset(
     ).split()
 )
 
+# over some dims: fine unless channels lie along them
 REDUCE = frozenset(
     (
         "mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean median softmax log_softmax softmin "
@@ -32,16 +35,20 @@ REDUCE = frozenset(
     ).split()
 )
 
+# reductions whose result has the shape of their input
 SOFT = frozenset("softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort".split())
 
 SHAPED = frozenset("reshape view unflatten split expand".split())  # ops that are given sizes of what they make
 
 VALUES = frozenset("__bool__ __int__ __float__ __index__ item tolist".split())  # Python may branch on what these give
 
+# new tensors made from one that they take nothing of but its type
 NEW = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
 
+# new tensors whose sizes may be numbers of channels
 MADE = frozenset("zeros ones empty full rand randn new_zeros new_ones new_full new_empty".split())
 
+# on (N, channels, …): they change the dims after the channels
 SPATIAL = frozenset(
     (
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
@@ -51,6 +58,7 @@ SPATIAL = frozenset(
     ).split()
 )
 
+# draw random numbers
 DRAWS = frozenset(
     (
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rrelu rand_like "

@@ -16,7 +16,7 @@ from hetfl.rng import stream
 from hetfl.submodel.blocks import put, take
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.channels import op_name
-from hetfl.submodel.widths import Group, Kept, Widths, without
+from hetfl.submodel.widths import Group, Kept, Widths, freeze_groups
 
 TOLERANCE = 1e-4  # of the largest difference of outputs, relative to 1 + the largest output
 
@@ -25,7 +25,7 @@ def prove(widths: Widths, model: nn.Module, inputs: Sequence[Tensor]) -> Widths:
     """`widths` without the groups whose cut changes what the model computes, or keeps it from running."""
     proven = {g.name for g in find_provable(widths, model, inputs, widths.groups, ())}
     reason = "a cut changes the output: its size is fixed in the code"
-    return without(widths, {g.name: reason for g in widths.groups if g.name not in proven})
+    return freeze_groups(widths, {g.name: reason for g in widths.groups if g.name not in proven})
 
 
 def find_provable(

@@ -172,7 +172,7 @@ class FedConv(Plugin):
     def _classes(self, server: Server, replies: Sequence[ReceivedReply]) -> list[list[ReceivedReply]]:
         """Clients whose dilators are tuned as one batch: of one size class, where the model is slight enough for it to pay."""
         x = server.public.tune.all()[0][:2]
-        model, positions = server.builder.fresh(), self.batch_size * math.prod(x.shape[2:])
+        model, positions = server.builder.build(), self.batch_size * math.prod(x.shape[2:])
         together = vectorized.is_worthwhile(
             model, sum(p.numel() for p in model.parameters()), positions
         ) and not vectorized.find_stacking_error(model, x)

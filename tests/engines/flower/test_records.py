@@ -120,4 +120,4 @@ def test_quantised_bytes_are_those_of_the_message():
         scales = sum(8 + len(key.encode()) for key in content.config_records["config"] if key.startswith("scale/"))
         assert arrays + scales == encoding.payload_bytes(state, code=code)
         back = RecordCodec().decode(content)
-        assert torch.equal(back.state["a"], encoding.as_received(state, {}, code)["a"])
+        assert torch.equal(back.state["a"], encoding.simulate_transfer(state, {}, code)["a"])
