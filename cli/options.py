@@ -41,11 +41,8 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values() if p.name != "given"]
     names = {p.name for p in own}
     fields = {name: field for name, field in RunOptions.model_fields.items() if name not in names}
-    shown = [
-        *(n for n in MAIN if n in fields),
-        *sorted((n for n in fields if n not in MAIN), key=lambda n: PANELS.index(panel_of(n))),
-    ]
-    flags = [flag_of(name, fields[name]) for name in shown]
+    others = sorted((name for name in fields if name not in MAIN), key=lambda name: PANELS.index(panel_of(name)))
+    flags = [flag_of(name, fields[name]) for name in (*(n for n in MAIN if n in fields), *others)]
     last = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name == "debug"]
     command.__signature__ = inspect.Signature([*(p for p in own if p.name != "debug"), *flags, *last])  # type: ignore[attr-defined]
     command.__annotations__ = {**hints, **{p.name: p.annotation for p in flags}}
@@ -64,8 +61,8 @@ def panel_of(name: str) -> str:
 
 def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:
     """The flag of one field; its value stays text, which RunOptions reads, and None means that it was not given."""
-    kind = next((part for part in get_args(field.annotation) if part is not NoneType), None) or field.annotation
-    kind = field.annotation if get_origin(field.annotation) in (Literal, tuple, dict) else kind
+    parts = get_args(field.annotation)
+    kind = parts[0] if NoneType in parts else field.annotation  # of `int | None`, int
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     many = name in LISTS or name in PAIRS
     plain: Any = list[str] if many else bool if kind is bool else str
