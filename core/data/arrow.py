@@ -24,7 +24,7 @@ from hetfl.errors import UsageError, unknown
 
 def decoded(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
     """Raw tensors x, y, test.x, test.y (where there is a test or validation split) and ids (natural partition)."""
-    progress(f"reading {source.name}" if source.files else f"asking the Hub for {source.hub}")
+    progress(f"reading {source.name}" if source.files or source.splits else f"asking the Hub for {source.hub}")
     if source.files and source.files["train"][0].suffix == ".npz":
         return arrays(source, options)
     with quiet():
@@ -41,10 +41,8 @@ def decoded(source: DataLocation, options: DataOptions, progress: Progress) -> S
 def _opened(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callable[[list[str]], Any]]]:
     """The features of a data set, and for each split a way to read columns of it into one Arrow table."""
     datasets = library("datasets")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
     if source.files is None:
-        splits = _hub(source.hub)
+        splits = _hub(source.hub) if source.splits is None else source.splits
         return splits["train"].features, {name: partial(_read_hub, split) for name, split in splits.items()}
     with _readable(source.files["train"][0]) as file:
         features = datasets.Features.from_arrow_schema(library("pyarrow.parquet").read_schema(file))

@@ -34,6 +34,11 @@ def cached(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
     return stored
 
 
+def uncached(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
+    """What `make` gives: of data that a program has in memory nothing is written."""
+    return make()
+
+
 def _read(path: Path) -> Stored:
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetfl.config import DataOptions
 from hetfl.data.arrow import decoded
-from hetfl.data.cache import Stored, cached
+from hetfl.data.cache import Stored, cached, uncached
 from hetfl.data.catalog import DataLocation, DatasetInfo, find
 from hetfl.data.columns import Progress
 from hetfl.data.dataset import ClientData, Examples, FederatedDataset, ServerData
@@ -36,9 +36,10 @@ def load(options: DataOptions, progress: Progress = silent) -> FederatedDataset:
     natural = options.partition == "natural"
     columns = [options.input_column, options.label_column, options.id_column if natural else None, natural]
     key = [source.identity, columns, options.tokens, options.vocab]
-    tensors, facts = cached("data", key, partial(decoded, source, options, progress))
+    keep = cached if source.decode is None else uncached
+    tensors, facts = keep("data", key, partial(source.decode or partial(decoded, source), options, progress))
     dealt = options.model_dump(include=set(DataOptions.model_fields) - UNDEALT)
-    rows, _ = cached("deal", [key, facts["fingerprint"], dealt], partial(_dealt, options, tensors, progress))
+    rows, _ = keep("deal", [key, facts["fingerprint"], dealt], partial(_dealt, options, tensors, progress))
     clients = range(sum(name.startswith("train.") for name in rows))
     train, own = (tuple(rows[f"{part}.{i}"] for i in clients) for part in ("train", "own"))
     return _federation(options, source, tensors, facts, Split(train, own, rows["tune"], rows["holdout"], rows["test"]))
