@@ -403,6 +403,16 @@ def test_progress_shows_where_it_is_asked_for(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_notebook_gets_one_line_that_changes(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=lambda *_, **__: handle))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    small(progress="auto", rounds=1)
+    assert "starting" in shown[0]
+    assert "1/1  global@test" in shown[-1]
+
+
 class Stop:
     def on_round_end(self, row):
         raise RuntimeError("enough")
