@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hetfl.hooks.values import Client, Coverage, Exchange, ExtraSpec, ReceivedReply
     from hetfl.models.state import State
     from hetfl.profiling.node import Node, Profile
+    from hetfl.runs.api import load, matrix, resume, run
+    from hetfl.runs.result import Matrix, Run
     from hetfl.submodel.plan import OwnModel, Patch, Plan, Selection, prefix, window
     from hetfl.submodel.shrinking import Shrunk, shrink, width_groups
     from hetfl.submodel.widths import Widths, unit_count
@@ -36,6 +38,8 @@ _HOMES = {
     "hooks.values": ("Client", "Coverage", "Exchange", "ExtraSpec", "ReceivedReply"),
     "models.state": ("State",),
     "profiling.node": ("Node", "Profile"),
+    "runs.api": ("load", "matrix", "resume", "run"),
+    "runs.result": ("Matrix", "Run"),
     "submodel.plan": ("OwnModel", "Patch", "Plan", "Selection", "prefix", "window"),
     "submodel.shrinking": ("Shrunk", "shrink", "width_groups"),
     "submodel.widths": ("Widths", "unit_count"),
@@ -44,6 +48,7 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
+    "run", "load", "resume", "matrix", "Run", "Matrix",
     "Plugin", "Field", "hookimpl", "flatten_state", "unflatten_state",
     "Server", "Client", "Node", "Task", "ReceivedReply", "Update", "Updates", "Coverage", "State",
     "Profile", "Plan", "Selection", "OwnModel", "Patch", "Reply", "Exchange", "ExtraSpec", "Merged",

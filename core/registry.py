@@ -85,8 +85,8 @@ def find(role: str, name: str) -> Entry:
     """The one plugin of that role: by its name, or any Plugin class by `package.module:Class` (looked up in the current directory
     too), whose name is then the class's. Raises UsageError if there is none or more than one."""
     with _lock:
-        if (role, name) in _local:
-            return _local[role, name]
+        if (given := _local.get((role, name))) is not None:
+            return given
     if ":" in name:
         module, _, attribute = name.partition(":")
         if not (attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
@@ -118,7 +118,7 @@ def choose_entries(options: RunOptions) -> list[Entry]:
         *(find("wrap", name) for name in options.wrap),
     ]
     for i, entry in enumerate(found):
-        if other := next((e for e in found[:i] if e.key == entry.key and e.plugin != entry.plugin), None):
+        if other := next((e for e in found[:i] if e.key == entry.key and (e.plugin, e.local) != (entry.plugin, entry.local)), None):
             raise UsageError(f"two chosen {entry.role} plugins bear the name '{entry.name}': {other.plugin} and {entry.plugin}")
         if entry.local is not None and options.engine != "local":
             raise UsageError(
@@ -130,27 +130,30 @@ def choose_entries(options: RunOptions) -> list[Entry]:
 
 _local: dict[tuple[str, str], Entry] = {}
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the collector may forget one plugin in the thread that is looking up another
 
 
-def add_local(role: str, plugin: Any) -> str:
+def add_local(role: str, plugin: Any, name: str | None = None) -> str:
     """The name by which `find` gives this class or configured object, in this process until `remove_local`; it is not listed.
 
-    The name is the class's, with a number behind it where another plugin of the role has it. What is no plugin is refused when a
-    run loads it.
+    It is the class's name, with a number behind it where another plugin of the role has it; or `name`, which a run has recorded for
+    it, and which no other object then has any more. In the run the plugin is called by its class either way, as one given as
+    package.module:Class is. What is no plugin is refused when a run loads it.
     """
     kind = plugin if isinstance(plugin, type) else type(plugin)
     if role not in ROLES:
         raise unknown("role", role, ROLES)
     listed = {e.name for e in entries(role)}
+    if name in listed:
+        raise UsageError(f"the {role} plugin '{name}' is no object but one that is listed: leave it out")
     with _lock:
-        for (known_role, name), entry in _local.items():
-            if known_role == role and entry.local is plugin:
-                return name
-        taken = listed | {name for known_role, name in _local if known_role == role}
-        names = (kind.__name__ if i == 1 else f"{kind.__name__}-{i}" for i in range(1, len(taken) + 2))
-        name = next(n for n in names if n not in taken)
-        _local[role, name] = Entry(role, name, f"{kind.__module__}:{kind.__qualname__}", IN_PROCESS, local=plugin)
+        if name is None:
+            had = {known: entry.local for (known_role, known), entry in list(_local.items()) if known_role == role}
+            names = (kind.__name__ if i == 1 else f"{kind.__name__}-{i}" for i in range(1, len(listed) + len(had) + 2))
+            name = next((known for known, one in had.items() if one is plugin), None) or next(
+                n for n in names if n not in listed and n not in had
+            )
+        _local[role, name] = Entry(role, kind.__name__, f"{kind.__module__}:{kind.__qualname__}", IN_PROCESS, local=plugin)
         return name
 
 

@@ -41,10 +41,8 @@ def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress)
 def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callable[[list[str]], Any]]]:
     """The features of a data set, and for each split a function that reads columns of it into one Arrow table."""
     datasets = import_library("datasets")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
     if source.files is None:
-        splits = _load_hub_splits(source.hub)
+        splits = _load_hub_splits(source.hub) if source.splits is None else source.splits
         return splits["train"].features, {name: partial(_read_hub, split) for name, split in splits.items()}
     with _report_unreadable(source.files["train"][0]) as file:
         features = datasets.Features.from_arrow_schema(import_library("pyarrow.parquet").read_schema(file))

@@ -36,6 +36,11 @@ def load_or_make(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
     return stored
 
 
+def uncached(kind: str, key: Any, make: Callable[[], Stored]) -> Stored:
+    """What `make` gives: of data that a program has in memory nothing is written."""
+    return make()
+
+
 def _read(path: Path) -> Stored:
     """Raises ValueError where the file's content is not what was written."""
     with safe_open(path, "pt") as file:

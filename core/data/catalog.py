@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetfl.config import DataOptions
 from hetfl.errors import UsageError, nearest, unknown
+
+GIVEN = "object:"  # how the names of data and models begin that a program has handed over
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,21 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a data set is, before anything is read: parquet or npz files by split, or the Hub's data set `hub`."""
+    """Where a data set is, before anything is read: parquet or npz files by split, or (without files) the Hub's `hub`.
+
+    Of what a program has in memory, `splits` are those of a datasets.DatasetDict, and `decode` makes the tensors.
+    """
 
     name: str
     identity: Any  # JSON-able; changes when the files do
     known: DatasetInfo | None = None
     files: dict[str, list[Path]] | None = None
     hub: str = ""
+    splits: dict[str, Any] | None = None
+    decode: Callable[[DataOptions, Callable[[str], None]], Any] | None = None
+
+
+LOCAL: dict[str, DataLocation] = {}  # what programs have handed over, by name
 
 
 def find_dataset(dataset: str) -> DataLocation:
@@ -102,6 +114,10 @@ def find_dataset(dataset: str) -> DataLocation:
 
     Raises UsageError where it is none of these, or a folder without parquet files.
     """
+    if dataset in LOCAL:
+        return LOCAL[dataset]
+    if dataset.startswith(GIVEN):
+        raise UsageError(f"the data '{dataset}' were given as an object, which is not here: give them again, as data=…")
     name = next((short for short, known in KNOWN.items() if dataset == known.hub != ""), dataset)
     known = KNOWN.get(name)
     if name == "digits":

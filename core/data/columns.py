@@ -52,7 +52,7 @@ def describe_tensors(
     if "test.x" in tensors and tensors["x"].shape[1:] != tensors["test.x"].shape[1:]:
         shapes = format_shapes([tensors["x"], tensors["test.x"]])
         raise UsageError(f"train and test inputs of {source.name} differ in shape: {shapes}")
-    mean, std = ([], []) if more else _channel_moments(tensors["x"])
+    mean, std = ([], []) if more else channel_moments(tensors["x"])
     content = digest_json([classes, digest_tensors({name: tensors[name] for name in sorted(tensors) if name != "ids"})])
     names = {"input_column": columns.input, "label_column": columns.label, "id_column": columns.owner}
     used = {option: name for option, name in names.items() if name is not None}
@@ -64,7 +64,7 @@ def format_shapes(inputs: list[Tensor]) -> str:
     return " and ".join("x".join(map(str, x.shape[1:])) for x in inputs)
 
 
-def _channel_moments(x: Tensor) -> tuple[list[float], list[float]]:
+def channel_moments(x: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of x (N, C, …), to 6 digits so that every machine has the same."""
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     square = torch.zeros_like(total)

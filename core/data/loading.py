@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetfl.config import DataOptions
 from hetfl.data.arrow import decode_arrow
-from hetfl.data.cache import Stored, load_or_make
+from hetfl.data.cache import Stored, load_or_make, uncached
 from hetfl.data.catalog import DataLocation, DatasetInfo, find_dataset
 from hetfl.data.columns import Progress
 from hetfl.data.dataset import ClientData, Examples, FederatedDataset, ServerData
@@ -39,9 +39,10 @@ def load(options: DataOptions, progress: Progress = ignore_progress) -> Federate
     natural = options.partition == "natural"
     columns = [options.input_column, options.label_column, options.id_column if natural else None, natural]
     key = [source.identity, columns, options.tokens, options.vocab]
-    tensors, facts = load_or_make("data", key, partial(_decode, source, options, progress))
+    keep = load_or_make if source.decode is None else uncached
+    tensors, facts = keep("data", key, partial(source.decode or partial(_decode, source), options, progress))
     how = options.model_dump(include=set(DataOptions.model_fields) - NOT_OF_THE_PARTITION)
-    rows, _ = load_or_make("partition", [key, facts["fingerprint"], how], partial(_partition_rows, options, tensors, progress))
+    rows, _ = keep("partition", [key, facts["fingerprint"], how], partial(_partition_rows, options, tensors, progress))
     clients = range(sum(name.startswith("train.") for name in rows))
     train, own = (tuple(rows[f"{part}.{i}"] for i in clients) for part in ("train", "own"))
     return _build_dataset(options, source, tensors, facts, Split(train, own, rows["tune"], rows["holdout"], rows["test"]))
@@ -49,7 +50,7 @@ def load(options: DataOptions, progress: Progress = ignore_progress) -> Federate
 
 def _decode(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
     """The raw tensors x, y, test.x, test.y and ids of a data set, with the facts about them."""
-    progress(f"reading {source.name}" if source.files else f"asking the Hub for {source.hub}")
+    progress(f"reading {source.name}" if source.files or source.splits else f"asking the Hub for {source.hub}")
     if source.files and source.files["train"][0].suffix == ".npz":
         return decode_npz(source, options)
     return decode_arrow(source, options, progress)

@@ -108,14 +108,16 @@ def refuse_wrong_role(entry: Entry, kind: type[Plugin]) -> None:
 
 
 def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:
-    """One plugin with its options; an object that this process was handed has its own and is taken as it is."""
-    kind = load_class(entry)
+    """One plugin with its options; of an object that this process was handed a copy, with `given` over the options that it has.
+
+    A copy, so that a plugin that keeps something from round to round begins each run afresh.
+    """
+    kind, object = load_class(entry), entry.local if isinstance(entry.local, Plugin) else None
     refuse_wrong_role(entry, kind)
-    if isinstance(entry.local, Plugin):
-        if given:
-            raise UsageError(f"the plugin '{entry.name}' is an object, which has its options already: {', '.join(given)}")
-        return entry.local
+    if object is not None and not given:
+        return object.model_copy(deep=True)
     try:
-        return kind(**given)
+        made = kind(**{**({} if object is None else object.model_dump()), **given})
     except ValidationError as error:
         raise UsageError(explain_validation_error(error, kind, f"{entry.name}.")) from error
+    return made if object is None else object.model_copy(update={name: getattr(made, name) for name in given}, deep=True)

@@ -8,13 +8,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hetfl.data.catalog import GIVEN
 from hetfl.data.inputs import Inputs, default_model
 from hetfl.errors import UsageError, nearest, unknown
+from hetfl.models.state import pack_tensors, tensors
 from hetfl.models.zoo import ZOO
 from hetfl.rng import seed_of
 
@@ -27,6 +30,8 @@ ALIASES = {  # how factories call the facts about inputs that they can be given
 }
 
 Factory = Callable[..., nn.Module]
+
+LOCAL: dict[str, tuple[Any, Factory]] = {}  # what programs have handed over, by name: the very object, and what builds from it
 
 
 class Logits(nn.Module):
@@ -75,6 +80,10 @@ def find_factory(name: str) -> Factory:
 
     Raises UsageError where there is none.
     """
+    if name in LOCAL:
+        return LOCAL[name][1]
+    if name.startswith(GIVEN):
+        raise UsageError(f"the model '{name}' was given as an object, which is not here: give it again, as model=…")
     module, _, model = name.partition(":")
     if module in LIBRARIES and model:
         return LIBRARIES[module](model)
@@ -94,6 +103,35 @@ def find_factory(name: str) -> Factory:
     return factory
 
 
+def add_local(model: nn.Module | Factory) -> str:
+    """A name by which `find` gives this model, or factory, in this process until `remove_local`.
+
+    Of a model a copy is taken, with whose weights a run begins; it is named after its class and a hash of these weights.
+    Raises UsageError for what is neither.
+    """
+    make: Any = model
+    plain = f"{GIVEN}{getattr(model, '__qualname__', type(model).__name__)}"
+    if isinstance(model, nn.Module):
+        try:
+            original = copy.deepcopy(model).cpu()
+        except Exception as error:
+            raise UsageError(
+                f"the model {type(model).__name__} cannot be copied: {error}; give a factory that builds it"
+            ) from error
+        make, plain = lambda: copy.deepcopy(original), f"{plain}-{sha256(pack_tensors(tensors(original))).hexdigest()[:8]}"
+    elif not callable(model):
+        raise UsageError(f"the model is a {type(model).__name__}: give a name, a torch.nn.Module or a factory that returns one")
+    names = (plain if i == 1 else f"{plain}-{i}" for i in range(1, len(LOCAL) + 2))
+    name = next(name for name in names if name not in LOCAL or LOCAL[name][0] is model)
+    LOCAL.setdefault(name, (model, make))
+    return name
+
+
+def remove_local(name: str) -> None:
+    """Forgets what `add_local` named."""
+    LOCAL.pop(name, None)
+
+
 def choose_arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for `factory`: those facts about `inputs` that its signature names (ALIASES), then `args`.
 
@@ -106,6 +144,7 @@ def choose_arguments(name: str, factory: Factory, inputs: Inputs, args: Mapping[
     for key in args:
         if key not in parameters and not free:
             raise UsageError(f"unknown model argument '{key}'{nearest(key, parameters)} (known: {', '.join(parameters)})")
+    given |= {"inputs": inputs} if "inputs" in parameters else {}
     given |= args
     asked = (p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     if lacking := [p.name for p in asked if p.default is p.empty and p.name not in given]:

@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import shutil
+import tempfile
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,15 +122,22 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"'{self.path / name}' cannot be written: {reason(error)}") from error
 
+    def holds(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def bytes_of(self, name: str) -> bytes:
+        """The content of a file. Raises FileNotFoundError where there is none."""
+        return (self.path / name).read_bytes()
+
     def json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1) + "\n")
 
     def read(self, name: str) -> Any:
         """A JSON file of this run. Raises UsageError when there is none."""
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads(self.bytes_of(name))
         except FileNotFoundError as error:
-            what = "has not ended yet" if (self.path / "config.toml").exists() else "is no run folder of hetfl"
+            what = "has not ended yet" if self.holds("config.toml") else "is no run folder of hetfl"
             raise UsageError(f"'{self.path}' {what}: it holds no {name}") from error
         except (OSError, ValueError) as error:
             raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
@@ -138,6 +148,43 @@ class RunFolder:
             self._unlock()
             shutil.rmtree(self.path)
         self.release()
+
+
+class MemoryFolder(RunFolder):
+    """A run's files in memory; only what clients in other processes remember is on disk, until `release`."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(tempfile.gettempdir()) / f"hetfl-{uuid.uuid4().hex}")  # made only by what needs it
+        self._files: dict[str, bytes] = {}
+        self._rows: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self._remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Keeps one file."""
+        self._files[name] = content.encode() if isinstance(content, str) else content
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps rows, which are put into columns when they are read."""
+        self._rows[name] = rows
+
+    def holds(self, name: str) -> bool:
+        return name in self._files or name in self._rows
+
+    def bytes_of(self, name: str) -> bytes:
+        if name in self._rows:
+            rows = self._rows[name]
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            return csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]).encode()
+        if name not in self._files:
+            raise FileNotFoundError(name)
+        return self._files[name]
+
+    def release(self) -> None:
+        """Removes what lies on disk; the files in memory stay."""
+        self._remove()
+
+    def discard(self) -> None:
+        """There is nothing to remove."""
 
 
 def is_run_folder(path: Path) -> bool:

@@ -16,6 +16,7 @@ from hetfl.digest import digest_tensors
 from hetfl.models.state import State
 from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, CLIENT_SECONDS, FAULT, LEVEL, MACS, MEMORY, PARAMETERS, PHASE, SECONDS, Row
 from hetfl.runs.experiment import Experiment
+from hetfl.runs.given import object_facts
 
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
@@ -25,7 +26,8 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
     federation, widths = experiment.federation, experiment.server.widths
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        **preset_origin(experiment.given), "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
+        **preset_origin(experiment.given), **object_facts(experiment.given),
+        "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
         "classes": list(federation.classes), "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],

@@ -21,8 +21,8 @@ from hetfl.runs.folder import RunFolder
 FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sweep has options of its own for
 
 
-def cross_plugins(extract: Sequence[str], aggregate: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs to run: the cross product, `all` and `natural` spelt out, with the controls behind it."""
+def cross_plugins(extract: Sequence[str], aggregate: Sequence[str], controls: bool = True) -> list[tuple[str, str]]:
+    """The pairs to run: the cross product, `all` and `natural` spelt out, with the `controls` behind it."""
     known = registry.entries("extract")
     names = [e.name for e in known if not e.control] if list(extract) == ["all"] else list(extract)
     partners = [e.name for e in registry.entries("aggregate")] if list(aggregate) == ["all"] else list(aggregate)
@@ -30,7 +30,7 @@ def cross_plugins(extract: Sequence[str], aggregate: Sequence[str]) -> list[tupl
         if partner != "natural":
             registry.find("aggregate", partner)
     found = [(e, registry.partner_of(e) if a == "natural" else a) for e in names for a in partners]
-    return list(dict.fromkeys([*found, *((e.name, registry.partner_of(e.name)) for e in known if e.control)]))
+    return list(dict.fromkeys([*found, *((e.name, registry.partner_of(e.name)) for e in known if e.control and controls)]))
 
 
 def plan_trials(
@@ -117,14 +117,19 @@ def run_trials(trials: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialR
 
 
 def run_trial(trial: Trial, out: Path, jobs: int) -> None:
-    """Runs one trial, in a process of its own; its folder then holds a summary, or why there is none."""
+    """Runs one trial in its folder under `out`, in a process of its own with its share of the cores."""
     from hetfl.parallel import cores
-    from hetfl.rounds.reporting import NoCallback
-    from hetfl.runs import runner
 
     folder = RunFolder(out / "cells" / trial.name).open(overwrite=True)
     folder.commit()
-    workers = max(1, cores() // jobs)
+    fill_folder(trial, folder, max(1, cores() // jobs))
+
+
+def fill_folder(trial: Trial, folder: RunFolder, workers: int | None) -> None:
+    """Runs one trial; its folder then holds a summary, or why there is none."""
+    from hetfl.rounds.reporting import NoCallback
+    from hetfl.runs import runner
+
     try:
         runner.run(trial.options.model_copy(update={"workers": workers, "checkpoint_every": 0}), folder, NoCallback())
     except NotApplicable as error:
@@ -137,9 +142,13 @@ def run_trial(trial: Trial, out: Path, jobs: int) -> None:
 
 def read_result(out: Path, trial: Trial) -> TrialResult | None:
     """What `out` holds of a trial; None where it has not ended."""
-    folder = RunFolder(out / "cells" / trial.name)
+    return read_folder(RunFolder(out / "cells" / trial.name), trial)
+
+
+def read_folder(folder: RunFolder, trial: Trial) -> TrialResult | None:
+    """What a trial's folder holds; None where it has not ended."""
     for name in ("summary.json", "refused.json"):
-        if (folder.path / name).exists():
+        if folder.holds(name):
             found = folder.read(name)
             return TrialResult(trial, found.get("status", "ok"), result_row(trial, found), cached=True)
     return None

@@ -1,0 +1,203 @@
+"""Data sets that a program hands over in memory: tensors, arrays, torch's Datasets, and those of Hugging Face's datasets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, TensorDataset
+
+from hetfl.config import DataOptions
+from hetfl.data import arrow, catalog
+from hetfl.data.cache import Stored
+from hetfl.data.catalog import GIVEN, DataLocation
+from hetfl.data.columns import channel_moments, number_values
+from hetfl.data.lazy import import_library
+from hetfl.digest import digest_json, digest_tensors
+from hetfl.errors import UsageError, unknown
+
+SPLITS = ("train", "test", "validation")
+
+FORMS = 'a torch Dataset, a pair (x, y), a datasets.Dataset, or {"train": …, "test": …} of these'
+
+
+class Split(NamedTuple):
+    """Inputs x (N, …) before normalisation, labels as they stand, and the classes' names where they are known."""
+
+    x: Tensor
+    labels: list[Any]
+    classes: list[str] | None
+
+
+def add_local(data: Any) -> str:
+    """A name by which `catalog.find` gives these data in this process, until `remove_local`: equal data have equal names.
+
+    Raises UsageError for what is no data set, and for examples that cannot be stacked.
+    """
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    names = parts.pop("classes", None)
+    for split in parts:
+        if split not in SPLITS:
+            raise unknown("split", str(split), [*SPLITS, "classes"])
+    if "train" not in parts:
+        raise UsageError(f"data need a train split: give {FORMS}")
+    kind = type(data).__name__
+    if any(hasattr(part, "select_columns") for part in parts.values()):
+        return _add(kind, _tables(parts))
+    splits = {split: _split(split, part) for split, part in parts.items()}
+    return _add(kind, _stored(kind, splits, None if names is None else [str(name) for name in names]))
+
+
+def remove_local(name: str) -> None:
+    """Forgets what `add_local` named."""
+    catalog.LOCAL.pop(name, None)
+
+
+def _add(kind: str, found: Stored | dict[str, Any]) -> str:
+    """Enters decoded tensors, or the splits of a datasets.DatasetDict, into the catalog."""
+    if isinstance(found, dict):
+        content = hashlib.sha256("/".join(f"{split}:{part._fingerprint}" for split, part in found.items()).encode()).hexdigest()
+        name = f"{GIVEN}{kind}-{content[:8]}"
+        where = DataLocation(name, content, splits=found)
+        where = DataLocation(
+            name, content, splits=found, decode=lambda options, progress: arrow.decode_arrow(where, options, progress)
+        )
+    else:
+        name = f"{GIVEN}{kind}-{found[1]['fingerprint'][:8]}"
+        where = DataLocation(name, found[1]["fingerprint"], decode=lambda options, progress: _checked(name, found, options))
+    return catalog.LOCAL.setdefault(name, where).name
+
+
+def _tables(parts: dict[str, Any]) -> dict[str, Any]:
+    """Splits of the datasets library, which are decoded by columns as those of files are."""
+    for split, part in parts.items():
+        if not hasattr(part, "select_columns") or not hasattr(part, "__len__"):
+            raise UsageError(
+                f"the {split} split is a {type(part).__name__}: where one split is a datasets.Dataset all are, and none is streamed"
+            )
+    return parts
+
+
+def _checked(name: str, found: Stored, options: DataOptions) -> Stored:
+    """Tensors need no columns, and have none that says whose an example is."""
+    if options.partition == "natural":
+        raise UsageError(
+            f"the data '{name}' do not say whose each example is, as --partition natural needs: "
+            "give a datasets.Dataset with an --id-column"
+        )
+    return found
+
+
+def _split(split: str, part: Any) -> Split:
+    """One split as tensors. Raises UsageError where it is in no form that is known."""
+    names = getattr(part, "classes", None)
+    classes = [str(name) for name in names] if isinstance(names, Sequence) and not isinstance(names, str) else None
+    if isinstance(part, TensorDataset):
+        part = part.tensors
+    elif isinstance(part, IterableDataset) or not (isinstance(part, tuple) or _is_map_style(part)):
+        raise UsageError(f"the {split} data are a {type(part).__name__}: give {FORMS}, with a length")
+    if not isinstance(part, tuple):
+        part = _stacked(split, part)
+    if len(part) != 2:
+        raise UsageError(f"the {split} data are {len(part)} parts: a pair (x, y) of inputs and labels is needed")
+    x, labels = _inputs(split, part[0]), _labels(split, part[1])
+    if len(x) != len(labels) or not len(x):
+        raise UsageError(f"the {split} data have {len(x)} inputs and {len(labels)} labels: one label for each input is needed")
+    return Split(x, labels, classes)
+
+
+def _is_map_style(part: Any) -> bool:
+    sized = hasattr(part, "__getitem__") and hasattr(part, "__len__") and not hasattr(part, "shape")
+    return sized and not isinstance(part, Mapping | str)
+
+
+def _stacked(split: str, dataset: Any) -> tuple[Any, Any]:
+    """The examples of a map-style Dataset, each taken once, as inputs (N, …) and labels (N,)."""
+    xs, ys = [], []
+    for i in range(len(dataset)):
+        example = dataset[i]
+        if not isinstance(example, tuple | list) or len(example) != 2:
+            raise UsageError(f"example {i} of the {split} data is no pair (x, y) but a {type(example).__name__}")
+        xs.append(_tensor(split, _pixels(example[0])))
+        ys.append(example[1].item() if hasattr(example[1], "item") and getattr(example[1], "ndim", 1) == 0 else example[1])
+    shapes = sorted({tuple(x.shape) for x in xs})
+    if len(shapes) != 1:
+        shown = f"have different shapes ({shapes[0]} and {shapes[-1]}): resize or pad them first" if shapes else "are none"
+        raise UsageError(f"the examples of the {split} data {shown}")
+    return torch.stack(xs), ys
+
+
+def _pixels(x: Any) -> Any:
+    """A picture of Pillow's as uint8 (C, H, W); anything else as it is."""
+    if not hasattr(x, "getbands"):
+        return x
+    array = import_library("numpy").asarray(x.convert("L" if x.mode in ("1", "L", "LA") else "RGB"))
+    return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def _inputs(split: str, x: Any) -> Tensor:
+    """Numbers (N, …) as uint8 or float32, or token ids (N, length) as int64: torch tensors of whole numbers are ids."""
+    ids = isinstance(x, Tensor) and x.dim() == 2 and x.dtype in (torch.int16, torch.int32, torch.int64)
+    tensor = _tensor(split, x)
+    if tensor.dim() < 2:
+        raise UsageError(f"the {split} inputs have the shape {tuple(tensor.shape)}: (N, …) is needed, an example a row")
+    if ids:
+        if len(tensor) and int(tensor.min()) < 0:
+            raise UsageError(f"the {split} inputs are token ids, but some are negative")
+        return tensor.to(torch.int64).contiguous()
+    tensor = tensor if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
+    if not bool(tensor.isfinite().all()):
+        raise UsageError(f"the {split} inputs have values that are not finite")
+    return tensor.contiguous()
+
+
+def _tensor(split: str, x: Any) -> Tensor:
+    try:
+        tensor = x if isinstance(x, Tensor) else torch.from_numpy(import_library("numpy").array(x))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the {split} inputs are no numbers of one shape: {' '.join(str(error).split())[:120]}") from error
+    if tensor.is_complex():
+        raise UsageError(f"the {split} inputs are complex numbers; give their parts as channels")
+    return tensor.detach().cpu()
+
+
+def _labels(split: str, y: Any) -> list[Any]:
+    """Class numbers or names, one for each example."""
+    values = y.tolist() if hasattr(y, "tolist") else list(y)
+    if not all(isinstance(value, int | str) for value in values):
+        raise UsageError(f"the {split} labels must be whole numbers or names of classes, one for each example: shape (N,)")
+    return values
+
+
+def _stored(kind: str, splits: Mapping[str, Split], names: list[str] | None) -> Stored:
+    """The tensors of the splits and the facts about them, as those of a data set from files."""
+    test = next((splits[split] for split in ("test", "validation") if split in splits), None)
+    parts = {"": splits["train"]} | ({} if test is None else {"test.": test})
+    if len(shapes := {tuple(part.x.shape[1:]): split for split, part in splits.items()}) > 1:
+        raise UsageError(f"the splits' inputs differ in shape: {' and '.join(map(str, shapes))}")
+    classes, labels = _numbers(kind, [part.labels for part in parts.values()], names or splits["train"].classes)
+    tensors = {f"{prefix}x": part.x for prefix, part in parts.items()}
+    tensors |= {f"{prefix}y": y for prefix, y in zip(parts, labels, strict=True)}
+    facts: dict[str, Any] = {
+        "classes": classes,
+        "mean": [],
+        "std": [],
+        "columns": {},
+        "fingerprint": digest_json([classes, digest_tensors(tensors)]),
+    }
+    if splits["train"].x.dtype == torch.int64:
+        return tensors, facts | {"vocab": max(3, *(int(part.x.max()) + 1 for part in parts.values()))}
+    mean, std = channel_moments(splits["train"].x)
+    return tensors, facts | {"mean": mean, "std": std}
+
+
+def _numbers(kind: str, labels: list[list[Any]], names: list[str] | None) -> tuple[list[str], list[Tensor]]:
+    """Names of the classes and int64 labels (N,); where names are known, labels are positions among them, or names."""
+    if names and all(isinstance(value, int) and 0 <= value < len(names) for part in labels for value in part):
+        return names, [torch.tensor(part, dtype=torch.int64) for part in labels]
+    if names and all(value in names for part in labels for value in part):
+        return names, [torch.tensor([names.index(value) for value in part], dtype=torch.int64) for part in labels]
+    return number_values(DataLocation(kind, None), "label", labels)
