@@ -19,7 +19,8 @@ from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.normalization import measure_statistics
 from hetfl.plugins.aggregations.kld import KLD
-from hetfl.plugins.methods.fedconv.strategy import FedConv, rate
+from hetfl.plugins.methods.fedconv.options import halve_rate
+from hetfl.plugins.methods.fedconv.strategy import FedConv
 from hetfl.plugins.methods.heterofl import masked, scaled
 from hetfl.plugins.profiles.levels import Levels, spelt
 from hetfl.profiling import capacity
@@ -111,7 +112,7 @@ def test_levels_outside_their_range_are_refused(mix):
 def test_learning_rate_by_round():
     """spec fedconv 6.7"""
     rounds = (1, 24, 25, 49, 50, 75, 100)
-    assert [rate(1e-3, r, 25) for r in rounds] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5]
+    assert [halve_rate(1e-3, r, 25) for r in rounds] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5]
 
 
 def test_presets_fill_what_is_not_given():

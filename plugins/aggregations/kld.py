@@ -9,16 +9,16 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, Merged, Plugin, Server, State, Updates, hookimpl, mean
+from hetfl import Field, Merged, PresetPlugin, Server, State, Updates, hookimpl, mean
 
 FEW = 250
 
 
-class KLD(Plugin):
+class KLD(PresetPlugin):
     """A(w) = G + sum n w c (x - G) / sum n c, with w tuned on the server's data; w = 1 is the mean over covering clients."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -43,7 +43,6 @@ class KLD(Plugin):
         ),
     )
 
-    preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")
     form: Literal["update", "weights"] = Field("update", description="weigh what clients changed, or their weights")
     shape: Literal["client", "tensor", "channel", "element"] = Field("channel", description="what has a weight of its own")
     start: Literal["one", "normal"] = Field("one", description="start of the weights: 1, or N(0, 1)")
@@ -55,11 +54,6 @@ class KLD(Plugin):
     batch_size: int = Field(64, ge=1, description="server examples in a step")
     guard: bool = Field(True, description="start again from 1 where the hold-out likes that better than last round's weights")
     _w: dict[str, Tensor] = PrivateAttr(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, given: Any) -> Any:
-        return {**cls.PRESETS.get(given.get("preset", "default"), {}), **given} if isinstance(given, dict) else given
 
     @hookimpl
     def aggregate(self, server: Server, updates: Updates, round: int) -> Merged:
