@@ -44,7 +44,7 @@ def test_the_registry_agrees_with_the_classes(entry):
     assert strategy.__module__ == entry.plugin.partition(":")[0]
     for flag, tokens in (
         (entry.public, ["server.public"]),
-        (entry.memory, ["task.client_state", "remaining(task)", "Shares(down="]),
+        (entry.memory, ["task.client_state", "remaining_share(task)", "Exchange(down="]),
     ):
         told = [t for t in tokens if t in inspect.getsource(inspect.getmodule(strategy) if flag else strategy)]
         assert bool(told) == flag

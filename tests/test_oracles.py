@@ -83,26 +83,26 @@ W = T([0.9, -0.5, 0.3, -0.2, 0.1, 0.05])
 
 def test_fiarse_mask():
     """spec fiarse O1"""
-    theta = fiarse.thresholds({"w": W}, 0.5, False)
+    theta = fiarse.find_thresholds({"w": W}, 0.5, False)
     assert theta["w"] == T(0.3)
-    assert fiarse.masks_of({"w": W}, theta)["w"].tolist() == [True, True, True, False, False, False]
+    assert fiarse.make_masks({"w": W}, theta)["w"].tolist() == [True, True, True, False, False, False]
 
 
 def test_fiarse_bias_factor():
     """spec fiarse O2, O5"""
-    assert close(fiarse.factor(W, T(0.3)), [1.375, 1.46875, 1.5, 0, 0, 0])
-    assert close(fiarse.factor(T([1.0, 2, 3, 9]), T(1.0)), [1.5, 1.4444444, 1.375, 1.18])
-    assert close(fiarse.factor(T([0.0, 1, -2]), T(0.0)), [1, 1, 1])
+    assert close(fiarse.gradient_factor(W, T(0.3)), [1.375, 1.46875, 1.5, 0, 0, 0])
+    assert close(fiarse.gradient_factor(T([1.0, 2, 3, 9]), T(1.0)), [1.5, 1.4444444, 1.375, 1.18])
+    assert close(fiarse.gradient_factor(T([0.0, 1, -2]), T(0.0)), [1, 1, 1])
 
 
 def test_fiarse_step_and_shrinking_mask():
     """spec fiarse O3"""
     w = W.clone().requires_grad_()
-    (0.5 * (fiarse.cut(w, T(0.3)) - 1).square()).sum().backward()
+    (0.5 * (fiarse.apply_threshold(w, T(0.3)) - 1).square()).sum().backward()
     assert close(w.grad, [-0.1375, -2.203125, -1.05, 0, 0, 0])
     after = (w - 0.1 * w.grad).detach().requires_grad_()
     assert close(after, [0.91375, -0.2796875, 0.405, -0.2, 0.1, 0.05])
-    (0.5 * (fiarse.cut(after, T(0.3)) - 1).square()).sum().backward()
+    (0.5 * (fiarse.apply_threshold(after, T(0.3)) - 1).square()).sum().backward()
     assert (after.grad != 0).tolist() == [True, False, True, False, False, False]
 
 
@@ -125,13 +125,13 @@ def test_fiarse_masks_nest_and_do_not_depend_on_scale(a, b, scale, seed):
     small, large = sorted((a, b))
     for stages in (False, True):
         inner, outer, scaled = (
-            fiarse.masks_of(w, fiarse.thresholds(w, gamma, stages))
+            fiarse.make_masks(w, fiarse.find_thresholds(w, gamma, stages))
             for w, gamma in ((weights, small), (weights, large), ({n: t * scale for n, t in weights.items()}, small))
         )
         assert all(bool((outer[n] | ~inner[n]).all()) and torch.equal(inner[n], scaled[n]) for n in weights)
-    kept = sum(int(m.sum()) for m in fiarse.masks_of(weights, fiarse.thresholds(weights, small, False)).values())
+    kept = sum(int(m.sum()) for m in fiarse.make_masks(weights, fiarse.find_thresholds(weights, small, False)).values())
     assert kept == max(1, int(small * 46 + 1e-9))
-    bias = fiarse.factor(weights["a.w"], T(0.3))
+    bias = fiarse.gradient_factor(weights["a.w"], T(0.3))
     assert bool(((bias == 0) | ((bias > 1) & (bias <= 1.5))).all())
 
 
@@ -148,18 +148,18 @@ def test_dac_entropy():
 def test_dac_bound():
     """spec dac O2: the hinge that eq. 2 means, not the one it prints"""
     w = T([1.5, -0.2, 0.5]).requires_grad_()
-    loss = dac.bound({"g": w})
+    loss = dac.hinge({"g": w})
     loss.backward()
     assert close(loss, 0.7)
     assert w.grad.tolist() == [1, -1, 0]
-    assert dac.bound({"g": T([0.0, 1.0, 0.4])}) == 0
+    assert dac.hinge({"g": T([0.0, 1.0, 0.4])}) == 0
 
 
 def test_dac_prune():
     """spec dac O3"""
-    assert dac.survivors({"g": T([0.1, 0.1000001, 0.05, 0.9])}, 0.1, 0.1)["g"].tolist() == [1, 3]
-    assert dac.survivors({"g": T([0.01, 0.05, 0.02])}, 0.1, 0.1)["g"].tolist() == [1]
-    assert dac.survivors({"g": T([0.5, 0.3, 0.9, 0.7])}, 0.1, 0.25)["g"].tolist() == [0, 2, 3]
+    assert dac.prune_gates({"g": T([0.1, 0.1000001, 0.05, 0.9])}, 0.1, 0.1)["g"].tolist() == [1, 3]
+    assert dac.prune_gates({"g": T([0.01, 0.05, 0.02])}, 0.1, 0.1)["g"].tolist() == [1]
+    assert dac.prune_gates({"g": T([0.5, 0.3, 0.9, 0.7])}, 0.1, 0.25)["g"].tolist() == [0, 2, 3]
 
 
 class Inverted(nn.Module):
@@ -198,7 +198,7 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     torch.manual_seed(0)
     model = MobileNetV2(10, 3, 8).eval()
     widths = trace(model, torch.randn(2, 3, 8, 8))
-    places = dac.gate_places(widths, model)
+    places = dac.place_gates(widths, model)
     deep = [place for (place,) in places.values() if place[1] == 0]
     assert len(deep) == 17
     assert len(places) == 20  # and before the classifier, and on two block outputs that only the next block reads
@@ -220,7 +220,7 @@ def gate_before(model, name, gate):
 
 def test_dac_gates_of_a_plain_net():
     widths = trace(CNN, torch.randn(2, 1, 8, 8))
-    assert set(dac.gate_places(widths, CNN)) == {g.name for g in widths.groups}
+    assert set(dac.place_gates(widths, CNN)) == {g.name for g in widths.groups}
 
 
 def test_dac_clusters_are_isolated():
@@ -235,21 +235,21 @@ def test_dac_clusters_are_isolated():
         other = plugin.aggregate(server, over([0.0], update(1, [9.0], 10.0), update(2, [3.0], 30.0), update(3, [7.0], 5.0)))
         assert torch.equal(other.branches["level 1"]["v"].values, merged.branches["level 1"]["v"].values)
     server.branches = merged.branches
-    assert close(plugin.source(server, server.clients[1])["v"], [2.0])
+    assert close(plugin.base_state(server, server.clients[1])["v"], [2.0])
 
 
 def test_lottery_prune():
     """spec lotteryfl O1"""
     w = T([0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.9, -1.0])
-    once = lotteryfl.survivors(w, None, 0.2)
+    once = lotteryfl.prune_smallest(w, None, 0.2)
     assert once.sum() == 8
-    twice = lotteryfl.survivors(w * once, once, 0.2)
+    twice = lotteryfl.prune_smallest(w * once, once, 0.2)
     assert twice.sum() == 6
     assert bool((once | ~twice).all())
 
 
 def test_lottery_ties_survive():
-    assert lotteryfl.survivors(torch.ones(10), None, 0.2).all()
+    assert lotteryfl.prune_smallest(torch.ones(10), None, 0.2).all()
 
 
 def test_lottery_schedule():
@@ -353,9 +353,9 @@ def test_tailor_weighted_overlap():
 def test_tailor_swap():
     """spec tailorfl O5"""
     lists = [T([0, 1]), T([2, 3])]
-    assert tailorfl.tuned(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
-    assert tailorfl.tuned(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
-    assert tailorfl.tuned(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
+    assert tailorfl.swap_filters(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
+    assert tailorfl.swap_filters(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
+    assert tailorfl.swap_filters(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
 
 
 def test_tailor_regulariser():
@@ -370,21 +370,21 @@ SCORES = [T([[2.0, 0], [0, 1]]), T([[0.0, 2], [1, 0]]), T([[1.0, 1], [2, 2]])]
 
 def test_fedmd_consensus():
     """spec fedmd O1, O5"""
-    assert fedmd.consensus(SCORES).tolist() == [[1, 1], [1, 1]]
-    assert fedmd.consensus(SCORES, [0.5, 0.5, 0.0]).tolist() == [[1, 1], [0.5, 0.5]]
-    assert torch.equal(fedmd.consensus(SCORES), fedmd.consensus(SCORES[::-1]))
-    assert close(fedmd.consensus([s + 3 for s in SCORES]), fedmd.consensus(SCORES) + 3)
+    assert fedmd.average_scores(SCORES).tolist() == [[1, 1], [1, 1]]
+    assert fedmd.average_scores(SCORES, [0.5, 0.5, 0.0]).tolist() == [[1, 1], [0.5, 0.5]]
+    assert torch.equal(fedmd.average_scores(SCORES), fedmd.average_scores(SCORES[::-1]))
+    assert close(fedmd.average_scores([s + 3 for s in SCORES]), fedmd.average_scores(SCORES) + 3)
     holes = [*SCORES, torch.full((2, 2), float("nan"))]
-    assert torch.equal(fedmd.consensus(holes), fedmd.consensus(SCORES))
+    assert torch.equal(fedmd.average_scores(holes), fedmd.average_scores(SCORES))
 
 
 def test_fedmd_digest_loss():
     """spec fedmd O2, O3"""
-    agreed = fedmd.consensus(SCORES)
+    agreed = fedmd.average_scores(SCORES)
     assert fedmd.LOSSES["mae"](SCORES[0], agreed).item() == 0.75
     assert fedmd.LOSSES["mse"](SCORES[0], agreed).item() == 0.75
     same = SCORES[0].clone().requires_grad_()
-    loss = fedmd.LOSSES["mae"](same, fedmd.consensus([SCORES[0]] * 3))
+    loss = fedmd.LOSSES["mae"](same, fedmd.average_scores([SCORES[0]] * 3))
     loss.backward()
     assert loss == 0
     assert same.grad.eq(0).all()
@@ -392,10 +392,10 @@ def test_fedmd_digest_loss():
 
 def test_fedmd_stratified():
     public = SimpleNamespace(y=T([0] * 30 + [1] * 10), index=torch.arange(40))
-    rows = fedmd.stratified(public, 8, torch.Generator().manual_seed(0))
+    rows = fedmd.draw_stratified(public, 8, torch.Generator().manual_seed(0))
     assert len(rows) == 8 == len(rows.unique())
     assert public.y[rows].bincount().tolist() == [6, 2]
-    assert fedmd.stratified(public, 100, torch.Generator()).tolist() == list(range(40))
+    assert fedmd.draw_stratified(public, 100, torch.Generator()).tolist() == list(range(40))
 
 
 Z = (T([[1.0, 0]]), T([[2.0, 0]]))
@@ -405,10 +405,10 @@ Y = T([0])
 
 def test_scale_loss():
     """spec scalefl O1, O2"""
-    assert close(scalefl.loss(Z, Y, 0.1, 3.0, "code"), 0.190967)
-    assert close(scalefl.loss(Z, Y, 0.1, 3.0, "paper"), 0.096448)
-    assert close(scalefl.loss(Z[:1], Y, 0.0, 3.0, "code"), F.cross_entropy(Z[0], Y))
-    assert close(scalefl.loss(Z[:1], Y, 0.0, 3.0, "paper"), F.cross_entropy(Z[0], Y) / 2)
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "code"), 0.190967)
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "paper"), 0.096448)
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "code"), F.cross_entropy(Z[0], Y))
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "paper"), F.cross_entropy(Z[0], Y) / 2)
 
 
 def test_scale_teacher_gets_no_gradient_from_distillation():
@@ -416,13 +416,13 @@ def test_scale_teacher_gets_no_gradient_from_distillation():
     grads = []
     for detach in (True, False):
         early, last = (z.clone().requires_grad_() for z in Z)
-        with_it = torch.autograd.grad(scalefl.loss((early, last), Y, 0.1, 3.0, "code", detach), last)[0]
+        with_it = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.1, 3.0, "code", detach), last)[0]
         early, last = (z.clone().requires_grad_() for z in Z)
-        without = torch.autograd.grad(scalefl.loss((early, last), Y, 0.0, 3.0, "code", detach), last)[0]
+        without = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.0, 3.0, "code", detach), last)[0]
         grads.append(torch.equal(with_it, without))
     assert grads == [True, False]
     same = (Z[0], Z[0].clone())
-    assert close(scalefl.loss(same, Y, 0.5, 3.0, "code"), scalefl.loss(same, Y, 0.0, 3.0, "code"))
+    assert close(scalefl.exit_loss(same, Y, 0.5, 3.0, "code"), scalefl.exit_loss(same, Y, 0.0, 3.0, "code"))
 
 
 def test_scale_widths():
@@ -444,8 +444,8 @@ def test_scale_aggregation():
 def test_scale_split():
     """spec scalefl O6"""
     cost = lambda h, s: h / 4 * s * s  # noqa: E731
-    assert scalefl.split(1.0, 4, cost) == (4, 1.0)
-    depth, width = scalefl.split(0.25, 4, cost)
+    assert scalefl.split_budget(1.0, 4, cost) == (4, 1.0)
+    depth, width = scalefl.split_budget(0.25, 4, cost)
     assert abs(cost(depth, width) / 0.25 - 1) <= 0.1
     others = [(h, (0.25 * 4 / h) ** 0.5) for h in (1, 2, 3, 4)]
     assert abs(depth / 4 - width) <= min(abs(h / 4 - s) for h, s in others if s <= 1) + 0.02
@@ -501,7 +501,7 @@ def test_lg_counts():
     model = MLP(10, 1, 28, hidden=(512, 256, 256, 128))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 633_226
-    assert sum(sizes[name] for name in lgfedavg.last(model, 3)) == 99_978
+    assert sum(sizes[name] for name in lgfedavg.last_tensors(model, 3)) == 99_978
 
 
 @quick
@@ -557,7 +557,7 @@ def test_digest_steps_bring_clients_closer_to_the_consensus():
     """spec fedmd properties: MSE on linear models with a small learning rate"""
     torch.manual_seed(0)
     clients, x = [nn.Linear(4, 3) for _ in range(3)], torch.randn(20, 4)
-    agreed = fedmd.consensus([c(x).detach() for c in clients])
+    agreed = fedmd.average_scores([c(x).detach() for c in clients])
     for client in clients:
         before = fedmd.LOSSES["mse"](client(x), agreed).item()
         optimizer = torch.optim.SGD(client.parameters(), 0.1)

@@ -138,7 +138,7 @@ def test_fedmd_of_foreign_architectures(simulate):
 def test_lottery_rewinds_to_the_first_model_and_keeps_dead_weights_dead(simulate, monkeypatch):
     """spec lotteryfl O4, O5 and properties"""
     seen = sent_and_got(monkeypatch)
-    monkeypatch.setattr(lotteryfl, "examined", lambda task: 1.0)
+    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 1.0)
     made = simulate(extract="lotteryfl", aggregate="overlap", levels="0.5", set={"lotteryfl": {"target": 0.6}})
     first, masks = made.rounds.first, {}
     remaining = {1: 0.8, 2: 0.64, 3: 0.512}
@@ -155,7 +155,7 @@ def test_lottery_rewinds_to_the_first_model_and_keeps_dead_weights_dead(simulate
 
 def test_lottery_does_not_prune_at_the_threshold_itself(simulate, monkeypatch):
     """spec lotteryfl O5"""
-    monkeypatch.setattr(lotteryfl, "examined", lambda task: 0.4)
+    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 0.4)
     for threshold, pruned in ((0.4, False), (0.39, True)):
         made = simulate(
             extract="lotteryfl", aggregate="overlap", levels="0.5", steps=1, set={"lotteryfl": {"threshold": threshold}}
@@ -241,7 +241,8 @@ def test_tailor_keeps_capacity_and_shares_its_lower_groups(simulate):
 
 def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
     """spec dac properties"""
-    from hetfl.plugins.methods.dac import lengths, price
+    from hetfl.plugins.methods.dac import count_units as lengths
+    from hetfl.plugins.methods.dac import measure_cost as price
 
     made = simulate(extract="dac", aggregate="cluster", levels="1,0.7,0.4", steps=1, set={"dac": {"epochs": 1}})
     plugin = made.plugins.plugins["extract.dac"]

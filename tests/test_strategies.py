@@ -21,8 +21,8 @@ from hetfl.models.normalization import measure_statistics
 from hetfl.plugins.aggregations.kld import KLD
 from hetfl.plugins.methods.fedconv.options import halve_rate
 from hetfl.plugins.methods.fedconv.strategy import FedConv
-from hetfl.plugins.methods.heterofl import masked, scaled
-from hetfl.plugins.profiles.levels import Levels, spelt
+from hetfl.plugins.methods.heterofl import mask_absent_classes, scale_activations
+from hetfl.plugins.profiles.levels import Levels, expand_letters
 from hetfl.profiling import capacity
 from hetfl.rng import seed_of, stream
 from hetfl.submodel import encoding
@@ -32,7 +32,7 @@ from hetfl.training.tuning import tune
 def test_masked_cross_entropy():
     """spec heterofl 6.5"""
     z = torch.tensor([[2.0, 1.0, -1.0]], requires_grad=True)
-    loss = masked(torch.tensor([True, False, True]))(z, torch.tensor([0]))
+    loss = mask_absent_classes(torch.tensor([True, False, True]))(z, torch.tensor([0]))
     loss.backward()
     assert loss.item() == pytest.approx(0.169846, abs=1e-6)
     assert z.grad[0, 1] == 0
@@ -48,7 +48,7 @@ def test_scaler_acts_in_training_only():
             return x
 
     model = nn.Sequential(Probe(1))
-    with scaled(model, 0.25):
+    with scale_activations(model, 0.25):
         model.train()(torch.ones(1, 1))
         model.eval()(torch.ones(1, 1))
     model.train()(torch.ones(1, 1))
@@ -58,7 +58,7 @@ def test_scaler_acts_in_training_only():
 def test_scaler_without_norms_scales_hidden_outputs():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).train()
     nn.init.ones_(model[0].weight), nn.init.ones_(model[1].weight)
-    with scaled(model, 0.5):
+    with scale_activations(model, 0.5):
         assert model(torch.ones(1, 1)).item() == 2
 
 
@@ -77,7 +77,7 @@ def test_fixed_levels():
     """spec heterofl 6.8"""
 
     def numbers(mix, clients):
-        parts = capacity.mix(spelt(mix), capacity.ratio)
+        parts = capacity.mix(expand_letters(mix), capacity.ratio)
         dealt = capacity.deal(parts, clients)
         return [dealt.count(r) for r, _ in parts]
 
@@ -90,7 +90,7 @@ def test_fixed_levels():
     assert numbers("a1-b1-c1", 100) == [33, 33, 34]
     assert numbers("a3-b3-c3", 10) == [3, 3, 4]
     assert numbers("a6-b10-c11-d18-e55", 100) == [6, 10, 11, 18, 55]
-    assert [r for r, _ in capacity.mix(spelt("a1-b1-c1-d1-e1"), capacity.ratio)] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert [r for r, _ in capacity.mix(expand_letters("a1-b1-c1-d1-e1"), capacity.ratio)] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
     assert numbers("0.75^k", 10) == [2, 4, 4]
     assert [r for r, _ in capacity.mix("0.75^0:2,0.75^1:4,0.75^2:4", capacity.ratio)] == [1, 0.75, 0.5625]
 

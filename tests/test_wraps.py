@@ -16,8 +16,8 @@ from hetfl.errors import RunError
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.hookspecs import hookimpl
 from hetfl.hooks.values import Coverage
-from hetfl.plugins.wrappers.clip import clipped, norm
-from hetfl.plugins.wrappers.dp import DP, coverage, epsilon
+from hetfl.plugins.wrappers.clip import clip_update
+from hetfl.plugins.wrappers.dp import DP, compute_epsilon, count_coverage
 from hetfl.rounds.alarms import Alarms
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
@@ -51,9 +51,9 @@ def test_an_update_is_clipped_to_the_norm_and_keeps_its_direction(most, seed):
     generator = torch.Generator().manual_seed(seed)
     before = {"a": torch.randn(3, 4, generator=generator), "n": torch.tensor(3)}
     after = {"a": before["a"] + torch.randn(3, 4, generator=generator), "n": torch.tensor(7)}
-    found = clipped(after, before, most)
+    found = clip_update(after, before, most)
     change, whole = found["a"] - before["a"], after["a"] - before["a"]
-    assert float(norm([change])) <= most * (1 + 1e-5) or torch.equal(found["a"], after["a"])
+    assert float(change.norm()) <= most * (1 + 1e-5) or torch.equal(found["a"], after["a"])
     assert torch.allclose(change / change.norm(), whole / whole.norm(), atol=1e-4)
     assert found["n"] == 7
 
@@ -96,7 +96,7 @@ def test_noise_follows_the_coverage():
     server.state = {"w": torch.zeros(4000, 3)}
     columns = [[0, 1], [0], [0]]
     covered = [Coverage(i, {"w": Patch(torch.empty(0), {1: torch.tensor(c)})}, False) for i, c in enumerate(columns)]
-    assert torch.equal(coverage(server, covered)["w"].expand(4000, 3)[0], torch.tensor([3.0, 1.0, 0.0]))
+    assert torch.equal(count_coverage(server, covered)["w"].expand(4000, 3)[0], torch.tensor([3.0, 1.0, 0.0]))
     server.averages, server.sampled, server.population = True, 3, 3
     found = DP(norm=2.0, noise=1.5).finalize(server, Merged(server.state), covered, 1)
     spread = found.state["w"].std(0)
@@ -107,9 +107,9 @@ def test_noise_follows_the_coverage():
 
 
 def test_epsilon_grows_with_rounds_and_shrinks_with_noise_and_sampling():
-    assert epsilon(1.0, 1e-5, 100, 100, 1) < epsilon(1.0, 1e-5, 100, 100, 10)
-    assert epsilon(2.0, 1e-5, 100, 100, 10) < epsilon(1.0, 1e-5, 100, 100, 10)
-    assert epsilon(1.0, 1e-5, 10, 100, 10) < epsilon(1.0, 1e-5, 100, 100, 10)
+    assert compute_epsilon(1.0, 1e-5, 100, 100, 1) < compute_epsilon(1.0, 1e-5, 100, 100, 10)
+    assert compute_epsilon(2.0, 1e-5, 100, 100, 10) < compute_epsilon(1.0, 1e-5, 100, 100, 10)
+    assert compute_epsilon(1.0, 1e-5, 10, 100, 10) < compute_epsilon(1.0, 1e-5, 100, 100, 10)
 
 
 def test_epsilon_is_reported_only_where_the_mechanism_is_the_accountants():

@@ -17,6 +17,7 @@ from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
 from hetfl.rng import stream
+from hetfl.training.clipping import clip_gradients
 from hetfl.training.cuda_graphs import GraphedSteps, cached_bench, run_beside
 from hetfl.training.device import arithmetic
 from hetfl.training.evaluation import Score
@@ -182,7 +183,7 @@ class Loose:
         losses = (each * weights).sum(1)
         losses.sum().backward()
         if self._options.clip:
-            clip(self.stack.parameters, self._options.clip)
+            clip_gradients(self.stack.parameters, self._options.clip, stacked=True)
         self._optimizer.step()
         return losses
 
@@ -210,17 +211,8 @@ def bench(model: nn.Module, states: Sequence[State], options: RunOptions, round:
     optimizer = optimizer_of(stack.parameters, options, round)
     for group in optimizer.param_groups:
         group["capturable"] = stack.parameters[0].is_cuda
-    finish = (lambda: clip(stack.parameters, options.clip)) if options.clip else (lambda: None)
+    finish = (lambda: clip_gradients(stack.parameters, options.clip, stacked=True)) if options.clip else (lambda: None)
     return GraphedSteps(stack, optimizer, lambda: arithmetic(options), finish)
-
-
-def clip(parameters: Sequence[Tensor], most: float) -> None:
-    """Scales each client's gradient to a norm of at most `most`, as torch's clip_grad_norm_ does for one."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-    scale = (most / (norms + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
 
 
 def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:

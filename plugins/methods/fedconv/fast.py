@@ -90,7 +90,7 @@ def bundle_blocks(blocks: Sequence[Block]) -> list[Bundle]:
 
 
 class Correlation:
-    """The images (taps, rows, columns) of a block, ready to be correlated: as windows where these have few entries, else spectra."""
+    """The images (taps, rows, columns) of a block, ready to be correlated: as windows where those are small, else spectra."""
 
     def __init__(self, block: Block, x: Tensor) -> None:
         self.block = block
