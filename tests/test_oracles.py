@@ -336,7 +336,7 @@ def test_tailor_similarity():
 def test_tailor_scaling_round_trip():
     """spec tailorfl O3"""
     kept = WIDTHS.select(lambda n: torch.arange(max(1, int(n * 0.6875))))
-    plan = tailorfl.Scaled(WIDTHS, kept, p=0.6875)
+    plan = tailorfl.ScaledSelection(WIDTHS, kept, p=0.6875)
     small = plan.take(STATE)
     assert any(not torch.equal(small[n], Selection(WIDTHS, kept).take(STATE)[n]) for n in small)
     full, cover = grow(plan.put(small), {n: t + 1 for n, t in STATE.items()})
@@ -392,10 +392,10 @@ def test_fedmd_digest_loss():
 
 def test_fedmd_stratified():
     public = SimpleNamespace(y=T([0] * 30 + [1] * 10), index=torch.arange(40))
-    rows = fedmd.draw_stratified(public, 8, torch.Generator().manual_seed(0))
+    rows = fedmd.draw_stratified(public.y, 8, torch.Generator().manual_seed(0))
     assert len(rows) == 8 == len(rows.unique())
     assert public.y[rows].bincount().tolist() == [6, 2]
-    assert fedmd.draw_stratified(public, 100, torch.Generator()).tolist() == list(range(40))
+    assert fedmd.draw_stratified(public.y, 100, torch.Generator()).tolist() == list(range(40))
 
 
 Z = (T([[1.0, 0]]), T([[2.0, 0]]))
@@ -501,7 +501,7 @@ def test_lg_counts():
     model = MLP(10, 1, 28, hidden=(512, 256, 256, 128))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 633_226
-    assert sum(sizes[name] for name in lgfedavg.last_tensors(model, 3)) == 99_978
+    assert sum(sizes[name] for name in lgfedavg.list_last_tensors(model, 3)) == 99_978
 
 
 @quick

@@ -5,7 +5,6 @@ from __future__ import annotations
 TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregation.mean": (("Fold", "MeanAggregator"), "means over the clients that cover an entry, one update at a time"),
     "aggregation.updates": (("WEIGHTINGS", "WeightedSum", "by_client"), "what a client counts; sums over its patches"),
-    "data.dataset": (("ClientData", "Examples"), "a client's examples, and splits of them"),
     "errors": (("nearest",), "the nearest known name, for an error's text"),
     "hooks.values": (("put_back",), "a reply as an update, put back where its plan took it"),
     "models.early_exit": (("every", "with_exits"), "exits for a model that has none, and all of their logits"),

@@ -50,7 +50,7 @@ class DAC(Plugin):
         return [server.select(self._kept[client.profile.width]) for client in clients]
 
     def _search(self, server: Server, width: float) -> None:
-        """Removes units until the submodel is below the budget of `width`, then trains on without gates (spec dac 1 iii)."""
+        """Removes units until the submodel is below the budget of `width`, then trains on without gates (spec dac 1 ii)."""
         larger = min((w for w in self._kept if w > width), default=None)
         kept: Units = server.widths.select(torch.arange) if larger is None else self._kept[larger]
         state = server.state if larger is None else self._states[larger]

@@ -27,7 +27,6 @@ from hetfl import (
     hookimpl,
     prefix,
 )
-from hetfl.data.dataset import Examples
 from hetfl.training.local import descend, kl_divergence
 from hetfl.training.tuning import rows_of
 
@@ -102,7 +101,8 @@ class Consensus(Plugin):
 
     def _draw_rows(self, server: Server, round: int) -> Tensor:
         """The public examples (row numbers) that all clients score in this round."""
-        return draw_stratified(server.public.tune, self.align, server.stream("align", round))
+        public = server.public.tune
+        return draw_stratified(public.y[public.index], self.align, server.stream("align", round))
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -169,9 +169,11 @@ def average_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = N
     return (torch.nan_to_num(stack) * c).sum(0) / (there * c).sum(0).clamp(min=torch.finfo(c.dtype).tiny)
 
 
-def draw_stratified(public: Examples, number: int, generator: torch.Generator) -> Tensor:
-    """At most `number` positions within `public`, of every class its share, ascending."""
-    y = public.y[public.index]
+def draw_stratified(y: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """At most `number` positions within the labels y (N,), of every class its share, ascending.
+
+    Example: 8 of 30 labels 0 and 10 labels 1 are 6 of the former and 2 of the latter.
+    """
     if number >= len(y):
         return torch.arange(len(y))
     order = torch.randperm(len(y), generator=generator)

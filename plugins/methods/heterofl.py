@@ -81,12 +81,12 @@ def scale_activations(model: nn.Module, s: float) -> Generator[None, None, None]
 def put_held_rows(server: Server, returned: ReceivedReply) -> Update:
     """The reply put back, the head's rows only for the classes that the client holds (spec 2.5)."""
     labels, patches = returned.reply.extras["labels"], dict(returned.plan.put(returned.reply.state))
-    for name in set(head_tensors(server)) & set(patches):
+    for name in set(find_head(server)) & set(patches):
         patches[name] = patches[name].rows(labels)
     return Update(returned.client.id, patches, float(returned.reply.examples), returned.reply.extras)
 
 
-def head_tensors(server: Server) -> list[str]:
+def find_head(server: Server) -> list[str]:
     """The tensors whose rows are the classes: the last weight with as many rows as there are classes, and its bias."""
     weights = [name for name, t in server.state.items() if name.endswith("weight") and t.shape[:1] == (server.classes,)]
     last = weights[-1:]

@@ -90,14 +90,14 @@ def split_budget(budget: float, exits: int, cost: Callable[[int, float], float],
     """
     if budget >= 1:
         return exits, 1.0
-    splits = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [widest_within(partial(cost, h), budget)]]
+    splits = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [find_widest(partial(cost, h), budget)]]
     feasible = [f for f in splits if abs(f[2] / budget - 1) <= eps]
     if feasible:
         return min(feasible, key=lambda f: abs(f[0] / exits - f[1]))[:2]
     return min(splits, key=lambda f: (f[2] > budget, abs(f[2] - budget)))[:2]
 
 
-def widest_within(cost: Callable[[float], float], budget: float) -> float:
+def find_widest(cost: Callable[[float], float], budget: float) -> float:
     """The largest width in (0, 1] at or below the budget, to 1/128; by halving, for cost grows with width."""
     low, high = 0.0, 1.0
     if cost(1.0) <= budget:

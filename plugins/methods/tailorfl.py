@@ -46,7 +46,7 @@ Lists = dict[str, Tensor]  # for each group the kept filters, ascending
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Selection):
+class ScaledSelection(Selection):
     """A selection whose weights (not biases, not norms) travel divided by the client's ratio p."""
 
     p: float = 1.0
@@ -90,7 +90,7 @@ class TailorFL(Plugin):
             own = self._importance[client.id]
             lists = {g.name: strongest(own[g.name] ** 2, filter_count(g.size, p)) for g in server.widths.groups}
             self._lists[client.id] = lists = self._rank_shared(server, lists, strength)
-        return Scaled(server.widths, lists, p=p)
+        return ScaledSelection(server.widths, lists, p=p)
 
     def _rank_shared(self, server: Server, lists: Lists, strength: Mapping[str, Tensor]) -> Lists:
         """`lists` with the shared groups ranked anew by the global model."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from hetfl import Patch, Selection, State
 from hetfl.plugins.methods.fedconv.fast import fast_form
 from hetfl.plugins.methods.fedconv.filters import Filters, Weights, mlr, residual_of, weight_norm
-from hetfl.plugins.methods.fedconv.tiling import Block, join_blocks, large_images
+from hetfl.plugins.methods.fedconv.tiling import Block, cut_large_images, join_blocks
 
 Form = Callable[[Sequence[Weights]], list[Tensor]]  # from the weights of all blocks to their small images, before the MLR
 
@@ -53,7 +53,7 @@ class Compressor:
         form: Callable[[Sequence[Block], Sequence[Tensor], Sequence[float]], Form] = fast_form,
     ) -> None:  # fmt: skip
         self.filters, self.state, self.times = filters, state, times
-        images = [large_images(b, state[b.name]) for b in filters.blocks]
+        images = [cut_large_images(b, state[b.name]) for b in filters.blocks]
         self.form = form(filters.blocks, images, [residual_of(b, residual) for b in filters.blocks])
 
     def __call__(self) -> State:
@@ -67,7 +67,7 @@ class Compressor:
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class CompressedPlan:
     """The plan of a size class: its filters applied to the global state; updates belong to the leading channels."""
 
     selection: Selection

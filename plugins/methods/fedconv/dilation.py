@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hetfl import State
 from hetfl.plugins.methods.fedconv.filters import Filters, mlr, residual_of, weight_norm
-from hetfl.plugins.methods.fedconv.tiling import Block, place_block, small_images
+from hetfl.plugins.methods.fedconv.tiling import Block, cut_small_images, place_block
 
 
 def dilate(filters: Filters, small: State, like: State, times: int = 0, residual: str = "all", flat: Tensor | None = None) -> State:
@@ -22,7 +22,7 @@ def dilate(filters: Filters, small: State, like: State, times: int = 0, residual
     """
     grown: State = {}
     for block, (p, q, g, v) in zip(filters.blocks, filters.split(filters.flat if flat is None else flat), strict=True):
-        x = small_images(block, small[block.name], filters.selection)
+        x = cut_small_images(block, small[block.name], filters.selection)
         x = (residual_of(block, residual) + p)[:, None, None] * x + q[:, None, None]
         y = mlr(correlate_transposed(x, weight_norm(g, v), block), times)
         grown[block.name] = place_block(block, y, grown.get(block.name), like[block.name])

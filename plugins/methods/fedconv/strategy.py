@@ -13,12 +13,12 @@ import torch
 from pydantic import PrivateAttr
 
 from hetfl import Client, Patch, Plan, ReceivedReply, Selection, Server, State, Update, hookimpl, prefix
-from hetfl.plugins.methods.fedconv.compression import Compressed
+from hetfl.plugins.methods.fedconv.compression import CompressedPlan
 from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
 from hetfl.plugins.methods.fedconv.filters import Filters
 from hetfl.plugins.methods.fedconv.options import FedConvOptions
 from hetfl.plugins.methods.fedconv.tiling import tile_parameters
-from hetfl.plugins.methods.fedconv.tuning import Goals, Upload, global_goals, group_uploads, train_compressor, train_dilators
+from hetfl.plugins.methods.fedconv.tuning import Goals, Upload, group_uploads, make_global_goals, train_compressor, train_dilators
 
 
 class FedConv(FedConvOptions):
@@ -32,7 +32,7 @@ class FedConv(FedConvOptions):
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
         """Tunes the filters of every size class of the round, the classes side by side (spec 2.5)."""
         widths = sorted({c.profile.width for c in clients}, reverse=True)
-        goals = global_goals(self, server) if self.count_compressor_steps(server, round) and min(widths) < 1 else None
+        goals = make_global_goals(self, server) if self.count_compressor_steps(server, round) and min(widths) < 1 else None
         plans = server.pool.map(lambda width: self._plan(server, width, goals, round), widths)
         by_width = dict(zip(widths, plans, strict=True))
         return [by_width[c.profile.width] for c in clients]
@@ -47,7 +47,7 @@ class FedConv(FedConvOptions):
         self._compressors[level] = filters
         if goals is not None:
             train_compressor(self, server, filters, goals, level, round)
-        return Compressed(selection, filters.copy(), self.mlr, self.residual)
+        return CompressedPlan(selection, filters.copy(), self.mlr, self.residual)
 
     def _make_filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
         """Filters of every parameter of the model at their start, or as a checkpoint had them."""
@@ -80,7 +80,7 @@ class FedConv(FedConvOptions):
     def _upload(self, server: Server, returned: ReceivedReply, trained: State) -> Upload | None:
         """A reply with its client's dilator, a new one where it has none or its capacity has changed; None: nothing to dilate."""
         plan, client = returned.plan, returned.client.id
-        if not (isinstance(plan, Compressed) and returned.reply.state):
+        if not (isinstance(plan, CompressedPlan) and returned.reply.state):
             return None
         dilator = self._dilators.get(client)
         if dilator is None or dilator.selection.sizes != plan.selection.sizes:
@@ -92,7 +92,7 @@ class FedConv(FedConvOptions):
         """A reply in global coordinates: dilated; placed where its dilator is still the start, or where nothing was compressed."""
         reply, plan = returned.reply, returned.plan
         patches: Mapping[str, Patch] = plan.put(trained)
-        if upload is not None and isinstance(plan, Compressed):
+        if upload is not None and isinstance(plan, CompressedPlan):
             if upload.dilator.active:
                 patches = {**patches, **self._dilate(server.state, upload)}
             elif self.dilate == "update" and plan.filters.active:

@@ -68,7 +68,7 @@ def tile_parameters(selection: Selection, like: State, parameters: Sequence[str]
 
 def tile_tensor(selection: Selection, name: str, tensor: Tensor) -> list[Block]:
     """The blocks of one tensor; none for one that is cut along a third dim, which is only sliced."""
-    axes, index = selection.widths.axes.get(name, {}), selection.index.get(name, {})
+    axes, index = selection.widths.axes.get(name, {}), dict(selection.index.get(name, {}))
     if max(axes, default=0) > 1:
         return []
     sides = [split_axis(axes.get(d), index.get(d), n) for d, n in enumerate(tensor.shape[:2])]
@@ -93,14 +93,14 @@ def split_axis(axis: Axis | None, index: Tensor | None, size: int) -> list[Part]
     return [Part(run, int(remains[run].sum())) for run in runs]
 
 
-def large_images(block: Block, large: Tensor) -> Tensor:
+def cut_large_images(block: Block, large: Tensor) -> Tensor:
     """The block of a global tensor as images (taps, rows, columns)."""
     return to_images(large, block.rows.positions, block.columns.positions)
 
 
-def small_images(block: Block, small: Tensor, selection: Selection) -> Tensor:
+def cut_small_images(block: Block, small: Tensor, selection: Selection) -> Tensor:
     """The block of a client's tensor as images (taps, remaining rows, remaining columns)."""
-    index = selection.index.get(block.name, {})
+    index = dict(selection.index.get(block.name, {}))
 
     def locate(part: Part, dim: int) -> Tensor:
         """Where the remaining positions of a part lie in the client's tensor."""

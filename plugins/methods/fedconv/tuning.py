@@ -21,7 +21,7 @@ TOGETHER = 16  # dilators that are trained as one batch
 Goals = tuple[Tensor, Tensor]  # for the tune and the hold-out examples: logits (N, classes), or labels (N,)
 
 
-def global_goals(options: FedConvOptions, server: Server) -> Goals:
+def make_global_goals(options: FedConvOptions, server: Server) -> Goals:
     """What submodels are to answer: as the global model does, or the labels."""
     x, y = (torch.cat(parts) for parts in zip(server.public.tune.all(), server.public.holdout.all(), strict=True))
     if options.objective == "distill":
@@ -88,18 +88,18 @@ def train_dilators(options: FedConvOptions, server: Server, uploads: Sequence[Up
     flat = torch.stack([u.dilator.flat.detach() for u in uploads]).requires_grad_()
     each = [u.change for u in uploads]
     changes = {name: torch.stack([change[name] for change in each]) for name in each[0]}
-    goals = [client_goals(options, server, u) for u in uploads]
+    goals = [make_client_goals(options, server, u) for u in uploads]
     goal, held_goal = (torch.stack(parts) for parts in zip(*goals, strict=True))
     (x, _), (held_x, _) = server.public.tune.all(), server.public.holdout.all()
     model, dilator = server.builder.module().eval(), uploads[0].dilator
 
     def loss_of_one(weights: Tensor, change: State, x: Tensor, goal: Tensor) -> Tensor:
-        large = dilated_model(options, server.state, dilator, change, weights)
+        large = dilate_model(options, server.state, dilator, change, weights)
         return options.loss(torch.func.functional_call(model, large, (x,)), goal)
 
     def losses(x: Tensor, goal: Tensor) -> Tensor:
         if len(uploads) == 1:
-            large = dilated_model(options, server.state, dilator, {n: t[0] for n, t in changes.items()}, flat[0])
+            large = dilate_model(options, server.state, dilator, {n: t[0] for n, t in changes.items()}, flat[0])
             return options.loss(server.logits(large, x[0]), goal[0])[None]
         return torch.func.vmap(loss_of_one)(flat, changes, x, goal)
 
@@ -114,7 +114,7 @@ def train_dilators(options: FedConvOptions, server: Server, uploads: Sequence[Up
         upload.dilator.active = upload.dilator.active or result.step > 0
 
 
-def client_goals(options: FedConvOptions, server: Server, upload: Upload) -> Goals:
+def make_client_goals(options: FedConvOptions, server: Server, upload: Upload) -> Goals:
     """What a dilated model is to answer: as the client's own small model does, or the labels."""
     (x, y), (held_x, held_y) = server.public.tune.all(), server.public.holdout.all()
     if options.objective == "ce":
@@ -123,7 +123,7 @@ def client_goals(options: FedConvOptions, server: Server, upload: Upload) -> Goa
     return server.answers(upload.trained, x, sizes), server.answers(upload.trained, held_x, sizes)
 
 
-def dilated_model(options: FedConvOptions, state: State, dilator: Filters, change: Mapping[str, Tensor], flat: Tensor) -> State:
+def dilate_model(options: FedConvOptions, state: State, dilator: Filters, change: Mapping[str, Tensor], flat: Tensor) -> State:
     """The dilated model of one client under the filters' weights `flat`: its dilated weights, or the global model `state` plus its
     dilated update U over the coverage M (at least 1)."""
     if options.dilate == "weights":
