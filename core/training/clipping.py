@@ -23,8 +23,7 @@ def clip_factors(tensors: Sequence[Tensor], most: float, slack: float = 0.0) -> 
 def clip_gradients(parameters: Iterable[Tensor], most: float, *, stacked: bool = False) -> None:
     """Scales the gradient of `parameters` IN PLACE to a norm of at most `most`, by torch's clip_grad_norm_.
 
-    `stacked`: the parameters are those of several clients (clients, *shape), and each client's gradient is scaled by itself, to the
-    same bits.
+    `stacked`: the parameters are those of several clients (clients, *shape), and each client's gradient is scaled by itself.
     """
     if not stacked:
         nn.utils.clip_grad_norm_(parameters, most)
