@@ -86,7 +86,7 @@ class PresetPlugin(Plugin):
     """Base of a plugin with presets: the option `preset` names the values that its other options start from.
 
     `PRESETS`: option values by preset name; `default` has none. `DEVIATES`: where the default is not what the paper or its code
-    does, as rows (piece, default, paper or code, why), which `hfl explain` shows.
+    does, as rows (piece, default, paper or code, why), which `hfl show` prints.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}

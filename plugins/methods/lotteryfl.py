@@ -66,7 +66,7 @@ class LotteryFL(Plugin):
 
     @hookimpl
     def client_extras(self, client: Client, round: int) -> State:
-        """The budget; a client that is met late also gets the first model, to which it will rewind."""
+        """The budget; a client that first takes part after round 1 also gets the first model, to which it will rewind."""
         late = not client.last_round and round > 1
         return {"budget": torch.tensor(client.profile.parameters), **({"first": to_vector(self._first)} if late else {})}
 
