@@ -1,0 +1,84 @@
+"""Bad input is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.cli import QUICK, hfl
+from hetfl.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--extract", "fedconvv"], "unknown extract plugin 'fedconvv'; did you mean 'fedconv'?"),
+        (["--aggregate", "overlapp"], "did you mean 'overlap'?"),
+        (["--set", "heterofl.scalar=true"], "unknown option 'heterofl.scalar'; did you mean 'scaler'?"),
+        (["--set", "fedrolex.step=2"], "no chosen plugin is named 'fedrolex'"),
+        (["--set", "scaler"], "--set takes name=value"),
+        (["--dataset", "mnists"], "mnist"),
+        (["--model", "cnnn"], "did you mean 'cnn'?"),
+        (["--model", "no_such_module:f"], "cannot be imported"),
+        (["--levels", "1:2,1.5:3"], "outside (0, 1]"),
+        (["--levels", "1:2,zero:3"], "'zero' is no ratio, such as"),
+        (["--alpha", "-1"], "--alpha"),
+        (["--rounds", "x"], "--rounds"),
+        (["--partition", "dirichlett"], "--partition"),
+        (["--clients", "5000"], "5000"),
+        (["--roundz", "3"], "--roundz"),
+        (["--extract", "fedconv", "--server-data", "0"], "needs public data"),
+        (["--model-args", "widhts=[3]"], "did you mean 'widths'?"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(words, said, tmp_path, capsys):
+    out = tmp_path / "o"
+    code, _, err = hfl(capsys, "run", *QUICK, *words, "--out", out)
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "held_out_nets:NoWidth"], "no width of this model can be cut"),
+        (["--model", "held_out_nets:thousand"], "logits of shape (2, 10) are needed"),
+        (["--model", "held_out_nets:coloured"], "expected input[2, 1, 8, 8] to have 3 channels, but got 1 channels instead"),
+        (["--dataset", "harbox"], "data set 'harbox' cannot be downloaded: give its folder"),
+        (["--norm-policy", "frozen"], "--norm-policy: should be 'auto', 'aggregate', 'local', 'static'"),
+        (["--mean", "1,2"], "--mean has 2 values, but the inputs have 1 channels"),
+        (["--partition", "quantity", "--clients", "150"], "are too few for 150 clients of at least 2: lower --clients"),
+    ],
+)
+def test_models_and_data_that_do_not_fit_are_refused(nets, capsys, tmp_path, words, sentence):
+    code, _, error = hfl(capsys, "run", *QUICK, "--out", tmp_path / "a", *words)
+    assert code == 2
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["export", "flower", "APP", "--extract", "fedcnv"], "did you mean 'fedconv'"),
+        (["export", "flower", "APP", "--client-mod", "localdp"], "did you mean 'LocalDpMod'"),
+        (["federate", "--nodes", "3", "--clients", "5"], "every node is a client"),
+        (["run", "--engine", "flower"], "hfl federate"),
+    ],
+)
+def test_what_cannot_be_taken_elsewhere_is_said(tmp_path, capsys, given, said):
+    given = [str(tmp_path / "app") if word == "APP" else word for word in given]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, *([] if given[0] == "export" else ["--out", str(tmp_path / "out")]), "--limit", "60"])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_more_replies_than_clients_cannot_be_asked_for(capsys, tmp_path):
+    from hetfl.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", str(tmp_path / "a")])
+    assert ended.value.code == 2
+    assert "--min-clients 5 is more than the 4 clients of a round" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""What is shown and listed: runs, plugins, presets, models, machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers.cli import hfl
+
+
+def test_show_prints_the_summary_again(finished, capsys):
+    code, out, _ = hfl(capsys, "show", finished)
+    assert code == 0
+    assert "heterofl x overlap on digits" in out
+    assert "global@test" in out
+    assert "control@test" in out
+
+
+def test_list_and_show_plugins(capsys):
+    code, out, _ = hfl(capsys, "list-plugins")
+    assert code == 0
+    for name in ("fedconv", "heterofl", "fedrolex", "full", "fedavg", "overlap", "kld", "levels"):
+        assert name in out
+    code, out, _ = hfl(capsys, "show", "fedconv")
+    assert code == 0
+    assert "fedconv.temperature" in out
+
+
+def test_listing_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom hetfl.cli.main import main\n"
+        "try:\n    main(['list-plugins'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'flwr', 'datasets', 'flwr_datasets', 'numpy', 'hetfl.plugins.fedconv'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_presets_are_listed_and_shown(capsys):
+    code, out, _ = hfl(capsys, "presets")
+    assert code == 0
+    assert "heterofl/cifar10-iid-a-e" in out
+    code, out, _ = hfl(capsys, "presets", "fiarse/cifar10-four")
+    assert 'extract = "fiarse"' in out
+    assert "unlike the paper" in out
+    assert hfl(capsys, "presets", "fiarse/cifar10-fuor")[0] == 2
+
+
+def test_profile_says_what_this_machine_affords(capsys):
+    code, out, _ = hfl(capsys, "profile", "mlp", "--dataset", "digits", "--levels", "1,0.5", "--steps", "10")
+    assert code == 0
+    assert "this machine affords width 1" in out
+    code, out, _ = hfl(capsys, "profile", "mlp", "--dataset", "digits", "--levels", "1,0.5", "--deadline", "0")
+    assert "affords no width of it; beyond that binds deadline" in out
+    code, _, err = hfl(capsys, "profile", "mpl", "--dataset", "digits")
+    assert code == 2
+    assert "did you mean 'mlp'?" in err
+
+
+def test_inspect_shows_groups_frozen_and_what_levels_cost(capsys):
+    code, out, _ = hfl(capsys, "inspect", "cnn", "--dataset", "mnist", "--levels", "1,0.5,0.25,0.125,0.0625")
+    assert code == 0
+    for shown in ("cnn for 1x28x28, 10 classes: 4 width groups", "1,556,874", "391,370", "98,922", "25,274", "6,594", "6.24 MB"):
+        assert shown in out
+    assert "17.bias the model's output" in out
+
+
+def test_inspect_builds_for_text_and_for_given_shapes(capsys):
+    code, out, _ = hfl(capsys, "inspect", "encoder", "--model-args", "width=32", "--model-args", "layers=1", "--levels", "0.5")
+    assert code == 0
+    assert "encoder for 8192 token ids, 4 classes" in out
+    code, out, _ = hfl(capsys, "inspect", "lstm", "--input", "1x20x3", "--classes", "7")
+    assert code == 0
+    assert "lstm for 1x20x3, 7 classes: 1 width groups" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["resnt18"], "unknown model 'resnt18'; did you mean 'resnet18'?"),
+        (["cnn", "--levels", "1,2"], "--levels takes width ratios in (0, 1] such as 1,0.5,0.25, not '1,2'"),
+        (["cnn", "--input", "3xa"], "--input takes the shape of one example such as 3x32x32 or 128, not '3xa'"),
+        (["cnn", "--heads", "hole"], "--heads: should be 'width' or 'whole' (got 'hole')"),
+        (
+            ["cnn", "--model-args", "depth=3"],
+            "unknown model argument 'depth'; did you mean 'widths'? (known: classes, channels, widths)",
+        ),
+        (
+            ["encoder", "--dataset", "mnist"],
+            "model 'encoder' needs 'vocab', so it takes text, but the inputs are arrays of 1x28x28: choose",
+        ),
+        (
+            ["cnn", "--dataset", "ag_news"],
+            "model 'cnn' needs 'channels', so it takes pictures or arrays, but the inputs are text: choose",
+        ),
+        (["held_out_nets:Two"], "the model's forward needs 2 inputs (x, lengths) but gets only the examples: wrap it in a module"),
+        (["held_out_nets:coloured", "--dataset", "digits"], "the model does not run on inputs of shape (2, 1, 8, 8)"),
+        (["nothing.here:Net"], "model module 'nothing.here' cannot be imported"),
+        (["held_out_nets:Tow"], "module 'held_out_nets' has no factory 'Tow'; did you mean 'Two'?"),
+    ],
+)
+def test_inspect_refuses_in_one_sentence(nets, capsys, words, sentence):
+    code, _, error = hfl(capsys, "inspect", *words)
+    assert code == 2
+    assert sentence in error
+    assert "Traceback" not in error

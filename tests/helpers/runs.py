@@ -1,0 +1,85 @@
+"""Whole runs in a folder, and runs made ready round by round."""
+
+from __future__ import annotations
+
+from safetensors.torch import load
+
+from hetfl import registry
+from hetfl.config import resolve
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.experiment import prepare
+from hetfl.runs.folder import RunFolder
+
+EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract"]
+
+
+AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate"]
+
+
+SMALL = {"limit": 300, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "partition": "iid"}
+
+
+def run(out, **values):
+    """The final weights and the summary of a run."""
+    folder = RunFolder(out).open()
+    summary = runner.run(resolve({**SMALL, **values}), folder, NoCallback())
+    return load((out / "weights.safetensors").read_bytes()), summary
+
+
+def tuned(extract, aggregate, steps):
+    """A pair with as many server steps a round, where its parts take any."""
+    options = {
+        ("extract", "fedconv"): {"steps": steps, "first_steps": steps},
+        ("extract", "serveralone"): {"epochs": 1},
+        ("extract", "dac"): {"epochs": 1, "stall": 0.3},
+        ("extract", "lotteryfl"): {"threshold": 0.0},
+        ("extract", "hermes"): {"threshold": 0.0},
+        ("extract", "tailorfl"): {"steps": 2},
+        ("aggregate", "kld"): {"steps": steps},
+        ("aggregate", "fedmd"): {"public_epochs": 1, "distill_steps": 0},
+    }
+    chosen = {
+        role: {name: options[role, name]}
+        for role, name in (("extract", extract), ("aggregate", aggregate))
+        if (role, name) in options
+    }
+    return {"extract": extract, "aggregate": aggregate, "set": chosen}
+
+
+TINY = {
+    "limit": 120,
+    "pretrain_steps": 60,
+    "clients": 3,
+    "batch_size": 64,
+    "rounds": 3,
+    "model": "mlp",
+    "model_args": {"hidden": [8, 6]},
+    "levels": "1,0.5,0.5",
+}
+
+
+NORMED = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}, "rounds": 1}
+
+
+FOUR_CLIENTS = {
+    "limit": 200, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False,
+    "cohorts": "off", "workers": 2,
+}  # fmt: skip
+
+
+THREE_NODES = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "cohorts": "off"}
+
+
+STOPPABLE = {
+    "limit": 200, "clients": 4, "rounds": 4, "epochs": 1, "pretrain_steps": 20, "levels": "1:2,0.5:2", "fraction": 0.75,
+    "workers": 2,
+}  # fmt: skip
+
+
+def ready(steps=2, **values):
+    base = {"limit": 200, "clients": 4, "rounds": 3, "epochs": 1, "pretrain_steps": 5, "levels": "1:2,0.5:2", "control": False}
+    made = prepare(resolve({**base, **values}), NoCallback())
+    for round in range(1, steps + 1):
+        made.rounds.step(round, made.grid)
+    return made

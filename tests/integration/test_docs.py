@@ -1,0 +1,84 @@
+"""The docs say what the code is: signatures, generated pages, quoted files, links."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+
+import pytest
+
+from helpers.paths import DOCS, ROOT
+from hetfl import registry
+from hetfl.hooks import hookspecs
+from hetfl.hooks.base import HOOKS
+from hetfl.models.zoo import ZOO
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_its_heading(name):
+    signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
+    assert f"## `{name}{signature}`" in (DOCS / "hooks.md").read_text().splitlines()
+
+
+def test_strategies_page_is_generated():
+    assert runpy.run_path(str(DOCS / "strategies.py"))["text"]() == (DOCS / "strategies.md").read_text()
+
+
+def test_data_page_is_generated():
+    assert runpy.run_path(str(DOCS / "datasets.py"))["text"]() == (DOCS / "data.md").read_text()
+
+
+def test_presets_page_is_generated():
+    assert runpy.run_path(str(DOCS / "presets.py"))["text"]() == (DOCS / "presets.md").read_text()
+
+
+def test_every_model_of_the_zoo_has_its_row():
+    page = (DOCS / "models.md").read_text()
+    assert all(f"| `{name}` |" in page for name in ZOO)
+
+
+@pytest.mark.parametrize("entry", registry.builtins(), ids=lambda e: f"{e.role}.{e.name}")
+def test_every_plugin_has_its_page_and_stands_in_the_readme(entry):
+    assert f"`{entry.name}`" in (ROOT / "README.md").read_text()
+    if entry.role in ("extract", "aggregate") and entry.name not in ("fedavg", "overlap"):
+        assert f"| [`{entry.name}`](strategies/" in (DOCS / "strategies.md").read_text()
+
+
+def test_deviations_stand_in_the_docs():
+    from hetfl.plugins.aggregations.kld import KLD
+    from hetfl.plugins.methods.fedconv.strategy import FedConv
+
+    page = (DOCS / "strategies" / "fedconv.md").read_text()
+    for row in (*FedConv.DEVIATES, *KLD.DEVIATES):
+        assert "| " + " | ".join(row) + " |" in page
+
+
+def test_the_tutorial_quotes_the_example():
+    text = (DOCS / "tutorial.md").read_text()
+    for name in ("hetfl_example.py", "pyproject.toml"):
+        assert (DOCS / "example-plugin" / name).read_text() in text
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readmes_plugin_selects():
+    """The plugin that README shows does what it says."""
+    from types import SimpleNamespace
+
+    from hetfl.rng import stream
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    space: dict = {}
+    exec(compile(code, "README.md", "exec"), space)
+    server = SimpleNamespace(stream=lambda *a: stream(0, *a), select=lambda choose: choose(8))
+    clients = [SimpleNamespace(id=i, profile=SimpleNamespace(width=0.5)) for i in (0, 1)]
+    a, b = space["Random"]().extract(server, clients, 1)
+    assert len(a) == len(b) == 4
+    assert a.tolist() != b.tolist()
+    a, b = space["Random"](shared=True).extract(server, clients, 1)
+    assert a.tolist() == b.tolist()

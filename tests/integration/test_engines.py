@@ -1,0 +1,72 @@
+"""One strategy on every engine: results do not depend on where clients run."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.runs import FOUR_CLIENTS
+from helpers.states import same
+from hetfl.config import resolve
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.experiment import prepare
+from hetfl.runs.folder import RunFolder
+
+
+def ran(engine, **values):
+    made = prepare(resolve({**FOUR_CLIENTS, **values, "engine": engine}), NoCallback())
+    try:
+        made.rounds.start(made.grid)
+    finally:
+        made.close()
+    metrics = [{k: v for k, v in row.items() if "@" in k or "bytes" in k} for row in made.rounds.rows]
+    return made.server.state, metrics, made.rounds.client_rows
+
+
+def alike(**values):
+    (state, metrics, clients), (state2, metrics2, clients2) = ran("local", **values), ran("processes", **values)
+    assert all("fault" not in row for row in clients + clients2), [row.get("traceback") for row in clients2]
+    assert same(state, state2)
+    assert metrics == metrics2
+
+
+def test_processes_give_the_bits_of_threads():
+    alike(extract="fiarse", aggregate="hermes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"extract": "fedconv", "aggregate": "kld"},
+        {"extract": "hermes"},
+        {"extract": "lgfedavg"},
+        {"extract": "heterofl", "norm_policy": "local", "model": "cnn", "model_args": {"widths": [8, 16]}},
+    ],
+)
+def test_every_kind_of_strategy_gives_the_same_in_processes(values):
+    alike(**values)
+
+
+def folder_of(stops, path, engine, rounds=None, **values):
+    options = resolve({**FOUR_CLIENTS, "rounds": 3, **values, "engine": engine})
+    runner.run(options, RunFolder(path).open(), stops.Stopping(rounds))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@pytest.mark.parametrize(
+    "values",
+    [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "fiarse", "aggregate": "overlap"}, {"extract": "hermes"}],
+    ids=lambda v: v["extract"],
+)
+def test_flowers_simulation_gives_the_bits_of_the_local_engine(tmp_path, stops, values):
+    """Structured, masked and personal strategies, and a run that goes on with the memory on the clients' disks."""
+    here, there = folder_of(stops, tmp_path / "local", "local", **values), folder_of(stops, tmp_path / "ray", "ray", **values)
+    assert stops.equal(here, there)
+    if values["extract"] == "hermes":
+        with pytest.raises(stops.Stopped):
+            folder_of(stops, tmp_path / "part", "ray", rounds=1, **values)
+        stops.go_on(tmp_path / "part")
+        assert stops.equal(here, tmp_path / "part")

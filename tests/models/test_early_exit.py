@@ -1,0 +1,45 @@
+"""Models with exits."""
+
+from __future__ import annotations
+
+import torch
+
+from hetfl.models.early_exit import every, with_exits
+from hetfl.models.state import tensors
+from hetfl.models.zoo import FedConvCNN
+from hetfl.submodel.plan import Selection, grow, prefix
+from hetfl.submodel.slicing import build
+from hetfl.submodel.tracing.groups import trace
+
+
+def test_exits_of_a_model_end_where_they_should():
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, 8, 8)
+    model = with_exits(FedConvCNN(10, 1, 8), x, 10, 4, 1).eval()
+    assert model.depth == len(model.points) + 1 >= 3
+    with every(model):
+        widths, logits = trace(model, x), model(x).chunk(model.depth, 1)
+    assert torch.equal(logits[-1], model(x))
+    for depth in range(1, model.depth + 1):
+        small = model.at_depth(depth).eval()
+        assert torch.equal(small(x), logits[depth - 1])
+        assert set(small.state_dict()) == model.names(depth) <= set(model.state_dict())
+        plan = Selection(widths, widths.select(prefix(0.5)), names=model.names(depth), depth=depth)
+        narrow = build(widths, small, plan.kept)
+        taken = plan.take(tensors(model))
+        assert {n: t.shape for n, t in tensors(narrow).items()} == {n: t.shape for n, t in taken.items()}
+        full, cover = grow(plan.put(taken), {n: t + 1 for n, t in tensors(model).items()})
+        assert all(torch.equal(full[n], torch.where(cover[n] > 0, t, t + 1)) for n, t in tensors(model).items())
+    assert len(model.names(1)) < len(model.names(2)) < len(model.names(model.depth))
+
+
+def test_a_model_may_bring_its_own_exits(simulate, monkeypatch):
+    from hetfl.models import zoo as models
+    from hetfl.models.early_exit import with_exits
+
+    def net(classes, channels, size):
+        return with_exits(models.FedConvCNN(classes, channels, size), torch.randn(2, channels, size, size), classes, 2, 0)
+
+    monkeypatch.setitem(models.ZOO, "exitnet", net)
+    made = simulate(extract="scalefl", aggregate="overlap", model="exitnet", model_args={})
+    assert made.server.builder.model.depth == 2

@@ -1,0 +1,71 @@
+"""FedConv's rounds: rates, presets, tuning of filters and dilators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.runs import run
+from helpers.states import same
+from hetfl.config import resolve
+from hetfl.plugins.aggregations.kld import KLD
+from hetfl.plugins.methods.fedconv.options import halve_rate
+from hetfl.plugins.methods.fedconv.strategy import FedConv
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs.experiment import prepare
+
+
+def test_learning_rate_by_round():
+    """spec fedconv 6.7"""
+    rounds = (1, 24, 25, 49, 50, 75, 100)
+    assert [halve_rate(1e-3, r, 25) for r in rounds] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5]
+
+
+def test_presets_fill_what_is_not_given():
+    assert FedConv(preset="reference").mlr == 2
+    assert FedConv(preset="reference", mlr=0).mlr == 0
+    assert KLD(preset="paper").form == "weights"
+    assert KLD().shape == "channel"
+
+
+@pytest.mark.parametrize(("objective", "dilate"), [("distill", "update"), ("ce", "weights")])
+def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objective, dilate):
+    """Early stopping included: what one client's tuning comes to does not depend on who is beside it."""
+    from hetfl.plugins.methods.fedconv import tuning as fedconv
+
+    tuning = {"steps": 2, "first_steps": 2, "start": "random", "dilator_steps": 40, "patience": 1, "dilator_lr": 0.01}
+    options = resolve({
+        "dataset": "digits", "limit": 300, "clients": 4, "rounds": 1, "pretrain_steps": 5, "levels": "0.5:1", "control": False,
+        "lr": 0.3, "aggregate": "overlap", "set": {"fedconv": {"objective": objective, "dilate": dilate, **tuning}},
+    })  # fmt: skip
+    found = []
+    for most in (1, 16):
+        monkeypatch.setattr(fedconv, "TOGETHER", most)
+        made = prepare(options, NoCallback())
+        made.rounds.start(made.grid)
+        made.server.pool.close()
+        found.append((made.server.state, sorted(made.server.saved)))
+    (alone, spared), (together, spared_together) = found
+    assert spared == spared_together
+    assert objective != "ce" or len({steps for steps, _ in spared}) > 1
+    x = made.federation.test.all()[0]
+    said = [made.server.answers(state, x).log_softmax(1) for state in (alone, together)]  # a shift of all logits is free
+    assert torch.allclose(*said, atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_literal_presets_run(tmp_path, preset):
+    options = {
+        "fedconv": {"preset": preset, "epochs": 1, "dilator_epochs": 1},
+        "kld": {"preset": preset, "epochs": 1},
+    }
+    weights, _ = run(tmp_path / "a", extract="fedconv", aggregate="kld", rounds=1, set=options)
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+
+
+def test_trained_dilators_run_and_differ(tmp_path):
+    options = {"fedconv": {"steps": 2, "first_steps": 2, "dilator_steps": 10}}
+    with_them, _ = run(tmp_path / "a", extract="fedconv", aggregate="overlap", rounds=1, set=options)
+    options["fedconv"]["dilator_steps"] = 0
+    without, _ = run(tmp_path / "b", extract="fedconv", aggregate="overlap", rounds=1, set=options)
+    assert not same(with_them, without)

@@ -1,0 +1,90 @@
+"""FedMD against its spec's oracles and properties."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.oracles import T, close
+from helpers.states import same
+from hetfl.errors import UsageError
+from hetfl.plugins.methods import fedmd
+from hetfl.submodel import encoding
+from hetfl.submodel.plan import OwnModel
+
+SCORES = [T([[2.0, 0], [0, 1]]), T([[0.0, 2], [1, 0]]), T([[1.0, 1], [2, 2]])]
+
+
+def test_fedmd_consensus():
+    """spec fedmd O1, O5"""
+    assert fedmd.average_scores(SCORES).tolist() == [[1, 1], [1, 1]]
+    assert fedmd.average_scores(SCORES, [0.5, 0.5, 0.0]).tolist() == [[1, 1], [0.5, 0.5]]
+    assert torch.equal(fedmd.average_scores(SCORES), fedmd.average_scores(SCORES[::-1]))
+    assert close(fedmd.average_scores([s + 3 for s in SCORES]), fedmd.average_scores(SCORES) + 3)
+    holes = [*SCORES, torch.full((2, 2), float("nan"))]
+    assert torch.equal(fedmd.average_scores(holes), fedmd.average_scores(SCORES))
+
+
+def test_fedmd_digest_loss():
+    """spec fedmd O2, O3"""
+    agreed = fedmd.average_scores(SCORES)
+    assert fedmd.LOSSES["mae"](SCORES[0], agreed).item() == 0.75
+    assert fedmd.LOSSES["mse"](SCORES[0], agreed).item() == 0.75
+    same = SCORES[0].clone().requires_grad_()
+    loss = fedmd.LOSSES["mae"](same, fedmd.average_scores([SCORES[0]] * 3))
+    loss.backward()
+    assert loss == 0
+    assert same.grad.eq(0).all()
+
+
+def test_fedmd_stratified():
+    public = SimpleNamespace(y=T([0] * 30 + [1] * 10), index=torch.arange(40))
+    rows = fedmd.draw_stratified(public.y, 8, torch.Generator().manual_seed(0))
+    assert len(rows) == 8 == len(rows.unique())
+    assert public.y[rows].bincount().tolist() == [6, 2]
+    assert fedmd.draw_stratified(public.y, 100, torch.Generator()).tolist() == list(range(40))
+
+
+def test_digest_steps_bring_clients_closer_to_the_consensus():
+    """spec fedmd properties: MSE on linear models with a small learning rate"""
+    torch.manual_seed(0)
+    clients, x = [nn.Linear(4, 3) for _ in range(3)], torch.randn(20, 4)
+    agreed = fedmd.average_scores([c(x).detach() for c in clients])
+    for client in clients:
+        before = fedmd.LOSSES["mse"](client(x), agreed).item()
+        optimizer = torch.optim.SGD(client.parameters(), 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            fedmd.LOSSES["mse"](client(x), agreed).backward()
+            optimizer.step()
+        assert fedmd.LOSSES["mse"](client(x), agreed).item() < before
+
+
+def test_fedmd_sends_scores_and_no_parameters(simulate):
+    """spec fedmd O4 and properties"""
+    made = simulate(extract="fedmd", aggregate="fedmd", set={"fedmd": {"public_epochs": 1}}, server_data=0.3)
+    rows, classes = len(made.server.public.tune), made.server.classes
+    array = encoding.payload_bytes({"scores": torch.zeros(rows, classes)})
+    assert array - encoding.payload_bytes({"scores": torch.zeros(0, classes)}) == rows * classes * 4
+    assert all(row["bytes up"] == array for row in made.rounds.client_rows)
+    assert encoding.payload_bytes({"s": torch.zeros(5000, 16)}) - encoding.payload_bytes({"s": torch.zeros(1, 16)}) == 4999 * 16 * 4
+    assert "personal@own" in made.rounds.rows[-1]
+
+
+def test_fedmd_of_foreign_architectures(simulate):
+    models = {"fedmd": {"models": {"0.5": "fedconv-cnn"}, "public_epochs": 1}}
+    options = {"extract": {"fedmd": {"models": {"0.5": "fedconv-cnn"}}}}
+    made = simulate(extract="fedmd", aggregate="fedmd", set=options)
+    assert isinstance(made.rounds._sent[1].plan, OwnModel)
+    clustered = simulate(extract="fedmd", aggregate="cluster", set=options)
+    branch = clustered.server.branches["level 0.5"]
+    assert any(name.startswith("fedconv-cnn:") for name in branch)
+    assert "personal@own" in clustered.rounds.rows[-1]
+    again = simulate(extract="fedmd", aggregate="cluster", set=options, workers=1)
+    assert same({n: p.values for n, p in branch.items()}, {n: p.values for n, p in again.server.branches["level 0.5"].items()})
+    with pytest.raises(UsageError, match="not applicable: the clients of 'fedmd' have architectures of their own"):
+        simulate(extract="fedmd", aggregate="overlap", set=options)
+    assert models

@@ -1,0 +1,79 @@
+"""ScaleFL against its spec's oracles and properties."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from helpers.oracles import T, close, over, update
+from helpers.states import same
+from hetfl.aggregation.mean import mean
+from hetfl.aggregation.updates import Updates
+from hetfl.models.early_exit import every
+from hetfl.plugins.methods import scalefl
+from hetfl.submodel.plan import prefix
+
+Z = (T([[1.0, 0]]), T([[2.0, 0]]))
+
+
+Y = T([0])
+
+
+def test_scale_loss():
+    """spec scalefl O1, O2"""
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "code"), 0.190967)
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "paper"), 0.096448)
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "code"), F.cross_entropy(Z[0], Y))
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "paper"), F.cross_entropy(Z[0], Y) / 2)
+
+
+def test_scale_teacher_gets_no_gradient_from_distillation():
+    """spec scalefl properties"""
+    grads = []
+    for detach in (True, False):
+        early, last = (z.clone().requires_grad_() for z in Z)
+        with_it = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.1, 3.0, "code", detach), last)[0]
+        early, last = (z.clone().requires_grad_() for z in Z)
+        without = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.0, 3.0, "code", detach), last)[0]
+        grads.append(torch.equal(with_it, without))
+    assert grads == [True, False]
+    same = (Z[0], Z[0].clone())
+    assert close(scalefl.exit_loss(same, Y, 0.5, 3.0, "code"), scalefl.exit_loss(same, Y, 0.0, 3.0, "code"))
+
+
+def test_scale_widths():
+    """spec scalefl O3: int(C s), where ours keeps the next whole unit (ceil), as every extraction here does"""
+    assert [int(c * 0.75 + 1e-9) for c in (16, 32, 64)] == [len(prefix(0.75)(c)) for c in (16, 32, 64)] == [12, 24, 48]
+    assert [len(prefix(0.7)(c)) for c in (16, 32, 64)] == [12, 23, 45]
+
+
+def test_scale_aggregation():
+    """spec scalefl O4, O5"""
+    a = update(1, [[1.0]], index={0: T([0]), 1: T([0])})
+    b = update(2, [[3.0, 4], [5, 6]])
+    assert mean(over([[9.0, 9], [9, 9]], a, b), [1.0, 1.0])["v"].tolist() == [[2, 4], [5, 6]]
+    assert mean(over([[9.0, 9], [9, 9]], a), [1.0])["v"].tolist() == [[1, 9], [9, 9]]
+    deep = Updates([a], {"v": torch.full((2, 2), 9.0), "exit3": T([4.0])})
+    assert mean(deep, [1.0])["exit3"].tolist() == [4]
+
+
+def test_scale_split():
+    """spec scalefl O6"""
+    cost = lambda h, s: h / 4 * s * s  # noqa: E731
+    assert scalefl.split_budget(1.0, 4, cost) == (4, 1.0)
+    depth, width = scalefl.split_budget(0.25, 4, cost)
+    assert abs(cost(depth, width) / 0.25 - 1) <= 0.1
+    others = [(h, (0.25 * 4 / h) ** 0.5) for h in (1, 2, 3, 4)]
+    assert abs(depth / 4 - width) <= min(abs(h / 4 - s) for h, s in others if s <= 1) + 0.02
+
+
+def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
+    """spec scalefl O5"""
+    made = simulate(extract="scalefl", aggregate="overlap", levels="0.5", model="fedconv-cnn", model_args={})
+    depth = made.rounds._sent[0].plan.depth
+    deeper = set(made.server.state) - made.server.builder.model.names(depth)
+    assert deeper
+    assert all(torch.equal(made.server.state[n], made.rounds.first[n]) for n in deeper)
+    assert not same(made.server.state, made.rounds.first)
+    with every(made.server.builder.module()):
+        pass

@@ -1,0 +1,76 @@
+"""TailorFL against its spec's oracles and properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.elastic import STATE, WIDTHS
+from helpers.oracles import T, close, merged, over, server_with, update
+from helpers.states import same
+from hetfl.plugins.methods import tailorfl
+from hetfl.submodel.plan import Selection, grow
+
+
+def test_tailor_ratio():
+    """spec tailorfl O1: capacity is the width squared"""
+    found = [tailorfl.ratio(capacity**0.5, 1 / 16) for capacity in (1, 0.5, 0.25, 0.1, 1 / 64)]
+    assert found == [1, 0.6875, 0.5, 0.3125, 0.125]
+
+
+def test_tailor_similarity():
+    """spec tailorfl O2"""
+    a, b = T([1, 0.5, 0.2, 0.1]), T([0.9, 0.6, 0.1, 0.2])
+    alike = tailorfl.similarities(torch.stack([a, b, 1 - a, torch.ones(4)]))
+    assert alike[0, 1].item() == pytest.approx(0.959353, abs=1e-6)
+    assert alike[0, 2].item() == pytest.approx(-1)
+    assert alike[3].tolist() == [0, 0, 0, 1]
+
+
+def test_tailor_scaling_round_trip():
+    """spec tailorfl O3"""
+    kept = WIDTHS.select(lambda n: torch.arange(max(1, int(n * 0.6875))))
+    plan = tailorfl.ScaledSelection(WIDTHS, kept, p=0.6875)
+    small = plan.take(STATE)
+    assert any(not torch.equal(small[n], Selection(WIDTHS, kept).take(STATE)[n]) for n in small)
+    full, cover = grow(plan.put(small), {n: t + 1 for n, t in STATE.items()})
+    assert all(close(full[n], torch.where(cover[n] > 0, t, t + 1)) for n, t in STATE.items())
+
+
+def test_tailor_weighted_overlap():
+    """spec tailorfl O4"""
+    server = server_with(c1=0.5, c2=1.0)
+    a, b = update(1, [2.0, 2, 0], 10.0, mask=[1, 1, 0]), update(2, [5.0, 0, 0], 20.0, mask=[1, 0, 0])
+    assert merged(tailorfl.TailorFLMean(), over([9.0, 9, 9], a, b), server).state["v"].tolist() == [3.5, 2, 9]
+
+
+def test_tailor_swap():
+    """spec tailorfl O5"""
+    lists = [T([0, 1]), T([2, 3])]
+    assert tailorfl.swap_filters(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
+    assert tailorfl.swap_filters(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
+    assert tailorfl.swap_filters(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
+
+
+def test_tailor_regulariser():
+    """spec tailorfl O6"""
+    u = {"a": torch.ones(3, requires_grad=True), "b": torch.ones(1, requires_grad=True)}
+    (0.5 * tailorfl.mean_square(u)).backward()
+    assert close(u["a"].grad, [0.25] * 3)
+
+
+def test_tailor_keeps_capacity_and_shares_its_lower_groups(simulate):
+    """spec tailorfl properties"""
+    made = simulate(
+        extract="tailorfl", aggregate="tailorfl", rounds=5, steps=0, set={"extract": {"tailorfl": {"steps": 2, "tune": 0.5}}}
+    )
+    for round in range(1, 6):
+        made.rounds.step(round, made.grid)
+        plans = {client: sent.plan for client, sent in made.rounds._sent.items()}
+        if round == 1:
+            assert all(row["bytes up"] < row["bytes down"] / 3 for row in made.rounds.client_rows)
+            assert same(made.server.state, made.rounds.first)
+            continue
+        assert plans[1].sizes == plans[2].sizes == {"1": 4, "3": 3}
+        assert torch.equal(plans[1].kept["1"], plans[2].kept["1"])
+    assert not same(made.server.state, made.rounds.first)

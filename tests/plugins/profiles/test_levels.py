@@ -1,0 +1,46 @@
+"""Levels and how they are dealt."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from hetfl.plugins.profiles.levels import Levels, expand_letters
+from hetfl.profiling import capacity
+
+
+def test_fixed_levels():
+    """spec heterofl 6.8"""
+
+    def numbers(mix, clients):
+        parts = capacity.mix(expand_letters(mix), capacity.ratio)
+        dealt = capacity.deal(parts, clients)
+        return [dealt.count(r) for r, _ in parts]
+
+    assert numbers("1:2,0.5:8", 100) == [20, 80]
+    assert numbers("1,0.5,0.25", 100) == [33, 33, 34]
+    assert numbers("1:3,0.5:3,0.25:3", 10) == [3, 3, 4]
+    assert numbers("1:0.5,0.25:0.5", 10) == [5, 5]
+    assert capacity.mix("1:4,0.5:8", float) == [(1.0, Fraction(4)), (0.5, Fraction(8))]
+    assert numbers("a2-b8", 100) == [20, 80]
+    assert numbers("a1-b1-c1", 100) == [33, 33, 34]
+    assert numbers("a3-b3-c3", 10) == [3, 3, 4]
+    assert numbers("a6-b10-c11-d18-e55", 100) == [6, 10, 11, 18, 55]
+    assert [r for r, _ in capacity.mix(expand_letters("a1-b1-c1-d1-e1"), capacity.ratio)] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert numbers("0.75^k", 10) == [2, 4, 4]
+    assert [r for r, _ in capacity.mix("0.75^0:2,0.75^1:4,0.75^2:4", capacity.ratio)] == [1, 0.75, 0.5625]
+
+
+def test_redrawn_levels_change_and_repeat():
+    from hetfl.profiling.node import Node
+
+    levels = Levels(mix="1,0.5", redraw=True)
+    drawn = [[levels.profile(Node(c, 8, r, 0)).width for c in range(8)] for r in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+@pytest.mark.parametrize("mix", ["0:1", "1.5", "a:1", "1:0", "1:-2", "", "nan"])
+def test_levels_outside_their_range_are_refused(mix):
+    with pytest.raises(ValueError, match=r"ratio|share"):
+        Levels(mix=mix)

@@ -1,0 +1,108 @@
+"""A round when clients are late, fail or are too few."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from helpers.faults import SPOILT, boom, late, with_bad
+from helpers.runs import run
+from helpers.states import same
+from hetfl.aggregation.updates import Merged
+from hetfl.errors import RunError
+
+
+def test_a_late_client_is_left_out(monkeypatch):
+    made = with_bad(monkeypatch, late, timeout=0.5, workers=2)
+    began = time.perf_counter()
+    made.rounds.step(1, made.grid)
+    assert time.perf_counter() - began < 15
+    rows = {row["client"]: row for row in made.rounds.client_rows}
+    assert rows[1]["fault"] == "it gave no answer within 0.5 s"
+    assert {i for i, row in rows.items() if "fault" not in row} == {0, 2, 3}
+    SPOILT.clear()
+    made.rounds.step(2, made.grid)
+    assert all("fault" not in row for row in made.rounds.client_rows[-4:])
+
+
+def test_a_client_is_asked_once_more(monkeypatch):
+    turns = []
+
+    def once(reply):
+        turns.append(1)
+        if len(turns) == 1:
+            raise ValueError("boom")
+        return reply
+
+    made = with_bad(monkeypatch, once, on_client_error="retry")
+    made.rounds.step(1, made.grid)
+    assert len(turns) == 2
+    assert made.rounds.rows[0]["left out"] == 0
+    whole = with_bad(monkeypatch, None)
+    whole.rounds.step(1, whole.grid)
+    assert all(torch.equal(made.server.state[n], whole.server.state[n]) for n in made.server.state)
+
+
+def test_a_run_that_is_to_fail_fails_with_a_sentence(monkeypatch):
+    made = with_bad(monkeypatch, boom, on_client_error="fail")
+    with pytest.raises(RunError, match=r"client 1 failed in round 1: ValueError: boom \(--on-client-error fail\)"):
+        made.rounds.step(1, made.grid)
+
+
+@pytest.mark.parametrize("values", [{"min_clients": 4}, {"min_clients": 4, "aggregate": "median"}])
+def test_too_few_replies_leave_the_model_as_it_was(monkeypatch, values):
+    made = with_bad(monkeypatch, boom, **values)
+    before = made.server.state
+    made.rounds.step(1, made.grid)
+    assert made.server.state is before
+    assert "3 of the 4 valid replies" in made.rounds.rows[0]["alarms"]
+
+
+def test_a_merge_that_is_no_number_is_not_taken(monkeypatch):
+    made = with_bad(monkeypatch, None)
+    before = made.server.state
+    monkeypatch.setattr(
+        made.rounds.roles, "finalize", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()})
+    )
+    monkeypatch.setattr(type(made.rounds.roles), "finalizes", property(lambda self: True))
+    made.rounds.step(1, made.grid)
+    assert made.server.state is before
+    assert "NaN or infinity" in made.rounds.rows[0]["alarms"]
+
+
+def test_a_client_that_raises_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
+    from hetfl.training import local as train
+
+    whole = train.fit
+
+    def fit(task):
+        if task.client == 2:
+            raise ValueError("sensor unplugged")
+        return whole(task)
+
+    monkeypatch.setattr(train, "fit", fit)
+    _, summary = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off")
+    assert any("client 2 left out: ValueError: sensor unplugged" in note for note in summary["notes"])
+    assert "sensor unplugged" in (tmp_path / "a" / "clients.csv").read_text()
+
+
+def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch):
+    from hetfl.training import local as train
+
+    def fit(task):
+        raise RuntimeError("down")
+
+    monkeypatch.setattr(train, "fit", fit)
+    one, _ = run(tmp_path / "a", extract="heterofl", aggregate="overlap", cohorts="off", rounds=1)
+    two, _ = run(tmp_path / "b", extract="heterofl", aggregate="overlap", cohorts="off", rounds=3)
+    assert same(one, two)
+
+
+def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
+    from hetfl.errors import RunError
+
+    monkeypatch.setattr("hetfl.hooks.manager.PluginManager.client_extras", lambda *_: {"secret": torch.zeros(2)})
+    with pytest.raises(RunError, match="extra 'secret' is undeclared"):
+        run(tmp_path / "a", extract="full", aggregate="fedavg")

@@ -1,0 +1,22 @@
+"""Rows of clients.csv."""
+
+from __future__ import annotations
+
+import torch
+
+from hetfl.profiling import cost
+from hetfl.profiling.cost import Cost
+
+
+def test_masks_save_no_compute(simulate):
+    """A device that holds a masked model computes all of it (spec fiarse 5.6)."""
+    made = simulate(extract="fiarse", aggregate="fiarse", steps=1)
+    plan = made.rounds._sent[1].plan
+    assert plan.sizes == made.server.builder.full
+    from hetfl.rounds.reporting import device_costs
+
+    real = Cost(*(cost.measure(made.server.builder.fresh(), torch.randn(2, 1, 8, 8), 10).__dict__.values()))
+    row = device_costs(real, made.rounds._sent[1])
+    assert row["MACs"] == real.macs
+    assert row["memory"] == real.memory
+    assert 0.2 < row["parameters"] / real.parameters < 0.3

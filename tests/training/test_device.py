@@ -1,0 +1,35 @@
+"""Devices and precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hetfl.errors import UsageError
+
+
+@pytest.mark.parametrize("cohorts", ["off", "on"])
+def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, cohorts):
+    values = {"extract": "heterofl", "aggregate": "overlap", "cohorts": cohorts, "pretrain_steps": 0}
+    plain, short = (simulate(**values, precision=precision) for precision in ("float32", "bf16"))
+    assert not all(torch.equal(t, short.server.state[n]) for n, t in plain.server.state.items())
+    for name, tensor in plain.server.state.items():
+        assert short.server.state[name].dtype == tensor.dtype
+        assert torch.allclose(short.server.state[name], tensor, atol=0.05)
+
+
+@pytest.mark.parametrize(("device", "said"), [
+    ("gpu", "--device 'gpu' is no device; cpu, cuda or cuda:0 are"), ("meta", "--device meta is not supported; cpu and cuda are"),
+    ("cuda:99", "--device cuda:99 cannot be used: this .* --device cpu can"),
+])  # fmt: skip
+def test_a_device_that_is_not_there_gets_one_sentence(simulate, device, said):
+    with pytest.raises(UsageError, match=said):
+        simulate(steps=0, extract="full", aggregate="overlap", device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("values", [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "heterofl", "aggregate": "overlap"}])
+def test_a_gpu_comes_to_about_the_same(simulate, values):
+    here, there = (simulate(**values, device=device) for device in ("cpu", "cuda"))
+    for name, tensor in here.server.state.items():
+        assert torch.allclose(there.server.state[name], tensor, atol=0.05)

@@ -1,0 +1,116 @@
+"""Clients trained as one: what each would come to alone, and who cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hetfl.config import resolve
+from hetfl.data.dataset import Examples
+from hetfl.models.state import copy_state, load_state, tensors
+from hetfl.models.zoo import ZOO
+from hetfl.rng import stream
+from hetfl.submodel.builder import to_fast_layout
+from hetfl.training import evaluation, local, vectorized
+from hetfl.training.vectorized import Member
+
+SMALL_NETS = {
+    "mlp": lambda: ZOO["mlp"](classes=3, channels=1, size=6, hidden=(5,)),
+    "fedconv-cnn": lambda: ZOO["fedconv-cnn"](classes=3, channels=1, size=6, widths=(3, 4)),
+    "cnn": lambda: ZOO["cnn"](classes=3, channels=1, widths=(3, 4)),
+}
+
+
+def alone(model, member, options):
+    """One client's training by itself, as train.fit does it."""
+    load_state(model, member.state).train()
+    optimizer = local.make_optimizer(model, options, 1)
+    for rows in local.batch_rows(member.train, options, stream(0, "batches", 1, member.client), model):
+        optimizer.zero_grad()
+        last = nn.functional.cross_entropy(model(member.train.x[rows]), member.train.y[rows])
+        last.backward()
+        if options.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+    return copy_state(model), last.item()
+
+
+@pytest.mark.parametrize("fixed", [False, True])  # in fixed places: what a GPU records
+@pytest.mark.parametrize("net", SMALL_NETS)
+@settings(deadline=None, max_examples=5)
+@given(
+    counts=st.lists(st.integers(2, 23), min_size=2, max_size=4), epochs=st.integers(1, 3), batch=st.integers(2, 9),
+    momentum=st.sampled_from([0.0, 0.9]), clip=st.sampled_from([0.0, 0.3]), optimizer=st.sampled_from(["sgd", "adam"]),
+)  # fmt: skip
+def test_a_cohort_trains_as_its_clients_would_alone(net, fixed, counts, epochs, batch, momentum, clip, optimizer):
+    torch.manual_seed(0)
+    model = to_fast_layout(SMALL_NETS[net]())
+    if not vectorized.has_batch_statistics(model):
+        counts = counts[:1] * len(counts)
+    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    if net == "cnn":  # biases before a batch norm have no gradient but rounding, which Adam would blow up
+        optimizer = "sgd"
+    values = {"epochs": epochs, "batch_size": batch, "momentum": momentum, "clip": clip, "optimizer": optimizer, "lr": 0.01}
+    options = resolve(values)
+    state = {name: t.clone() for name, t in tensors(model).items()}
+    members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
+    vectorized.train(model, members[::-1], options, 1, fixed)  # what another cohort leaves behind is to be gone
+    together = vectorized.train(model, members, options, 1, fixed)
+    for member, trained in zip(members, together, strict=True):
+        wanted, loss = alone(model, member, options)
+        assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)
+        for name, tensor in wanted.items():
+            assert torch.allclose(trained.state[name].to(tensor), tensor, rtol=1e-3, atol=2e-4), name
+
+
+def test_a_cohort_scores_as_its_clients_would_alone():
+    torch.manual_seed(0)
+    model = SMALL_NETS["cnn"]()
+    x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
+    states = [{n: t + 0.1 * i if t.is_floating_point() else t for n, t in tensors(model).items()} for i in range(3)]
+    data = [Examples(x, y, torch.arange(n)) for n in (1, 9, 40)]
+    for state, own, score in zip(states, data, vectorized.evaluate(model, states, data, 8), strict=True):
+        wanted = evaluation.evaluate(load_state(SMALL_NETS["cnn"](), state), own, 8)
+        assert score.examples == wanted.examples
+        assert score.accuracy == pytest.approx(wanted.accuracy)
+        assert score.loss == pytest.approx(wanted.loss, rel=1e-4)
+
+
+RUN = {"extract": "heterofl", "aggregate": "overlap", "clients": 7, "partition": "dirichlet", "levels": "1:4,0.5:3", "rounds": 2}
+
+
+def test_cohorts_change_a_run_by_rounding_alone_and_never_with_the_workers(simulate):
+    off, on, other = (simulate(**RUN, cohorts=c, workers=w) for c, w in (("off", 2), ("on", 1), ("on", 2)))
+    assert (off.cohort, on.cohort > 1) == (1, True)
+    for name, tensor in off.server.state.items():
+        assert torch.allclose(on.server.state[name], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(on.server.state[name], other.server.state[name])
+    for a, b in zip(off.rounds.client_rows, on.rounds.client_rows, strict=True):
+        assert set(a) == set(b)
+        assert a["examples"] == b["examples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("values", "why"), [
+    ({"extract": "fiarse", "aggregate": "overlap"}, "a plugin takes part in local training"),
+    ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers or is recurrent"),
+])  # fmt: skip
+def test_who_cannot_train_in_cohorts_is_told_why(simulate, values, why):
+    made = simulate(steps=0, cohorts="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)
+    assert made.cohort == 1
+    assert any(why in note for note in made.server.notes)
+
+
+def test_auto_is_a_rule_on_device_parameters_and_batch():
+    small, large, conv = SMALL_NETS["mlp"](), ZOO["mlp"](classes=10, channels=1, size=28), SMALL_NETS["fedconv-cnn"]()
+    auto = resolve({})
+    assert vectorized.group_size(small, auto, (1, 6, 6), False) == vectorized.MOST
+    assert vectorized.group_size(small, auto, (1, 6, 6), True) == 1
+    assert vectorized.group_size(large, auto, (1, 28, 28), False) == 1
+    assert vectorized.group_size(conv, auto, (1, 6, 6), False) > 1
+    assert vectorized.group_size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
+    assert vectorized.group_size(large, resolve({"cohorts": "on"}), (1, 28, 28), False) > 1
+    assert vectorized.group_size(small, resolve({"cohorts": "off"}), (1, 6, 6), False) == 1
