@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hetfl.aggregation.mean import MeanAggregator, mean, mean_with_absent, running_mean
     from hetfl.aggregation.updates import Merged, Update, Updates
     from hetfl.errors import NotApplicable, RunError, UsageError
-    from hetfl.hooks.base import Field, Plugin, flatten_state, unflatten_state
+    from hetfl.hooks.base import Field, Plugin, PresetPlugin, flatten_state, unflatten_state
     from hetfl.hooks.hookspecs import hookimpl
     from hetfl.hooks.server import Server
     from hetfl.hooks.values import Client, Coverage, Exchange, ExtraSpec, ReceivedReply
@@ -32,7 +32,7 @@ _HOMES = {
     "aggregation.mean": ("MeanAggregator", "mean", "mean_with_absent", "running_mean"),
     "aggregation.updates": ("Merged", "Update", "Updates"),
     "errors": ("NotApplicable", "RunError", "UsageError"),
-    "hooks.base": ("Field", "Plugin", "flatten_state", "unflatten_state"),
+    "hooks.base": ("Field", "Plugin", "PresetPlugin", "flatten_state", "unflatten_state"),
     "hooks.hookspecs": ("hookimpl",),
     "hooks.server": ("Server",),
     "hooks.values": ("Client", "Coverage", "Exchange", "ExtraSpec", "ReceivedReply"),
@@ -49,7 +49,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "run", "load", "resume", "matrix", "Run", "Matrix",
-    "Plugin", "Field", "hookimpl", "flatten_state", "unflatten_state",
+    "Plugin", "PresetPlugin", "Field", "hookimpl", "flatten_state", "unflatten_state",
     "Server", "Client", "Node", "Task", "ReceivedReply", "Update", "Updates", "Coverage", "State",
     "Profile", "Plan", "Selection", "OwnModel", "Patch", "Reply", "Exchange", "ExtraSpec", "Merged",
     "prefix", "window", "unit_count", "mean", "mean_with_absent", "running_mean", "MeanAggregator",

@@ -23,8 +23,11 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     from hetfl.models import zoo as models
     from hetfl.models.state import tensors
     from hetfl.parallel import Pool
-    from hetfl.plugins.methods.fedconv.filters import Compressor, Filters, tiled
+    from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
+    from hetfl.plugins.methods.fedconv.fast import fast_form
+    from hetfl.plugins.methods.fedconv.filters import Filters
     from hetfl.plugins.methods.fedconv.strategy import FedConv
+    from hetfl.plugins.methods.fedconv.tiling import tile_parameters
     from hetfl.profiling.node import Profile
     from hetfl.submodel.builder import SubmodelBuilder
     from hetfl.submodel.plan import prefix
@@ -53,19 +56,31 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     def tuned() -> None:
         FedConv(first_steps=steps, patience=0).extract(server, [Client(i, Profile(r)) for i, r in enumerate((1.0, *RATIOS))], 1)
 
-    def filters() -> None:
+    def compress(form: Any) -> None:
+        """The steps of compression alone, forward and backward."""
         names = [n for n, _ in model.named_parameters()]
         for ratio in RATIOS:
             selection = server.select(prefix(ratio))
-            made = Filters(selection, tiled(selection, server.state, names))
-            made.touched = bool(made.flat.requires_grad_().numel())
-            small = Compressor(made, server.state)
+            filters = Filters(selection, tile_parameters(selection, server.state, names))
+            filters.active = bool(filters.flat.requires_grad_().numel())
+            small = Compressor(filters, server.state, form=form)
             for _ in range(steps):
                 out = [t for t in small().values() if t.requires_grad]
                 torch.autograd.backward(out, [torch.ones_like(t) for t in out])
 
-    found = {work.__name__: seconds(work) for work in (plain, tuned, filters, plain, tuned, filters)}  # the second of each counts
-    return {"net": net, "plain": found["plain"], "extract": found["tuned"], "share": found["filters"] / found["tuned"]}
+    def fast() -> None:
+        compress(fast_form)
+
+    def method() -> None:
+        compress(plain_form)
+
+    work = (plain, tuned, fast, method)
+    found = {w.__name__: seconds(w) for w in (*work, *work)}  # the second of each counts
+    extract, slower = found["tuned"], found["method"] - found["fast"]
+    return {
+        "net": net, "plain": found["plain"], "extract": extract, "share": found["fast"] / extract,
+        "method": found["method"] / found["fast"], "extract by method": (extract + slower) / extract,
+    }  # fmt: skip
 
 
 def seconds(work: Any) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from hetfl.errors import nearest
 from hetfl.hooks import hookspecs
 from hetfl.hooks.hookspecs import hookimpl
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from hetfl.hooks.values import ExtraSpec
     from hetfl.models.state import State
 
-__all__ = ["HOOKS", "Field", "Plugin", "flatten_state", "hookimpl", "unflatten_state"]
+__all__ = ["HOOKS", "Field", "Plugin", "PresetPlugin", "flatten_state", "hookimpl", "unflatten_state"]
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "hetfl_spec"))
 
@@ -79,3 +80,30 @@ class Plugin(BaseModel):
 
     def load_state_dict(self, state: State) -> None:
         """Takes back what `state_dict` gave."""
+
+
+class PresetPlugin(Plugin):
+    """Base of a plugin with presets: the option `preset` names the values that its other options start from.
+
+    `PRESETS`: option values by preset name; `default` has none. `DEVIATES`: where the default is not what the paper or its code
+    does, as rows (piece, default, paper or code, why), which `hfl show` prints.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    DEVIATES: ClassVar[tuple[tuple[str, str, str, str], ...]] = ()
+
+    preset: str = Field("default", description="what the other options start from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, options: Any) -> Any:
+        """The preset's values under the options that were given."""
+        name = options.get("preset", "default") if isinstance(options, dict) else None
+        return {**cls.PRESETS[name], **options} if isinstance(name, str) and name in cls.PRESETS else options
+
+    @field_validator("preset")
+    @classmethod
+    def _refuse_unknown(cls, preset: str) -> str:
+        if preset not in cls.PRESETS:
+            raise ValueError(f"no preset '{preset}'{nearest(preset, cls.PRESETS)} (presets: {', '.join(cls.PRESETS)})")
+        return preset

@@ -11,6 +11,7 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import copy_state
+from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
 from hetfl.training.dropout import seeded_random
 from hetfl.training.task import Reply, Task
@@ -52,7 +53,7 @@ def descend(
                 if parameter.grad is not None:
                     parameter.grad.mul_(mask)
             if task.options.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), task.options.clip)
+                clip_gradients(model.parameters(), task.options.clip)
             optimizer.step()
         return last.item()
 

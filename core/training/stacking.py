@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.state import State
+from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
 from hetfl.training.local import make_optimizer_for
 
@@ -53,18 +54,6 @@ class ModelStack:
         return [dict(zip(self.values, row, strict=True)) for row in rows]
 
 
-def clip_gradients(parameters: Sequence[Tensor], largest: float) -> None:
-    """Scales each client's gradients, in place, to a norm of at most `largest`, as torch's clip_grad_norm_ does for one model.
-
-    `parameters` are (clients, *shape); the norm is taken over all of a client's parameters together.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-    scale = (largest / (norms + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
-
-
 class EagerStep:
     """One step of local training of all clients of a stack: forward, backward, each client's clipping, optimiser.
 
@@ -86,7 +75,7 @@ class EagerStep:
         losses = (each * weights).sum(1)
         losses.sum().backward()
         if self._options.clip:
-            clip_gradients(self.stack.parameters, self._options.clip)
+            clip_gradients(self.stack.parameters, self._options.clip, stacked=True)
         self.optimizer.step()
         return losses.detach()
 

@@ -23,24 +23,25 @@ class Cluster(Plugin):
 
     @hookimpl
     def base_state(self, server: Server, client: Client) -> State | None:
-        return server.branch(name(client))
+        return server.branch(name_branch(client))
 
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
         updates = Updates(updates, server.state)
         branches = dict(server.branches)
-        for cluster in dict.fromkeys(name(server.clients[u.client]) for u in updates):
-            members = updates.among(lambda u, at=cluster: name(server.clients[u.client]) == at)  # type: ignore[misc]
+        for cluster in dict.fromkeys(name_branch(server.clients[u.client]) for u in updates):
+            members = updates.among(lambda u, at=cluster: name_branch(server.clients[u.client]) == at)  # type: ignore[misc]
             before = self.base_state(server, server.clients[members[0].client]) or server.state
-            state = mean(members.among(lambda u: True, {**own(members[0]), **before}), members.votes(self.weighting))
+            state = mean(members.among(lambda u: True, {**own_tensors(members[0]), **before}), members.votes(self.weighting))
             branches[cluster] = {n: Patch(tensor) for n, tensor in state.items()}
         return Merged(mean(updates, updates.votes(self.weighting)), branches)
 
 
-def name(client: Client) -> str:
+def name_branch(client: Client) -> str:
+    """The name of the branch that the clients of this client's budget share."""
     return f"level {client.profile.level}"
 
 
-def own(update: Update) -> State:
+def own_tensors(update: Update) -> State:
     """The tensors that an update has and the global model perhaps has not: those of an own architecture."""
     return {n: patch.values for n, patch in update.patches.items() if ":" in n}

@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, Merged, Plugin, Server, State, Update, Updates, hookimpl, mean
+from hetfl import Field, Merged, PresetPlugin, Server, State, Update, Updates, hookimpl, mean
 
-FEW = 250
+FEW = 250  # labelled tune images, below which fewer steps are taken
 
 
-class KLD(Plugin):
+class KLD(PresetPlugin):
     """A(w) = G + sum n w c (x - G) / sum n c, with w tuned on the server's data; w = 1 is the mean over covering clients."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -44,7 +44,6 @@ class KLD(Plugin):
         ),
     )
 
-    preset: Literal["default", "paper", "reference"] = Field("default", description="what the other options start from")
     form: Literal["update", "weights"] = Field("update", description="weigh what clients changed, or their weights")
     shape: Literal["client", "tensor", "channel", "element"] = Field("channel", description="what has a weight of its own")
     start: Literal["one", "normal"] = Field("one", description="start of the weights: 1, or N(0, 1)")
@@ -57,38 +56,33 @@ class KLD(Plugin):
     guard: bool = Field(True, description="start again from 1 where the hold-out likes that better than last round's weights")
     _w: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, given: Any) -> Any:
-        return {**cls.PRESETS.get(given.get("preset", "default"), {}), **given} if isinstance(given, dict) else given
-
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
         updates = Updates(updates, server.state)
         plain = mean(updates, updates.weights)
-        steps = self._steps(server)
+        steps = self._count_steps(server)
         names = [n for n, p in server.builder.model.named_parameters() if n in server.state]
-        w = {n: self._start(server, updates, n) for n in names}
+        w = {n: self._start_weights(server, updates, n) for n in names}
         if self.form == "update" and not steps and all(bool((t == 1).all()) for t in w.values()):
             return Merged(plain)
-        base, terms = self._terms(updates, names)
+        base, terms = self._fix_terms(updates, names)
         if steps:
             self._tune(server, plain, base, terms, w, steps, round)
         for n in names:
             self._w |= {f"{u.client}/{n}": w[n][k].detach().clone() for k, u in enumerate(updates)}
         if self.form == "update" and all(bool((t == 1).all()) for t in w.values()):
             return Merged(plain)
-        return Merged({**plain, **{n: t.detach() for n, t in merged(base, terms, w).items()}})
+        return Merged({**plain, **{n: t.detach() for n, t in weigh_terms(base, terms, w).items()}})
 
-    def _steps(self, server: Server) -> int:
+    def _count_steps(self, server: Server) -> int:
+        """Tuning steps of a round."""
         if self.epochs is not None:
             return self.epochs * math.ceil(len(server.public.tune) / self.batch_size)
-        few = self.steps is None and len(server.public.tune) < FEW
-        return 20 if few else 60 if self.steps is None else self.steps
+        return self.steps if self.steps is not None else 20 if len(server.public.tune) < FEW else 60
 
-    def _start(self, server: Server, updates: Updates, name: str) -> Tensor:
-        """(clients, …) weights of one tensor: last round's where a client has them."""
-        shape = self._shape(server.state[name])
+    def _start_weights(self, server: Server, updates: Updates, name: str) -> Tensor:
+        """The weights (clients, …) of one tensor: last round's where a client has them, else the start."""
+        shape = self._weight_shape(server.state[name])
         fresh = torch.ones(shape)
         rows = []
         for u in updates:
@@ -97,11 +91,12 @@ class KLD(Plugin):
             rows.append(self._w.get(f"{u.client}/{name}", fresh))
         return torch.stack(rows)
 
-    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
+    def _weight_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of one client's weights of a tensor, broadcastable to the tensor's (spec fedconv 2.6)."""
         rows = tuple(tensor.shape) if self.shape == "element" else tuple(tensor.shape[:1]) if self.shape == "channel" else (1,)
         return rows + (1,) * (tensor.ndim - len(rows)) if tensor.ndim else ()
 
-    def _terms(self, updates: Updates, names: list[str]) -> tuple[State, State]:
+    def _fix_terms(self, updates: Updates, names: list[str]) -> tuple[State, State]:
         """What is fixed while w is tuned: A(w)[n] = base[n] + sum over clients of w[n] * terms[n]."""
         base, terms = {}, {}
         for n in names:
@@ -123,12 +118,12 @@ class KLD(Plugin):
             before = server.logits(server.state, x).log_softmax(1)
 
         def model(weights: State) -> State:
-            return {**plain, **merged(base, terms, weights)}
+            return {**plain, **weigh_terms(base, terms, weights)}
 
         def loss(rows: Tensor) -> Tensor:
             now = model(w)
             logits = server.logits(now, x[rows])
-            return F.cross_entropy(logits, y[rows]) + self.kld * self._distance(server, now, logits, before[rows])
+            return F.cross_entropy(logits, y[rows]) + self.kld * self._divergence(server, now, logits, before[rows])
 
         def judge(weights: State = w) -> float:
             return float(F.cross_entropy(server.logits(model(weights), hx), hy))
@@ -139,7 +134,7 @@ class KLD(Plugin):
         weights = [t.requires_grad_() for t in w.values()]
         server.tune(weights, loss, judge, "kld", round, steps=steps, lr=self.lr, batch=self.batch_size)
 
-    def _distance(self, server: Server, now: State, logits: Tensor, before: Tensor) -> Tensor:
+    def _divergence(self, server: Server, now: State, logits: Tensor, before: Tensor) -> Tensor:
         """KL(previous || new) of the outputs on a batch, or of every parameter tensor as a softmax over its entries."""
         if not self.kld:
             return torch.zeros(())
@@ -155,5 +150,6 @@ class KLD(Plugin):
         self._w = dict(state)
 
 
-def merged(base: State, terms: State, w: State) -> State:
+def weigh_terms(base: State, terms: State, w: State) -> State:
+    """A(w) = base + sum over clients (dim 0) of w * terms, for each tensor."""
     return {n: base[n] + (w[n] * terms[n]).sum(0) for n in base}

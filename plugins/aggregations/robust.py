@@ -32,24 +32,29 @@ class Median(Plugin):
 
 def trim_all(updates: Updates, trim: float) -> State:
     """The trimmed mean of every tensor; integer buffers become the largest that is reported."""
-    state = {name: trimmed(*updates.column(name), updates.old[name], trim) for name in updates.averaged()}
+    state = {name: trim_mean(*updates.column(name), updates.old[name], trim) for name in updates.averaged()}
     return {name: {**updates.counters(), **state}[name] for name in updates.old}
 
 
-def trimmed(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
-    """The mean over dim 0 of the middle covered values: floor(trim * n) of the n are left out at either end, at least one stays."""
+def trim_mean(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """The mean over clients (dim 0) of the middle values: floor(trim * n) of the n that cover an entry are left out at either end,
+    at least one stays.
+
+    `values` and `coverage` are (clients, *shape), `old` (*shape) is what uncovered entries keep.
+    Example: of the values 1, 2, 3, 9 with trim 0.25, the mean of 2 and 3.
+    """
     columns = zip(
         *(t.reshape(n, -1).split(CHUNK, 1) for t, n in ((values, len(values)), (coverage, len(values)), (old, 1))), strict=True
     )
-    return torch.cat([middle(x, c, o[0], trim) for x, c, o in columns]).reshape(old.shape)
+    return torch.cat([trim_columns(x, c, o[0], trim) for x, c, o in columns]).reshape(old.shape)
 
 
-def middle(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
-    """`trimmed` of (clients, entries)."""
+def trim_columns(values: Tensor, coverage: Tensor, old: Tensor, trim: float) -> Tensor:
+    """`trim_mean` of values and coverage (clients, entries), which are sorted as a whole."""
     number = (coverage > 0).sum(0)
     cut = torch.minimum((trim * number).floor(), ((number - 1) / 2).floor().clamp(min=0))
     ordered = values.masked_fill(coverage <= 0, float("inf")).sort(0).values
-    place = torch.arange(len(values)).unsqueeze(1)
-    kept = (place >= cut) & (place < number - cut)
-    total = torch.where(kept, ordered, 0.0).sum(0)
-    return torch.where(number > 0, total / kept.sum(0).clamp(min=1), old)
+    rank = torch.arange(len(values)).unsqueeze(1)
+    inner = (rank >= cut) & (rank < number - cut)
+    total = torch.where(inner, ordered, 0.0).sum(0)
+    return torch.where(number > 0, total / inner.sum(0).clamp(min=1), old)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from hetfl import Client, Field, Plan, Plugin, Server, State, flatten_state, hookimpl, unflatten_state
-from hetfl.profiling import cost
+from hetfl import Client, Field, Plan, Plugin, Server, State, Widths, flatten_state, hookimpl, unflatten_state
+from hetfl.profiling.cost import count_macs, count_parameters
 from hetfl.submodel.blocks import take
 from hetfl.submodel.units import Gate, apply_gates, find_gates, locate_gates, select_largest
-from hetfl.submodel.widths import Widths, within
+from hetfl.submodel.widths import within
 from hetfl.training.dropout import seeded_random
 from hetfl.training.tuning import cycle_batches
 
@@ -50,47 +50,49 @@ class DAC(Plugin):
         return [server.select(self._kept[client.profile.width]) for client in clients]
 
     def _search(self, server: Server, width: float) -> None:
+        """Removes units until the submodel is below the budget of `width`, then trains on without gates (spec dac 1 ii)."""
         larger = min((w for w in self._kept if w > width), default=None)
         kept: Units = server.widths.select(torch.arange) if larger is None else self._kept[larger]
         state = server.state if larger is None else self._states[larger]
-        budget = price(server, {name: len(units) for name, units in server.widths.prefix(width).items()})
+        budget = measure_cost(server, {name: len(units) for name, units in server.widths.prefix(width).items()})
         turn = 0
-        while width < 1 and not below(price(server, lengths(kept)), budget):
+        while width < 1 and not is_below(measure_cost(server, count_units(kept)), budget):
             turn += 1
-            state, gates = self._pass(server, state, lengths(kept), f"dac {width:g}", turn)
-            left = survivors(gates, self.threshold, self.stall)
-            if all(len(units) == len(gates[name]) for name, units in left.items()):
+            state, gates = self._train_gates(server, state, count_units(kept), f"dac {width:g}", turn)
+            remaining = prune_gates(gates, self.threshold, self.stall)
+            if all(len(units) == len(gates[name]) for name, units in remaining.items()):
                 server.notes.append(f"dac: no gate is left to remove, and level {width:g} is still above its budget")
                 break
-            index = within(server.widths, lengths(kept), left)
+            index = within(server.widths, count_units(kept), remaining)
             state = {name: take(tensor, index.get(name, {})).clone() for name, tensor in state.items()}
-            kept = {name: units[left[name]] if name in left else units for name, units in kept.items()}
+            kept = {name: units[remaining[name]] if name in remaining else units for name, units in kept.items()}
         if turn:
-            steps = self._steps(server)
-            state = server.train(state, steps, f"dac {width:g}", sizes=lengths(kept), lr=self.lr / 10)
+            steps = self._count_steps(server)
+            state = server.train(state, steps, f"dac {width:g}", sizes=count_units(kept), lr=self.lr / 10)
         self._kept[width], self._states[width] = dict(kept), state
 
-    def _steps(self, server: Server) -> int:
+    def _count_steps(self, server: Server) -> int:
+        """Steps between two removals."""
         return self.epochs * -(-len(server.public.tune) // server.options.server_batch_size)
 
-    def _pass(
+    def _train_gates(
         self, server: Server, state: State, sizes: dict[str, int], purpose: str, turn: int
     ) -> tuple[State, dict[str, Tensor]]:
-        """Weights and gates trained together (eq. 3); the weights with the gates folded into them, and the gates."""
+        """Trains weights and gates together (eq. 3): the weights with the gates multiplied in, and the gates of each group."""
         model, (x, y) = server.builder.load(state, sizes).train(), server.public.tune.all()
-        places = gate_places(server.widths, server.builder.model)
+        places = place_gates(server.widths, server.builder.model)
         where = locate_gates(server.widths, places, sizes)
         gates = {name: torch.ones(sizes[name], requires_grad=True) for name in places}
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
-        generator, steps = server.stream(purpose, turn), self._steps(server)
+        generator, steps = server.stream(purpose, turn), self._count_steps(server)
         server.steps += steps
         with seeded_random(server.widths.draws, server.stream(f"{purpose} dropout", turn)):
             for _, rows in zip(range(steps), cycle_batches(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:
                     optimizer.zero_grad()
                     logits = functional_call(model, apply_gates(weights, gates, where), (x[rows],))
-                    (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * bound(gates)).backward()
+                    (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * hinge(gates)).backward()
                     optimizer.step()
         trained = {name: t.detach().clone() for name, t in {**weights, **dict(model.named_buffers())}.items() if name in state}
         learned = {name: gate.detach() for name, gate in gates.items()}
@@ -103,8 +105,8 @@ class DAC(Plugin):
         self._kept, self._states = unflatten_state(state, "kept", float), unflatten_state(state, "state", float)
 
 
-def gate_places(widths: Widths, model: nn.Module) -> dict[str, list[Gate]]:
-    """Each group that one layer makes and one layer reads, perhaps through depthwise filters: where its gate stands."""
+def place_gates(widths: Widths, model: nn.Module) -> dict[str, list[Gate]]:
+    """Where the gate of each group stands that one layer makes and one layer reads, perhaps through depthwise filters."""
     read = find_gates(widths, model)
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     makers = {g.name: 0 for g in widths.groups}
@@ -121,12 +123,12 @@ def entropy(gates: Units) -> Tensor:
     return torch.stack([-(w.softmax(0) * w.log_softmax(0)).sum() for w in gates.values()]).sum() if gates else torch.zeros(())
 
 
-def bound(gates: Units) -> Tensor:
+def hinge(gates: Units) -> Tensor:
     """Sum of max(w - 1, 0) + max(-w, 0): what eq. 2 means; as printed its sign rewards leaving [0, 1]."""
     return torch.stack([(F.relu(w - 1) + F.relu(-w)).sum() for w in gates.values()]).sum() if gates else torch.zeros(())
 
 
-def survivors(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]:
+def prune_gates(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]:
     """The units whose gate is above the threshold, at least the strongest of each group.
 
     Where every gate is, the weakest `stall` share of all gates goes.
@@ -140,15 +142,17 @@ def survivors(gates: Units, threshold: float, stall: float) -> dict[str, Tensor]
     }
 
 
-def price(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:
+def measure_cost(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(MACs of one example, parameters) of the submodel of `sizes`."""
     model, data = server.builder.build(sizes), server.public.tune
-    return cost.count_macs(model, data.x[data.index[:1]]), cost.count_parameters(model)
+    return count_macs(model, data.x[data.index[:1]]), count_parameters(model)
 
 
-def below(price: tuple[int, int], budget: tuple[int, int]) -> bool:
-    return price[0] < budget[0] and price[1] < budget[1]
+def is_below(cost: tuple[int, int], budget: tuple[int, int]) -> bool:
+    """Whether both the MACs and the parameters are fewer than the budget's."""
+    return cost[0] < budget[0] and cost[1] < budget[1]
 
 
-def lengths(kept: Units) -> dict[str, int]:
+def count_units(kept: Units) -> dict[str, int]:
+    """The sizes of a submodel: units kept in each group."""
     return {name: len(units) for name, units in kept.items()}

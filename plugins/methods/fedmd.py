@@ -27,11 +27,10 @@ from hetfl import (
     hookimpl,
     prefix,
 )
-from hetfl.data.dataset import Examples
 from hetfl.training.local import descend, kl_divergence
 from hetfl.training.tuning import cycle_batches
 
-MOST = 1 << 24
+MOST = 1 << 24  # elements of an extra
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mae": F.l1_loss,
@@ -98,10 +97,12 @@ class Consensus(Plugin):
     def client_extras(self, server: Server, round: int) -> State:
         """The rows to score this round, and the consensus on the rows of the last."""
         digest = {"aligned": self._aligned, "consensus": self._consensus} if len(self._aligned) else {}
-        return {"rows": self._rows(server, round), **digest}
+        return {"rows": self._draw_rows(server, round), **digest}
 
-    def _rows(self, server: Server, round: int) -> Tensor:
-        return stratified(server.public.tune, self.align, server.stream("align", round))
+    def _draw_rows(self, server: Server, round: int) -> Tensor:
+        """The public examples (row numbers) that all clients score in this round."""
+        public = server.public.tune
+        return draw_stratified(public.y[public.index], self.align, server.stream("align", round))
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -111,11 +112,11 @@ class Consensus(Plugin):
         optimizer = torch.optim.Adam(task.model.parameters(), self.lr)
         size = torch.tensor(sum(p.numel() for p in task.model.parameters()))
         if task.client_state.get("started") != size:
-            batches = shuffled(x, y, self.public_batch, self.public_epochs, task.stream("public"))
+            batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
             descend(task, optimizer, batches, lambda a, b: F.cross_entropy(task.model(a), b), "public dropout")
             task.client_state["started"] = size
         if "consensus" in task.extras:
-            batches = shuffled(
+            batches = shuffle_batches(
                 x[task.extras["aligned"]], task.extras["consensus"], self.digest_batch, self.digest_epochs, task.stream("digest")
             )
             descend(task, optimizer, batches, lambda a, b: LOSSES[self.loss](task.model(a), b), "digest dropout")
@@ -126,15 +127,15 @@ class Consensus(Plugin):
 
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
-        rows = self._rows(server, round)
-        told = [u.extras["scores"] for u in updates if "scores" in u.extras]
-        told = [scores for scores in told if scores.shape == (len(rows), server.classes)]
-        if not told:
+        rows = self._draw_rows(server, round)
+        scores = [u.extras["scores"] for u in updates if "scores" in u.extras]
+        scores = [s for s in scores if s.shape == (len(rows), server.classes)]
+        if not scores:
             return Merged(server.state)
-        self._aligned, self._consensus = rows, consensus(told)
-        return Merged(self._taught(server, round))
+        self._aligned, self._consensus = rows, average_scores(scores)
+        return Merged(self._distill(server, round))
 
-    def _taught(self, server: Server, round: int) -> State:
+    def _distill(self, server: Server, round: int) -> State:
         """The global model after `distill_steps` steps towards the consensus, the best by hold-out loss."""
         if not self.distill_steps:
             return server.state
@@ -160,7 +161,7 @@ class Consensus(Plugin):
         self._aligned, self._consensus = state["aligned"], state["consensus"]
 
 
-def consensus(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+def average_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The mean over clients of their scores (N, C), weighted by c_k (default 1 / m); NaN entries are left out."""
     c = torch.tensor(weights or [1.0] * len(scores)).reshape(-1, 1, 1)
     stack = torch.stack(list(scores))
@@ -168,9 +169,11 @@ def consensus(scores: Sequence[Tensor], weights: Sequence[float] | None = None) 
     return (torch.nan_to_num(stack) * c).sum(0) / (there * c).sum(0).clamp(min=torch.finfo(c.dtype).tiny)
 
 
-def stratified(public: Examples, number: int, generator: torch.Generator) -> Tensor:
-    """At most `number` positions within `public`, of every class its share, ascending."""
-    y = public.y[public.index]
+def draw_stratified(y: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """At most `number` positions within the labels y (N,), of every class its share, ascending.
+
+    Example: 8 of 30 labels 0 and 10 labels 1 are 6 of the former and 2 of the latter.
+    """
     if number >= len(y):
         return torch.arange(len(y))
     order = torch.randperm(len(y), generator=generator)
@@ -179,8 +182,10 @@ def stratified(public: Examples, number: int, generator: torch.Generator) -> Ten
     return chosen.sort().values
 
 
-def shuffled(x: Tensor, goal: Tensor, batch: int, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of x and what it is to answer, `epochs` times in new orders."""
+def shuffle_batches(
+    x: Tensor, goal: Tensor, batch: int, epochs: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of x (N, *shape) and of its goal (labels or scores, N first), `epochs` times in new orders; none of one example."""
     rows = cycle_batches(len(x), batch, generator)
     for _ in range(epochs * -(-len(x) // min(batch, len(x)))):
         at = next(rows)

@@ -43,8 +43,8 @@ class FIARSE(Plugin):
             return [server.select(select_units(server.widths, values, c.profile.width)) for c in clients]
         weights = {name: server.state[name] for name in names if name in server.state}
         budgets = {client.profile.parameters for client in clients}
-        self._thresholds = {gamma: thresholds(weights, gamma, self.by == "layer") for gamma in budgets}
-        plans = {gamma: replace(whole, masks=masks_of(weights, theta)) for gamma, theta in self._thresholds.items()}
+        self._thresholds = {gamma: find_thresholds(weights, gamma, self.by == "layer") for gamma in budgets}
+        plans = {gamma: replace(whole, masks=make_masks(weights, theta)) for gamma, theta in self._thresholds.items()}
         return [plans[client.profile.parameters] for client in clients]
 
     @hookimpl
@@ -56,7 +56,7 @@ class FIARSE(Plugin):
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if self.biased and "thresholds" in task.extras:
             names = [name for name in list_prunable(task.model) if name in task.masks]
-            task.forward = through(dict(zip(names, task.extras["thresholds"], strict=True)))
+            task.forward = make_forward(dict(zip(names, task.extras["thresholds"], strict=True)))
         return (yield)
 
 
@@ -74,7 +74,7 @@ class FIARSEMean(Plugin):
         return Merged({n: old[n] + self.rate * (t - old[n]) if t.is_floating_point() else t for n, t in new.items()})
 
 
-def thresholds(weights: Mapping[str, Tensor], gamma: float, each_stage: bool) -> State:
+def find_thresholds(weights: Mapping[str, Tensor], gamma: float, each_stage: bool) -> State:
     """theta of every tensor: the int(gamma * N)-th largest magnitude (at least the first) of the model or of its stage."""
     stage = {name: name.split(".")[0] if each_stage else "" for name in weights}
     theta = {s: kth_largest([t for name, t in weights.items() if stage[name] == s], gamma) for s in set(stage.values())}
@@ -82,13 +82,15 @@ def thresholds(weights: Mapping[str, Tensor], gamma: float, each_stage: bool) ->
 
 
 def kth_largest(tensors: Sequence[Tensor], gamma: float) -> Tensor:
+    """The int(gamma * N)-th largest magnitude of the N entries of all tensors, at least the first. Example: of 1, -4, 2, 3 with
+    gamma 0.5, 3."""
     magnitudes = torch.cat([t.abs().flatten() for t in tensors]).numpy()
     k = max(1, int(gamma * len(magnitudes) + 1e-9))
     place = len(magnitudes) - k
     return torch.tensor(np.partition(magnitudes, place)[place])  # a third of the time of torch.kthvalue
 
 
-def masks_of(weights: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> State:
+def make_masks(weights: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> State:
     """1[|w| >= theta]; ties may keep more than k entries (spec 2)."""
     return {name: tensor.abs() >= theta[name] for name, tensor in weights.items()}
 
@@ -104,23 +106,23 @@ class Threshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         w, theta = ctx.saved_tensors
-        return grads[0] * factor(w, theta), None
+        return grads[0] * gradient_factor(w, theta), None
 
 
-cut: Callable[[Tensor, Tensor], Tensor] = Threshold.apply
+apply_threshold: Callable[[Tensor, Tensor], Tensor] = Threshold.apply
 
 
-def factor(w: Tensor, theta: Tensor) -> Tensor:
+def gradient_factor(w: Tensor, theta: Tensor) -> Tensor:
     """What the gradient of a kept entry is multiplied by, in [1, 1.5]; 0 for the others; 1 where w and theta are 0 (O5)."""
     s = w.abs()
     return (s >= theta) * (1 + torch.nan_to_num(2 * s * theta / (s + theta) ** 2, 0.0, 0.0))
 
 
-def through(theta: Mapping[str, Tensor]) -> Callable[[nn.Module, Tensor], Any]:
-    """The forward pass on thresholded weights; theta stays fixed, so within a round masks only shrink."""
+def make_forward(theta: Mapping[str, Tensor]) -> Callable[[nn.Module, Tensor], Any]:
+    """A forward pass on thresholded weights; theta stays fixed, so within a round masks only shrink."""
 
     def forward(model: nn.Module, x: Tensor) -> Any:
-        weights = {name: cut(p, theta[name]) for name, p in model.named_parameters() if name in theta}
+        weights = {name: apply_threshold(p, theta[name]) for name, p in model.named_parameters() if name in theta}
         return functional_call(model, weights, (x,))
 
     return forward

@@ -34,7 +34,7 @@ class FjORD(Plugin):
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        runs = [nested(task, sizes) for sizes in self._narrower(task)]
+        runs = [make_prefix(task, sizes) for sizes in self._prefix_sizes(task)]
         generator = task.stream("fjord")
 
         def forward(model: nn.Module, x: Tensor) -> Tensor | Logits:
@@ -43,29 +43,29 @@ class FjORD(Plugin):
 
         task.forward = forward
         if self.distill:
-            task.loss = distilled
+            task.loss = distill
         return (yield)
 
-    def _narrower(self, task: Task) -> list[dict[str, int]]:
+    def _prefix_sizes(self, task: Task) -> list[dict[str, int]]:
         """Sizes of the prefixes that fit the client's submodel, its own among them."""
         sizes = [{name: unit_count(size, ratio) for name, size in task.full_sizes.items()} for ratio in self.ratios]
         fitting = [s for s in sizes if all(s[name] <= task.plan_sizes[name] for name in s) and s != task.plan_sizes]
         return [*fitting, task.plan_sizes]
 
 
-def nested(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
-    """The forward pass of the leading units of the task's model; gradients and statistics reach the model's own tensors."""
+def make_prefix(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
+    """A forward pass of the leading units of the task's model; gradients and statistics reach the model's own tensors."""
     if sizes == task.plan_sizes:
         return task.model
     index = within(
         task.builder.widths, task.plan_sizes, {name: torch.arange(n) for name, n in sizes.items() if name in task.full_sizes}
     )
-    small, mine = task.builder.module(sizes), {**dict(task.model.named_buffers()), **dict(task.model.named_parameters())}
-    names = [name for name in tensors(task.model) if name in mine]
-    return lambda x: functional_call(small.train(), {n: take(mine[n], index.get(n, {})) for n in names}, (x,))
+    small, large = task.builder.module(sizes), {**dict(task.model.named_buffers()), **dict(task.model.named_parameters())}
+    names = [name for name in tensors(task.model) if name in large]
+    return lambda x: functional_call(small.train(), {n: take(large[n], index.get(n, {})) for n in names}, (x,))
 
 
-def distilled(logits: Logits, y: Tensor) -> Tensor:
+def distill(logits: Logits, y: Tensor) -> Tensor:
     """CE of the widest and of the narrower model, and the divergence of the latter from the former."""
     wide, narrow = logits
     return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + kl_divergence(narrow, wide.detach())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -33,8 +33,7 @@ from hetfl import (
 )
 from hetfl.models.normalization import list_prunable
 from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
-from hetfl.submodel.blocks import cells
-from hetfl.submodel.plan import Patches
+from hetfl.submodel.blocks import take
 from hetfl.submodel.units import select_largest, sum_powers
 
 
@@ -68,7 +67,7 @@ class Hermes(Plugin):
         accuracy, target, kept = hold_out_and_score(task), target_share(self.target, task.extras["budget"]), dict[str, Tensor]()
         if accuracy > self.threshold and remaining_share(task) > target:
             after = prune_share(remaining_share(task), self.rate, target, self.clamp)
-            kept = strong(task, after**0.5)
+            kept = choose_strongest(task, after**0.5)
             task.client_state["remaining"] = torch.tensor(after)
             task.cut(kept)
         if self.lasso:
@@ -110,21 +109,21 @@ class HermesMean(Plugin):
         state, voices = mean(updates, updates.votes(self.weighting)), updates.votes("uniform")
         least = len(updates) if self.overlap == "all" else 2
         shared = {name: updates.cover(name, voices) >= least for name in updates.averaged()}
-        own = {f"client {u.client}": personal(u.patches, state, shared) for u in updates}
+        own = {f"client {u.client}": personalise(u.patches, state, shared) for u in updates}
         return Merged(state, {**server.branches, **own})
 
 
-def personal(patches: Patches, state: State, shared: State) -> Patches:
-    """A client's patches with the mean wherever the entry is shared."""
-    return {name: merged(patch, state[name], shared[name]) if name in shared else patch for name, patch in patches.items()}
+def personalise(patches: Mapping[str, Patch], state: State, shared: State) -> dict[str, Patch]:
+    """A client's patches with the mean `state` wherever an entry is `shared` (bool, broadcastable to the tensor's shape)."""
+    own = dict(patches)
+    for name, patch in patches.items():
+        if name in shared:
+            average, among = (take(t, patch.index) for t in (state[name], shared[name].expand(state[name].shape)))
+            own[name] = Patch(torch.where(among, average, patch.values), patch.index, patch.coverage)
+    return own
 
 
-def merged(patch: Patch, mean: Tensor, shared: Tensor) -> Patch:
-    where = cells(patch.index, mean)
-    return Patch(torch.where(shared.expand(mean.shape)[where], mean[where], patch.values), patch.index, patch.coverage)
-
-
-def strong(task: Task, ratio: float) -> dict[str, Tensor]:
+def choose_strongest(task: Task, ratio: float) -> dict[str, Tensor]:
     """The strongest channels of each group by the L2 norm of what makes them, so many that `ratio` of the whole group is left."""
     strength = sum_powers(task.builder.widths, task.pad_state(), list_prunable(task.model), 2)
     sizes = {name: min(size, unit_count(task.full_sizes[name], ratio)) for name, size in task.plan_sizes.items()}

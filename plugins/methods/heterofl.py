@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -40,30 +40,30 @@ class HeteroFL(Plugin):
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if self.mask_loss:
-            task.loss = masked(task.data.held_classes)
-        with scaled(task.model, ratio(task)) if self.scaler else nullcontext():
+            task.loss = mask_absent_classes(task.data.held_classes)
+        with scale_activations(task.model, width_ratio(task)) if self.scaler else nullcontext():
             reply = yield
         if self.mask_loss:
             reply.extras["labels"] = task.data.held_classes
         return reply
 
     @hookimpl
-    def recover(self, server: Server, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
-        return (update(server, r) for r in replies)
+    def recover(self, server: Server, replies: Iterable[ReceivedReply]) -> Iterable[Update]:
+        return (put_held_rows(server, r) for r in replies)
 
 
-def masked(labels: Tensor) -> Any:
-    """Cross entropy in which the logits of classes outside `labels` (bool, one a class) count as 0 (spec 2.6)."""
+def mask_absent_classes(labels: Tensor) -> Any:
+    """A loss: cross entropy in which the logits of classes outside `labels` (bool, one a class) count as 0 (spec 2.6)."""
     return lambda logits, y: F.cross_entropy(logits.masked_fill(~labels.to(logits.device), 0.0), y)
 
 
-def ratio(task: Task) -> float:
+def width_ratio(task: Task) -> float:
     """The width ratio that the client really has: kept units over all units."""
     return sum(task.plan_sizes.values()) / max(1, sum(task.full_sizes.values()))
 
 
 @contextmanager
-def scaled(model: nn.Module, s: float) -> Generator[None, None, None]:
+def scale_activations(model: nn.Module, s: float) -> Generator[None, None, None]:
     """In training, x / s at the input of every norm; without norms, at the output of all weighted layers but the last (2.3)."""
     norms = [m for m in model.modules() if isinstance(m, NORMS)]
     layers = [m for m in model.modules() if isinstance(m, WEIGHTED)][:-1]
@@ -78,15 +78,15 @@ def scaled(model: nn.Module, s: float) -> Generator[None, None, None]:
             hook.remove()
 
 
-def update(server: Server, returned: ReceivedReply) -> Update:
+def put_held_rows(server: Server, returned: ReceivedReply) -> Update:
     """The reply put back, the head's rows only for the classes that the client holds (spec 2.5)."""
     labels, patches = returned.reply.extras["labels"], dict(returned.plan.put(returned.reply.state))
-    for name in set(head(server)) & set(patches):
+    for name in set(find_head(server)) & set(patches):
         patches[name] = patches[name].rows(labels)
     return Update(returned.client.id, patches, float(returned.reply.examples), returned.reply.extras)
 
 
-def head(server: Server) -> list[str]:
+def find_head(server: Server) -> list[str]:
     """The tensors whose rows are the classes: the last weight with as many rows as there are classes, and its bias."""
     weights = [name for name, t in server.state.items() if name.endswith("weight") and t.shape[:1] == (server.classes,)]
     last = weights[-1:]

@@ -23,11 +23,11 @@ class LGFedAvg(Plugin):
 
     @hookimpl
     def exchange(self, server: Server, client: Client, names: Collection[str]) -> Exchange:
-        shared = last(server.builder.model, self.layers)
+        shared = list_last_tensors(server.builder.model, self.layers)
         return Exchange(down=shared if client.last_round else None, up=shared)
 
 
-def last(model: nn.Module, layers: int) -> list[str]:
+def list_last_tensors(model: nn.Module, layers: int) -> list[str]:
     """The tensors of the last `layers` layers with a weight matrix, and of what lies between and after them."""
     names = list(model.state_dict())
     heavy = [name for name, p in model.named_parameters() if p.ndim > 1]

@@ -56,23 +56,24 @@ class LotteryFL(Plugin):
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
         """Each client's ticket of the global model; the whole of it until the client has pruned."""
         self._first = self._first or server.state
-        return [replace(server.select(torch.arange), masks=self._ticket(server, client)) for client in clients]
+        return [replace(server.select(torch.arange), masks=self._unpack_ticket(server, client)) for client in clients]
 
-    def _ticket(self, server: Server, client: Client) -> State:
+    def _unpack_ticket(self, server: Server, client: Client) -> State:
+        """The client's masks (bool, in the global shapes); none before it has pruned."""
         packed = self._masks.get(client.id, {})
         return {name: unpack_bits(bits, tuple(server.state[name].shape)) for name, bits in packed.items()}
 
     @hookimpl
     def client_extras(self, client: Client, round: int) -> State:
-        """The budget; a client that is met late also gets the first model, to which it will rewind."""
+        """The budget; a client that first takes part after round 1 also gets the first model, to which it will rewind."""
         late = not client.last_round and round > 1
-        return {"budget": torch.tensor(client.profile.parameters), **({"first": vector(self._first)} if late else {})}
+        return {"budget": torch.tensor(client.profile.parameters), **({"first": to_vector(self._first)} if late else {})}
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         if not any(name.startswith(INITIAL) for name in task.client_state):
             now = tensors(task.model)
-            first = unvector(task.extras["first"], now) if "first" in task.extras else now
+            first = from_vector(task.extras["first"], now) if "first" in task.extras else now
             task.client_state |= {INITIAL + name: tensor.clone() for name, tensor in first.items()}
         accuracy, target = hold_out_and_score(task), target_share(self.target, task.extras["budget"])
         if accuracy > self.threshold and remaining_share(task) > target:
@@ -86,7 +87,7 @@ class LotteryFL(Plugin):
         state, now = tensors(task.model), remaining_share(task)
         after = prune_share(now, self.rate, target, self.clamp)
         weights = {name: state[name] for name in list_prunable(task.model) if state[name].ndim > 1}
-        task.masks = {name: survivors(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
+        task.masks = {name: prune_smallest(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
         task.client_state["remaining"] = torch.tensor(after)
         first = {name: task.client_state[INITIAL + name] for name in state}
         load_state(task.model, {name: t * task.masks[name] if name in task.masks else t for name, t in first.items()})
@@ -104,19 +105,19 @@ class LotteryFL(Plugin):
         self._masks, self._first = unflatten_state(state, "masks", int), unflatten_state(state, "first", int).get(0, {})
 
 
-def vector(state: State) -> Tensor:
+def to_vector(state: State) -> Tensor:
     """All floating-point values of a state in one vector."""
     return torch.cat([tensor.flatten() for tensor in state.values() if tensor.is_floating_point()])
 
 
-def unvector(values: Tensor, like: State) -> State:
+def from_vector(values: Tensor, like: State) -> State:
     """The inverse of `vector`; other tensors as in `like`."""
     floats = [name for name, tensor in like.items() if tensor.is_floating_point()]
     parts = values.split([like[name].numel() for name in floats])
     return {**like, **{name: part.reshape(like[name].shape) for name, part in zip(floats, parts, strict=True)}}
 
 
-def survivors(weight: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+def prune_smallest(weight: Tensor, mask: Tensor | None, rate: float) -> Tensor:
     """The mask without the `rate` share of the living (non-zero) weights of smallest magnitude; ties at the threshold stay."""
     alive = weight.ne(0) if mask is None else mask & weight.ne(0)
     if not alive.any():

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hetfl import Task
-from hetfl.data.dataset import ClientData
 from hetfl.training.evaluation import evaluate
 
 
 def hold_out_and_score(task: Task) -> float:
     """Accuracy of what was sent on a fifth of the client's training examples, which from now on it does not train on."""
     train, held = task.data.train.split()
-    task.data = ClientData(train, task.data.test, task.data.class_counts)
+    task.data = replace(task.data, train=train)
     return evaluate(task.model, held, task.options.eval_batch_size).accuracy
 
 

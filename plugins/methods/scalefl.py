@@ -45,7 +45,7 @@ class ScaleFL(Plugin):
     def _plan(self, server: Server, width: float, budget: float) -> Plan:
         if width not in self._plans:
             model = server.builder.model
-            depth, ratio = split(budget, int(model.depth), lambda h, s: share(server, h, s))  # type: ignore[arg-type]
+            depth, ratio = split_budget(budget, int(model.depth), lambda h, s: parameter_share(server, h, s))  # type: ignore[arg-type]
             names = frozenset(model.names(depth))  # type: ignore[operator]
             self._plans[width] = replace(server.select(prefix(ratio)), depth=depth, names=names)
         return self._plans[width]
@@ -55,12 +55,12 @@ class ScaleFL(Plugin):
         weight = self.distill if task.round > self.warm * task.options.rounds else 0.0
         depth = int(task.model.depth)  # type: ignore[arg-type]
         form, t = self.form, self.temperature
-        task.loss = lambda z, y: loss(z.chunk(depth, 1), y, weight, t, form, self.detach)
+        task.loss = lambda z, y: exit_loss(z.chunk(depth, 1), y, weight, t, form, self.detach)
         with all_exits(task.model):
             return (yield)
 
 
-def loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str, detach: bool = True) -> Tensor:
+def exit_loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str, detach: bool = True) -> Tensor:
     """The weighted losses of all exits, the deepest last (spec 2; oracle O1).
 
     paper: 1/(l(l+1)) sum_i i (weight t^2 KL + CE); code: twice that, KL averaged over classes too and not for the last exit.
@@ -70,12 +70,12 @@ def loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str,
     total = torch.zeros(())
     for i, z in enumerate(exits, 1):
         scale = 1 / z.shape[1] if form == "code" else 1.0
-        told = weight * t * t * scale * kl_divergence(z, teacher, t) if i < deepest else 0.0
-        total = total + i * (F.cross_entropy(z, y) + told)
+        divergence = weight * t * t * scale * kl_divergence(z, teacher, t) if i < deepest else 0.0
+        total = total + i * (F.cross_entropy(z, y) + divergence)
     return total * (2 if form == "code" else 1) / (deepest * (deepest + 1))
 
 
-def share(server: Server, depth: int, ratio: float) -> float:
+def parameter_share(server: Server, depth: int, ratio: float) -> float:
     """Parameters of the submodel of `depth` exits and width `ratio`, as a share of the whole model's."""
     plan = replace(server.select(prefix(ratio)), depth=depth, names=frozenset(server.builder.model.names(depth)))  # type: ignore[operator]
     own = {name for name, _ in server.builder.model.named_parameters()}
@@ -83,21 +83,21 @@ def share(server: Server, depth: int, ratio: float) -> float:
     return small / sum(t.numel() for name, t in server.state.items() if name in own)
 
 
-def split(budget: float, exits: int, cost: Callable[[int, float], float], eps: float = 0.1) -> Split:
+def split_budget(budget: float, exits: int, cost: Callable[[int, float], float], eps: float = 0.1) -> Split:
     """(exits, width) whose cost is within `eps` of the budget, with the least |depth - width| (spec 1 d; oracle O6).
 
     The whole model is (all, 1). Where no split comes so close, the one nearest below the budget.
     """
     if budget >= 1:
         return exits, 1.0
-    found = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [narrowest(partial(cost, h), budget)]]
-    feasible = [f for f in found if abs(f[2] / budget - 1) <= eps]
+    splits = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [find_widest(partial(cost, h), budget)]]
+    feasible = [f for f in splits if abs(f[2] / budget - 1) <= eps]
     if feasible:
         return min(feasible, key=lambda f: abs(f[0] / exits - f[1]))[:2]
-    return min(found, key=lambda f: (f[2] > budget, abs(f[2] - budget)))[:2]
+    return min(splits, key=lambda f: (f[2] > budget, abs(f[2] - budget)))[:2]
 
 
-def narrowest(cost: Callable[[float], float], budget: float) -> float:
+def find_widest(cost: Callable[[float], float], budget: float) -> float:
     """The largest width in (0, 1] at or below the budget, to 1/128; by halving, for cost grows with width."""
     low, high = 0.0, 1.0
     if cost(1.0) <= budget:

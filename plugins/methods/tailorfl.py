@@ -52,7 +52,7 @@ Lists = dict[str, Tensor]  # for each group the kept filters, ascending
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Selection):
+class ScaledSelection(Selection):
     """A selection whose weights (not biases, not norms) travel divided by the client's ratio p."""
 
     p: float = 1.0
@@ -84,7 +84,7 @@ class TailorFL(Plugin):
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:
         strength = sum_powers(server.widths, server.state, list_prunable(server.builder.model))
-        self._lists = {c: self._shared(server, lists, strength) for c, lists in self._tuned(server).items()}
+        self._lists = {c: self._rank_shared(server, lists, strength) for c, lists in self._tune_lists(server).items()}
         return [self._plan(server, client, strength) for client in clients]
 
     def _plan(self, server: Server, client: Client, strength: Mapping[str, Tensor]) -> Plan:
@@ -92,32 +92,33 @@ class TailorFL(Plugin):
         if client.id not in self._importance:
             return server.select(torch.arange)
         p, lists = ratio(client.profile.width, self.step), self._lists.get(client.id)
-        if lists is None or any(len(lists[g.name]) != kept(g.size, p) for g in server.widths.groups):
+        if lists is None or any(len(lists[g.name]) != filter_count(g.size, p) for g in server.widths.groups):
             own = self._importance[client.id]
-            lists = {g.name: select_largest(own[g.name] ** 2, kept(g.size, p)) for g in server.widths.groups}
-            self._lists[client.id] = lists = self._shared(server, lists, strength)
-        return Scaled(server.widths, lists, p=p)
+            lists = {g.name: select_largest(own[g.name] ** 2, filter_count(g.size, p)) for g in server.widths.groups}
+            self._lists[client.id] = lists = self._rank_shared(server, lists, strength)
+        return ScaledSelection(server.widths, lists, p=p)
 
-    def _shared(self, server: Server, lists: Lists, strength: Mapping[str, Tensor]) -> Lists:
+    def _rank_shared(self, server: Server, lists: Lists, strength: Mapping[str, Tensor]) -> Lists:
         """`lists` with the shared groups ranked anew by the global model."""
-        names = [g.name for g in server.widths.groups][: self._border(server)]
+        names = [g.name for g in server.widths.groups][: self._first_personal(server)]
         return {**lists, **{name: select_largest(strength[name], len(lists[name])) for name in names}}
 
-    def _border(self, server: Server) -> int:
+    def _first_personal(self, server: Server) -> int:
+        """The number of the first group that is personal; those before it are shared."""
         return int(len(server.widths.groups) * (1 - self.personal))
 
-    def _tuned(self, server: Server) -> dict[int, Lists]:
+    def _tune_lists(self, server: Server) -> dict[int, Lists]:
         """Every client's lists after the server's tuning of the personal groups, all from the lists before it (spec 2)."""
-        found = {client: dict(lists) for client, lists in self._lists.items()}
-        if not self.tune or len(found) < 2 or not server.widths.groups:
-            return found
+        after = {client: dict(lists) for client, lists in self._lists.items()}
+        if not self.tune or len(after) < 2 or not server.widths.groups:
+            return after
         last = server.widths.groups[-1].name
-        alike = similarities(torch.stack([self._importance[client][last] for client in found]))
-        for group in server.widths.groups[self._border(server) :]:
+        alike = similarities(torch.stack([self._importance[client][last] for client in after]))
+        for group in server.widths.groups[self._first_personal(server) :]:
             before = [lists[group.name] for lists in self._lists.values()]
-            for i, client in enumerate(found):
-                found[client][group.name] = tuned(i, before, alike[i], group.size, self.tune)
-        return found
+            for i, client in enumerate(after):
+                after[client][group.name] = swap_filters(i, before, alike[i], group.size, self.tune)
+        return after
 
     @hookimpl
     def exchange(self, client: Client) -> Exchange:
@@ -136,11 +137,12 @@ class TailorFL(Plugin):
         return Reply({}, len(task.data.train), {}, {"importance": torch.cat(list(importance.values()))})
 
     def _learn(self, task: Task, steps: int) -> dict[str, Tensor]:
+        """Importance u in [0, 1] of the channels of each group, by SGD on CE(f(x; u w), y) + lambda mean u^2, w fixed (spec 1)."""
         widths, model = task.builder.widths, task.model.eval()
         where, state = locate_gates(widths, find_gates(widths, model)), dict(model.named_parameters())
         u = {g.name: torch.ones(g.size, requires_grad=True) for g in widths.groups}
         optimizer = torch.optim.SGD(u.values(), self.importance_lr)
-        for _, (x, y) in zip(range(steps), endless(task), strict=False):
+        for _, (x, y) in zip(range(steps), repeat_batches(task), strict=False):
             optimizer.zero_grad()
             logits = functional_call(model, apply_gates(state, u, where), (x,))
             (F.cross_entropy(logits, y) + self.regularise * mean_square(u)).backward()
@@ -183,7 +185,8 @@ def ratio(width: float, step: float) -> float:
     return max(step, 1 - step * math.ceil((1 - width) / step - 1e-9))
 
 
-def kept(size: int, p: float) -> int:
+def filter_count(size: int, p: float) -> int:
+    """Filters of a group of `size` that the ratio p keeps: floor, at least 1."""
     return max(1, int(size * p + 1e-9))
 
 
@@ -197,7 +200,7 @@ def similarities(theta: Tensor) -> Tensor:
     return torch.corrcoef(theta).nan_to_num(0.0).fill_diagonal_(1.0)
 
 
-def tuned(i: int, lists: Sequence[Tensor], alike: Tensor, size: int, share: float) -> Tensor:
+def swap_filters(i: int, lists: Sequence[Tensor], alike: Tensor, size: int, share: float) -> Tensor:
     """Client i's filters after swaps that bring its overlap with each other client towards similarity * the smaller list."""
     held = np.zeros((len(lists), size))
     for row, filters in zip(held, lists, strict=True):
@@ -214,7 +217,7 @@ def tuned(i: int, lists: Sequence[Tensor], alike: Tensor, size: int, share: floa
     return torch.from_numpy(mine).nonzero().squeeze(1)
 
 
-def endless(task: Task) -> Iterable[tuple[Tensor, Tensor]]:
+def repeat_batches(task: Task) -> Iterable[tuple[Tensor, Tensor]]:
     """The client's batches, epoch after epoch."""
     while True:
         yield from local_batches(task)

@@ -21,7 +21,7 @@ class Budget(Plugin):
 
     @field_validator("memory", "macs", "parameters", "flops", "bandwidth", mode="before")
     @classmethod
-    def _amounts(cls, text: object) -> object:
+    def _check_amounts(cls, text: object) -> object:
         text = str(text) if isinstance(text, int | float) else text
         if isinstance(text, str):
             parse_mix(text, parse_quantity)
@@ -29,26 +29,27 @@ class Budget(Plugin):
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        return find_largest_width(parse_grid(self.grid), lambda ratio: self._exceeded(node, ratio))
+        return find_largest_width(parse_grid(self.grid), lambda ratio: self._name_exceeded(node, ratio))
 
-    def _exceeded(self, node: Node, ratio: float) -> str:
+    def _name_exceeded(self, node: Node, ratio: float) -> str:
         """The first budget that the submodel of `ratio` exceeds, in words, or nothing."""
         cost = node.cost(ratio)
         needs = {"memory": cost.memory, "macs": cost.macs, "parameters": cost.parameters}
         for name, needed in needs.items():
-            allowed = self._of(node, getattr(self, name))
+            allowed = self._amount(node, getattr(self, name))
             if allowed is not None and needed > allowed:
                 return f"{name}: {needed:,} of {allowed:,.0f} at width {ratio:g}"
-        seconds = self._seconds(node, ratio)
+        seconds = self._round_seconds(node, ratio)
         if self.deadline is not None and seconds > self.deadline:
             return f"deadline: {seconds:.3g} of {self.deadline:g} s at width {ratio:g}"
         return ""
 
-    def _seconds(self, node: Node, ratio: float) -> float:
+    def _round_seconds(self, node: Node, ratio: float) -> float:
         """3 * 2 * MACs * examples / flops + both payloads / bandwidth."""
         cost = node.cost(ratio)
-        flops, bandwidth = self._of(node, self.flops) or 1.0, self._of(node, self.bandwidth) or 1.0
+        flops, bandwidth = self._amount(node, self.flops) or 1.0, self._amount(node, self.bandwidth) or 1.0
         return 6 * cost.macs * node.examples / flops + 2 * cost.bytes / bandwidth
 
-    def _of(self, node: Node, text: str | None) -> float | None:
+    def _amount(self, node: Node, text: str | None) -> float | None:
+        """The node's own amount under the mix `text`."""
         return None if text is None else assign_mix(text, parse_quantity, node.clients)[node.client]

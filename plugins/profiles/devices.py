@@ -29,32 +29,33 @@ class Devices(Plugin):
 
     @field_validator("fleet")
     @classmethod
-    def _known(cls, fleet: str) -> str:
-        parse_mix(table()["fleet"].get(fleet, fleet), known)
+    def _check_fleet(cls, fleet: str) -> str:
+        parse_mix(read_table()["fleet"].get(fleet, fleet), find_class)
         return fleet
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        device = known(assign_mix(table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
+        device = find_class(assign_mix(read_table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])
         memory = parse_quantity(device["memory"]) * self.share
 
-        def limit(ratio: float) -> str:
+        def name_exceeded(ratio: float) -> str:
             if ratio**2 > device["tflops"] / self.reference:
                 return f"compute: {device['what']} has {device['tflops']:g} TFLOP/s"
             return f"memory: {device['what']} has {device['memory']}" if node.cost(ratio).memory > memory else ""
 
-        return find_largest_width(parse_grid(self.grid), limit)
+        return find_largest_width(parse_grid(self.grid), name_exceeded)
 
 
 @cache
-def table() -> dict[str, Any]:
+def read_table() -> dict[str, Any]:
+    """devices.toml: device classes under `class`, mixes of them under `fleet`."""
     return tomllib.loads(TABLE.read_text())
 
 
-def known(name: str) -> dict[str, Any]:
-    """A device class. Raises ValueError for a name that the table lacks."""
-    classes: dict[str, dict[str, Any]] = table()["class"]
+def find_class(name: str) -> dict[str, Any]:
+    """The entry of a device class: what it is, TFLOP/s, memory. Raises ValueError for a name that the table lacks."""
+    classes: dict[str, dict[str, Any]] = read_table()["class"]
     if name not in classes:
-        told = f"no device class or fleet '{name}'{nearest(name, [*classes, *table()['fleet']])}"
-        raise ValueError(f"{told} (classes: {', '.join(classes)}; fleets: {', '.join(table()['fleet'])})")
+        message = f"no device class or fleet '{name}'{nearest(name, [*classes, *read_table()['fleet']])}"
+        raise ValueError(f"{message} (classes: {', '.join(classes)}; fleets: {', '.join(read_table()['fleet'])})")
     return classes[name]

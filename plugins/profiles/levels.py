@@ -25,26 +25,26 @@ class Levels(Plugin):
 
     @field_validator("mix", mode="before")
     @classmethod
-    def _text(cls, mix: object) -> object:
+    def _accept_number(cls, mix: object) -> object:
         return str(mix) if isinstance(mix, int | float) else mix
 
     @field_validator("mix")
     @classmethod
-    def _readable(cls, text: str) -> str:
-        parse_mix(spelt(text), parse_ratio)
+    def _check_mix(cls, text: str) -> str:
+        parse_mix(expand_letters(text), parse_ratio)
         return text
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
         if self.redraw:
-            levels = parse_mix(spelt(self.mix), parse_ratio)
+            levels = parse_mix(expand_letters(self.mix), parse_ratio)
             shares = torch.tensor([float(share) for _, share in levels])
-            drawn = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
-            return Profile(levels[drawn][0])
-        return Profile(assign_mix(spelt(self.mix), parse_ratio, node.clients)[node.client])
+            number = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
+            return Profile(levels[number][0])
+        return Profile(assign_mix(expand_letters(self.mix), parse_ratio, node.clients)[node.client])
 
 
-def spelt(text: str) -> str:
+def expand_letters(text: str) -> str:
     """The papers' letters as ratios: a1-e9 is 1:1,1/16:9; 0.75^k is the mix of FedConv's code."""
     if text.strip() == "0.75^k":
         return "0.75^0:2,0.75^1:4,0.75^2:4"

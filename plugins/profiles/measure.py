@@ -18,15 +18,16 @@ class Measure(Plugin):
     deadline: float = Field(60.0, gt=0, description="seconds for a round's training")
     share: float = Field(0.5, gt=0, le=1, description="share of the free memory that training may use")
     grid: WidthGrid = Field("1,0.75,0.5,0.25", description="widths to choose from")
-    _found: dict[int, Profile] = PrivateAttr(default_factory=dict)
+    _profiles: dict[int, Profile] = PrivateAttr(default_factory=dict)
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        if node.client not in self._found:
-            self._found[node.client] = find_largest_width(parse_grid(self.grid), lambda ratio: self._exceeded(node, ratio))
-        return self._found[node.client]
+        if node.client not in self._profiles:
+            self._profiles[node.client] = find_largest_width(parse_grid(self.grid), lambda ratio: self._name_exceeded(node, ratio))
+        return self._profiles[node.client]
 
-    def _exceeded(self, node: Node, ratio: float) -> str:
+    def _name_exceeded(self, node: Node, ratio: float) -> str:
+        """The first limit that the submodel of `ratio` exceeds, in words, or nothing."""
         memory, allowed = node.cost(ratio).memory, self.share * free_memory()
         if memory > allowed:
             return f"memory: {memory:,} of {allowed:,.0f} bytes at width {ratio:g}"

@@ -26,8 +26,8 @@ class Trace(Plugin):
     _rows: dict[int, dict[int, Row]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _readable(self) -> Trace:
-        self._rows = read(self.file)
+    def _read_file(self) -> Trace:
+        self._rows = read_trace(self.file)
         return self
 
     @hookimpl
@@ -35,12 +35,15 @@ class Trace(Plugin):
         rows = self._rows.get(node.client, {})
         row = rows.get(max((r for r in rows if r <= node.round), default=0), {})
         grid, capacity = parse_grid(self.grid), row.get("width", 1.0) * row.get("battery", 1.0) * (1 - row.get("load", 0.0))
-        told = ", ".join(f"{name} {value:g}" for name, value in row.items())
-        return find_largest_width(grid, lambda ratio: told if ratio > max(capacity, min(grid)) + 1e-9 else "")
+        reason = ", ".join(f"{name} {value:g}" for name, value in row.items())
+        return find_largest_width(grid, lambda ratio: reason if ratio > max(capacity, min(grid)) + 1e-9 else "")
 
 
-def read(path: Path) -> dict[int, dict[int, Row]]:
-    """client -> round -> what is said of it. Raises ValueError for a file that cannot be read so."""
+def read_trace(path: Path) -> dict[int, dict[int, Row]]:
+    """The rows of a trace, {client: {round: facts}}, where facts are any of width, battery, load in [0, 1].
+
+    Raises ValueError for a file that cannot be read so.
+    """
     try:
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))

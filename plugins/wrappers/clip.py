@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-import torch
-from torch import Tensor
-
 from hetfl import Field, Plugin, Reply, State, Task, hookimpl
 from hetfl.models.state import copy_state
 from hetfl.submodel.blocks import take
 from hetfl.submodel.widths import within
+from hetfl.training.clipping import clip_factors
 
 
 class Clip(Plugin):
@@ -22,28 +20,22 @@ class Clip(Plugin):
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         before, sizes = copy_state(task.model), dict(task.plan_sizes)
         reply = yield
-        reply.state = clipped(reply.state, begun(task, reply, before, sizes), self.norm)
+        reply.state = clip_update(reply.state, cut_as_reply(task, reply, before, sizes), self.norm)
         return reply
 
 
-def begun(task: Task, reply: Reply, before: State, sizes: dict[str, int]) -> State:
-    """What a client began with, cut as its reply is."""
+def cut_as_reply(task: Task, reply: Reply, before: State, sizes: dict[str, int]) -> State:
+    """`before`, the tensors of the submodel of `sizes` that the client began with, without the units that its reply has cut."""
     if not reply.kept:
         return before
     index = within(task.builder.widths, sizes, reply.kept)
     return {name: take(t, index.get(name, {})) for name, t in before.items()}
 
 
-def clipped(state: State, before: State, most: float) -> State:
-    """`state` with its distance from `before` scaled down to at most `most`."""
+def clip_update(state: State, before: State, most: float) -> State:
+    """`state` with its distance from `before` (the L2 norm over all floating-point tensors) scaled down to at most `most`."""
     changes = {n: t - before[n] for n, t in state.items() if t.is_floating_point()}
-    scale = min(1.0, most / max(float(norm(list(changes.values()))), 1e-12))
+    scale = float(clip_factors([c.double()[None] for c in changes.values()], most)) if changes else 1.0
     if scale == 1.0:
         return state
     return {n: before[n] + scale * changes[n] if n in changes else t for n, t in state.items()}
-
-
-def norm(tensors: list[Tensor]) -> Tensor:
-    """The L2 norm over all of `tensors`."""
-    whole: Tensor = torch.linalg.vector_norm(torch.stack([t.double().norm() for t in tensors] or [torch.zeros(())]))
-    return whole

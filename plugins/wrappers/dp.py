@@ -19,7 +19,7 @@ from torch import Tensor
 from hetfl import Coverage, Field, Merged, Plugin, Reply, Server, Task, hookimpl
 from hetfl.aggregation.mean import WeightedSum
 from hetfl.models.state import copy_state
-from hetfl.plugins.wrappers.clip import begun, clipped
+from hetfl.plugins.wrappers.clip import clip_update, cut_as_reply
 
 
 class DP(Plugin):
@@ -43,35 +43,36 @@ class DP(Plugin):
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         before, sizes = copy_state(task.model), dict(task.plan_sizes)
         reply = yield
-        reply.state, reply.examples = clipped(reply.state, begun(task, reply, before, sizes), self.norm), 1
+        reply.state, reply.examples = clip_update(reply.state, cut_as_reply(task, reply, before, sizes), self.norm), 1
         return reply
 
     @hookimpl
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
-        counts = coverage(server, covered)
+        counts = count_coverage(server, covered)
         generator = server.stream("dp noise", round)
-        state = {n: self._noised(t, counts[n], generator) if n in counts else t for n, t in merged.state.items()}
+        state = {n: self._add_noise(t, counts[n], generator) if n in counts else t for n, t in merged.state.items()}
         state |= {n: t.clamp(min=0) for n, t in state.items() if n.endswith("running_var")}
-        return replace(merged, state=state, facts={**merged.facts, **self._spent(server, covered, round)})
+        return replace(merged, state=state, facts={**merged.facts, **self._report_epsilon(server, covered, round)})
 
-    def _noised(self, tensor: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator) * (self.noise * self.norm)
-        return tensor + torch.where(count > 0, drawn / count.clamp(min=1), 0.0).to(tensor.dtype)
+    def _add_noise(self, tensor: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
+        """A mean with noise of standard deviation noise x norm / `count`; none where no client covers an entry."""
+        noise = torch.randn(tensor.shape, generator=generator) * (self.noise * self.norm)
+        return tensor + torch.where(count > 0, noise / count.clamp(min=1), 0.0).to(tensor.dtype)
 
-    def _spent(self, server: Server, covered: Sequence[Coverage], round: int) -> dict[str, float]:
+    def _report_epsilon(self, server: Server, covered: Sequence[Coverage], round: int) -> dict[str, float]:
         """Epsilon after this round, where the mechanism is the one that the accountant knows."""
-        if why := unaccounted(server, covered):
+        if why := explain_unaccounted(server, covered):
             server.notes.append(f"dp: no epsilon can be given, for {why}")
             return {}
         if not self.noise:
             return {"epsilon": float("inf")}
-        found = epsilon(self.noise, self.delta, server.sampled, server.population, round)
+        epsilon = compute_epsilon(self.noise, self.delta, server.sampled, server.population, round)
         if round == server.options.rounds:
-            server.notes.append(f"dp: epsilon {found:.3g} at delta {self.delta:g} after {round} rounds, for one client replaced")
-        return {"epsilon": found}
+            server.notes.append(f"dp: epsilon {epsilon:.3g} at delta {self.delta:g} after {round} rounds, for one client replaced")
+        return {"epsilon": epsilon}
 
 
-def unaccounted(server: Server, covered: Sequence[Coverage]) -> str | None:
+def explain_unaccounted(server: Server, covered: Sequence[Coverage]) -> str | None:
     """Why the Gaussian mechanism on the mean is not what was done, or None."""
     if not server.averages:
         return "the aggregation or the recovery is no mean over the clients that cover an entry"
@@ -80,18 +81,18 @@ def unaccounted(server: Server, covered: Sequence[Coverage]) -> str | None:
     return None
 
 
-def coverage(server: Server, covered: Sequence[Coverage]) -> dict[str, Tensor]:
-    """How many clients cover each entry of the global model's floating-point tensors."""
+def count_coverage(server: Server, covered: Sequence[Coverage]) -> dict[str, Tensor]:
+    """How many clients cover each entry of the global model's floating-point tensors, each broadcastable to the tensor's shape."""
     sums = {name: WeightedSum(t) for name, t in server.state.items() if t.is_floating_point()}
     for client in covered:
         for name, patch in client.patches.items():
             if name in sums:
-                there = None if patch.coverage is None else (patch.coverage > 0).float()
-                sums[name].cover(patch.index, there, 1.0)
+                covers = None if patch.coverage is None else (patch.coverage > 0).float()
+                sums[name].cover(patch.index, covers, 1.0)
     return {name: total.count for name, total in sums.items()}
 
 
-def epsilon(noise: float, delta: float, sampled: int, clients: int, rounds: int) -> float:
+def compute_epsilon(noise: float, delta: float, sampled: int, clients: int, rounds: int) -> float:
     """Epsilon of `rounds` rounds of the Gaussian mechanism, `sampled` of `clients` clients a round without replacement."""
     import dp_accounting as dp
     from dp_accounting.rdp import RdpAccountant

@@ -29,18 +29,18 @@ def test_dac_entropy():
 def test_dac_bound():
     """spec dac O2: the hinge that eq. 2 means, not the one it prints"""
     w = T([1.5, -0.2, 0.5]).requires_grad_()
-    loss = dac.bound({"g": w})
+    loss = dac.hinge({"g": w})
     loss.backward()
     assert close(loss, 0.7)
     assert w.grad.tolist() == [1, -1, 0]
-    assert dac.bound({"g": T([0.0, 1.0, 0.4])}) == 0
+    assert dac.hinge({"g": T([0.0, 1.0, 0.4])}) == 0
 
 
 def test_dac_prune():
     """spec dac O3"""
-    assert dac.survivors({"g": T([0.1, 0.1000001, 0.05, 0.9])}, 0.1, 0.1)["g"].tolist() == [1, 3]
-    assert dac.survivors({"g": T([0.01, 0.05, 0.02])}, 0.1, 0.1)["g"].tolist() == [1]
-    assert dac.survivors({"g": T([0.5, 0.3, 0.9, 0.7])}, 0.1, 0.25)["g"].tolist() == [0, 2, 3]
+    assert dac.prune_gates({"g": T([0.1, 0.1000001, 0.05, 0.9])}, 0.1, 0.1)["g"].tolist() == [1, 3]
+    assert dac.prune_gates({"g": T([0.01, 0.05, 0.02])}, 0.1, 0.1)["g"].tolist() == [1]
+    assert dac.prune_gates({"g": T([0.5, 0.3, 0.9, 0.7])}, 0.1, 0.25)["g"].tolist() == [0, 2, 3]
 
 
 class Inverted(nn.Module):
@@ -84,7 +84,7 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     torch.manual_seed(0)
     model = MobileNetV2(10, 3, 8).eval()
     widths = trace(model, torch.randn(2, 3, 8, 8))
-    places = dac.gate_places(widths, model)
+    places = dac.place_gates(widths, model)
     deep = [place for (place,) in places.values() if place[1] == 0]
     assert len(deep) == 17
     assert len(places) == 20  # and before the classifier, and on two block outputs that only the next block reads
@@ -101,12 +101,13 @@ def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
 
 def test_dac_gates_of_a_plain_net():
     widths = trace(MODEL, torch.randn(2, 1, 8, 8))
-    assert set(dac.gate_places(widths, MODEL)) == {g.name for g in widths.groups}
+    assert set(dac.place_gates(widths, MODEL)) == {g.name for g in widths.groups}
 
 
 def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
     """spec dac properties"""
-    from hetfl.plugins.methods.dac import lengths, price
+    from hetfl.plugins.methods.dac import count_units as lengths
+    from hetfl.plugins.methods.dac import measure_cost as price
 
     made = simulate(extract="dac", aggregate="cluster", levels="1,0.7,0.4", steps=1, set={"dac": {"epochs": 1}})
     plugin = made.plugins.plugins["extract.dac"]

@@ -20,21 +20,21 @@ SCORES = [T([[2.0, 0], [0, 1]]), T([[0.0, 2], [1, 0]]), T([[1.0, 1], [2, 2]])]
 
 def test_fedmd_consensus():
     """spec fedmd O1, O5"""
-    assert fedmd.consensus(SCORES).tolist() == [[1, 1], [1, 1]]
-    assert fedmd.consensus(SCORES, [0.5, 0.5, 0.0]).tolist() == [[1, 1], [0.5, 0.5]]
-    assert torch.equal(fedmd.consensus(SCORES), fedmd.consensus(SCORES[::-1]))
-    assert close(fedmd.consensus([s + 3 for s in SCORES]), fedmd.consensus(SCORES) + 3)
+    assert fedmd.average_scores(SCORES).tolist() == [[1, 1], [1, 1]]
+    assert fedmd.average_scores(SCORES, [0.5, 0.5, 0.0]).tolist() == [[1, 1], [0.5, 0.5]]
+    assert torch.equal(fedmd.average_scores(SCORES), fedmd.average_scores(SCORES[::-1]))
+    assert close(fedmd.average_scores([s + 3 for s in SCORES]), fedmd.average_scores(SCORES) + 3)
     holes = [*SCORES, torch.full((2, 2), float("nan"))]
-    assert torch.equal(fedmd.consensus(holes), fedmd.consensus(SCORES))
+    assert torch.equal(fedmd.average_scores(holes), fedmd.average_scores(SCORES))
 
 
 def test_fedmd_digest_loss():
     """spec fedmd O2, O3"""
-    agreed = fedmd.consensus(SCORES)
+    agreed = fedmd.average_scores(SCORES)
     assert fedmd.LOSSES["mae"](SCORES[0], agreed).item() == 0.75
     assert fedmd.LOSSES["mse"](SCORES[0], agreed).item() == 0.75
     same = SCORES[0].clone().requires_grad_()
-    loss = fedmd.LOSSES["mae"](same, fedmd.consensus([SCORES[0]] * 3))
+    loss = fedmd.LOSSES["mae"](same, fedmd.average_scores([SCORES[0]] * 3))
     loss.backward()
     assert loss == 0
     assert same.grad.eq(0).all()
@@ -42,17 +42,17 @@ def test_fedmd_digest_loss():
 
 def test_fedmd_stratified():
     public = SimpleNamespace(y=T([0] * 30 + [1] * 10), index=torch.arange(40))
-    rows = fedmd.stratified(public, 8, torch.Generator().manual_seed(0))
+    rows = fedmd.draw_stratified(public.y, 8, torch.Generator().manual_seed(0))
     assert len(rows) == 8 == len(rows.unique())
     assert public.y[rows].bincount().tolist() == [6, 2]
-    assert fedmd.stratified(public, 100, torch.Generator()).tolist() == list(range(40))
+    assert fedmd.draw_stratified(public.y, 100, torch.Generator()).tolist() == list(range(40))
 
 
 def test_digest_steps_bring_clients_closer_to_the_consensus():
     """spec fedmd properties: MSE on linear models with a small learning rate"""
     torch.manual_seed(0)
     clients, x = [nn.Linear(4, 3) for _ in range(3)], torch.randn(20, 4)
-    agreed = fedmd.consensus([c(x).detach() for c in clients])
+    agreed = fedmd.average_scores([c(x).detach() for c in clients])
     for client in clients:
         before = fedmd.LOSSES["mse"](client(x), agreed).item()
         optimizer = torch.optim.SGD(client.parameters(), 0.1)

@@ -16,26 +16,26 @@ W = T([0.9, -0.5, 0.3, -0.2, 0.1, 0.05])
 
 def test_fiarse_mask():
     """spec fiarse O1"""
-    theta = fiarse.thresholds({"w": W}, 0.5, False)
+    theta = fiarse.find_thresholds({"w": W}, 0.5, False)
     assert theta["w"] == T(0.3)
-    assert fiarse.masks_of({"w": W}, theta)["w"].tolist() == [True, True, True, False, False, False]
+    assert fiarse.make_masks({"w": W}, theta)["w"].tolist() == [True, True, True, False, False, False]
 
 
 def test_fiarse_bias_factor():
     """spec fiarse O2, O5"""
-    assert close(fiarse.factor(W, T(0.3)), [1.375, 1.46875, 1.5, 0, 0, 0])
-    assert close(fiarse.factor(T([1.0, 2, 3, 9]), T(1.0)), [1.5, 1.4444444, 1.375, 1.18])
-    assert close(fiarse.factor(T([0.0, 1, -2]), T(0.0)), [1, 1, 1])
+    assert close(fiarse.gradient_factor(W, T(0.3)), [1.375, 1.46875, 1.5, 0, 0, 0])
+    assert close(fiarse.gradient_factor(T([1.0, 2, 3, 9]), T(1.0)), [1.5, 1.4444444, 1.375, 1.18])
+    assert close(fiarse.gradient_factor(T([0.0, 1, -2]), T(0.0)), [1, 1, 1])
 
 
 def test_fiarse_step_and_shrinking_mask():
     """spec fiarse O3"""
     w = W.clone().requires_grad_()
-    (0.5 * (fiarse.cut(w, T(0.3)) - 1).square()).sum().backward()
+    (0.5 * (fiarse.apply_threshold(w, T(0.3)) - 1).square()).sum().backward()
     assert close(w.grad, [-0.1375, -2.203125, -1.05, 0, 0, 0])
     after = (w - 0.1 * w.grad).detach().requires_grad_()
     assert close(after, [0.91375, -0.2796875, 0.405, -0.2, 0.1, 0.05])
-    (0.5 * (fiarse.cut(after, T(0.3)) - 1).square()).sum().backward()
+    (0.5 * (fiarse.apply_threshold(after, T(0.3)) - 1).square()).sum().backward()
     assert (after.grad != 0).tolist() == [True, False, True, False, False, False]
 
 
@@ -58,13 +58,13 @@ def test_fiarse_masks_nest_and_do_not_depend_on_scale(a, b, scale, seed):
     small, large = sorted((a, b))
     for stages in (False, True):
         inner, outer, scaled = (
-            fiarse.masks_of(w, fiarse.thresholds(w, gamma, stages))
+            fiarse.make_masks(w, fiarse.find_thresholds(w, gamma, stages))
             for w, gamma in ((weights, small), (weights, large), ({n: t * scale for n, t in weights.items()}, small))
         )
         assert all(bool((outer[n] | ~inner[n]).all()) and torch.equal(inner[n], scaled[n]) for n in weights)
-    kept = sum(int(m.sum()) for m in fiarse.masks_of(weights, fiarse.thresholds(weights, small, False)).values())
+    kept = sum(int(m.sum()) for m in fiarse.make_masks(weights, fiarse.find_thresholds(weights, small, False)).values())
     assert kept == max(1, int(small * 46 + 1e-9))
-    bias = fiarse.factor(weights["a.w"], T(0.3))
+    bias = fiarse.gradient_factor(weights["a.w"], T(0.3))
     assert bool(((bias == 0) | ((bias > 1) & (bias <= 1.5))).all())
 
 

@@ -14,7 +14,7 @@ def test_lg_counts():
     model = MLP(10, 1, 28, hidden=(512, 256, 256, 128))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 633_226
-    assert sum(sizes[name] for name in lgfedavg.last(model, 3)) == 99_978
+    assert sum(sizes[name] for name in lgfedavg.list_last_tensors(model, 3)) == 99_978
 
 
 def test_local_layers_of_lg_never_move_and_are_never_sent_again(simulate, monkeypatch):

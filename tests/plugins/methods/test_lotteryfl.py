@@ -14,14 +14,14 @@ from hetfl.plugins.methods import lotteryfl
 def test_lottery_prune():
     """spec lotteryfl O1"""
     w = T([0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.9, -1.0])
-    once = lotteryfl.survivors(w, None, 0.2)
+    once = lotteryfl.prune_smallest(w, None, 0.2)
     assert once.tolist() == [False] * 2 + [True] * 8
-    twice = lotteryfl.survivors(w * once, once, 0.2)
+    twice = lotteryfl.prune_smallest(w * once, once, 0.2)
     assert twice.tolist() == [False] * 4 + [True] * 6
 
 
 def test_lottery_ties_survive():
-    assert lotteryfl.survivors(torch.ones(10), None, 0.2).all()
+    assert lotteryfl.prune_smallest(torch.ones(10), None, 0.2).all()
 
 
 def test_lottery_schedule():

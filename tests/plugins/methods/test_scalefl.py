@@ -21,10 +21,10 @@ Y = T([0])
 
 def test_scale_loss():
     """spec scalefl O1, O2"""
-    assert close(scalefl.loss(Z, Y, 0.1, 3.0, "code"), 0.190967)
-    assert close(scalefl.loss(Z, Y, 0.1, 3.0, "paper"), 0.096448)
-    assert close(scalefl.loss(Z[:1], Y, 0.0, 3.0, "code"), F.cross_entropy(Z[0], Y))
-    assert close(scalefl.loss(Z[:1], Y, 0.0, 3.0, "paper"), F.cross_entropy(Z[0], Y) / 2)
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "code"), 0.190967)
+    assert close(scalefl.exit_loss(Z, Y, 0.1, 3.0, "paper"), 0.096448)
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "code"), F.cross_entropy(Z[0], Y))
+    assert close(scalefl.exit_loss(Z[:1], Y, 0.0, 3.0, "paper"), F.cross_entropy(Z[0], Y) / 2)
 
 
 def test_scale_teacher_gets_no_gradient_from_distillation():
@@ -32,13 +32,13 @@ def test_scale_teacher_gets_no_gradient_from_distillation():
     grads = []
     for detach in (True, False):
         early, last = (z.clone().requires_grad_() for z in Z)
-        with_it = torch.autograd.grad(scalefl.loss((early, last), Y, 0.1, 3.0, "code", detach), last)[0]
+        with_it = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.1, 3.0, "code", detach), last)[0]
         early, last = (z.clone().requires_grad_() for z in Z)
-        without = torch.autograd.grad(scalefl.loss((early, last), Y, 0.0, 3.0, "code", detach), last)[0]
+        without = torch.autograd.grad(scalefl.exit_loss((early, last), Y, 0.0, 3.0, "code", detach), last)[0]
         grads.append(torch.equal(with_it, without))
     assert grads == [True, False]
     same = (Z[0], Z[0].clone())
-    assert close(scalefl.loss(same, Y, 0.5, 3.0, "code"), scalefl.loss(same, Y, 0.0, 3.0, "code"))
+    assert close(scalefl.exit_loss(same, Y, 0.5, 3.0, "code"), scalefl.exit_loss(same, Y, 0.0, 3.0, "code"))
 
 
 def test_scale_widths():
@@ -60,8 +60,8 @@ def test_scale_aggregation():
 def test_scale_split():
     """spec scalefl O6"""
     cost = lambda h, s: h / 4 * s * s  # noqa: E731
-    assert scalefl.split(1.0, 4, cost) == (4, 1.0)
-    depth, width = scalefl.split(0.25, 4, cost)
+    assert scalefl.split_budget(1.0, 4, cost) == (4, 1.0)
+    depth, width = scalefl.split_budget(0.25, 4, cost)
     assert abs(cost(depth, width) / 0.25 - 1) <= 0.1
     others = [(h, (0.25 * 4 / h) ** 0.5) for h in (1, 2, 3, 4)]
     assert abs(depth / 4 - width) <= min(abs(h / 4 - s) for h, s in others if s <= 1) + 0.02

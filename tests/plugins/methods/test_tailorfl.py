@@ -31,7 +31,7 @@ def test_tailor_similarity():
 def test_tailor_scaling_round_trip():
     """spec tailorfl O3"""
     kept = WIDTHS.select(lambda n: torch.arange(max(1, int(n * 0.6875))))
-    plan = tailorfl.Scaled(WIDTHS, kept, p=0.6875)
+    plan = tailorfl.ScaledSelection(WIDTHS, kept, p=0.6875)
     small = plan.take(STATE)
     assert any(not torch.equal(small[n], Selection(WIDTHS, kept).take(STATE)[n]) for n in small)
     full, cover = grow(plan.put(small), {n: t + 1 for n, t in STATE.items()})
@@ -48,9 +48,9 @@ def test_tailor_weighted_overlap():
 def test_tailor_swap():
     """spec tailorfl O5"""
     lists = [T([0, 1]), T([2, 3])]
-    assert tailorfl.tuned(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
-    assert tailorfl.tuned(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
-    assert tailorfl.tuned(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
+    assert tailorfl.swap_filters(0, lists, T([1.0, 1.0]), 4, 0.05).tolist() == [1, 2]
+    assert tailorfl.swap_filters(0, lists, T([1.0, -1.0]), 4, 0.05).tolist() == [0, 1]
+    assert tailorfl.swap_filters(0, [T([0, 1, 2, 3]), T([2, 3])], T([1.0, 1.0]), 4, 0.5).tolist() == [0, 1, 2, 3]
 
 
 def test_tailor_regulariser():

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from hetfl.plugins.profiles.levels import Levels, spelt
+from hetfl.plugins.profiles.levels import Levels, expand_letters
 from hetfl.profiling import capacity
 
 
@@ -14,7 +14,7 @@ def test_fixed_levels():
     """spec heterofl 6.8"""
 
     def numbers(mix, clients):
-        parts = capacity.parse_mix(spelt(mix), capacity.parse_ratio)
+        parts = capacity.parse_mix(expand_letters(mix), capacity.parse_ratio)
         dealt = capacity.assign_shares(parts, clients)
         return [dealt.count(r) for r, _ in parts]
 
@@ -27,7 +27,14 @@ def test_fixed_levels():
     assert numbers("a1-b1-c1", 100) == [33, 33, 34]
     assert numbers("a3-b3-c3", 10) == [3, 3, 4]
     assert numbers("a6-b10-c11-d18-e55", 100) == [6, 10, 11, 18, 55]
-    assert [r for r, _ in capacity.parse_mix(spelt("a1-b1-c1-d1-e1"), capacity.parse_ratio)] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    halves = capacity.parse_mix(expand_letters("a1-b1-c1-d1-e1"), capacity.parse_ratio)
+    assert [r for r, _ in halves] == [
+        1,
+        1 / 2,
+        1 / 4,
+        1 / 8,
+        1 / 16,
+    ]
     assert numbers("0.75^k", 10) == [2, 4, 4]
     assert [r for r, _ in capacity.parse_mix("0.75^0:2,0.75^1:4,0.75^2:4", capacity.parse_ratio)] == [1, 0.75, 0.5625]
 

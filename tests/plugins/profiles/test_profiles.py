@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetfl.plugins.profiles.budget import Budget
-from hetfl.plugins.profiles.devices import Devices, table
+from hetfl.plugins.profiles.devices import Devices, read_table
 from hetfl.plugins.profiles.measure import Measure
 from hetfl.plugins.profiles.schedule import Trace
 from hetfl.profiling import cost
@@ -36,8 +36,8 @@ def test_a_devices_memory_binds_too():
 
 
 def test_every_class_says_where_its_figures_come_from():
-    assert all({"what", "memory", "tflops", "from"} <= set(device) for device in table()["class"].values())
-    for fleet in table()["fleet"]:
+    assert all({"what", "memory", "tflops", "from"} <= set(device) for device in read_table()["class"].values())
+    for fleet in read_table()["fleet"]:
         Devices(fleet=fleet)
 
 

@@ -6,14 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from helpers.elastic import NAMES, STATE, WIDTHS, ratios
 from helpers.oracles import quick
 from hetfl.models.state import tensors
 from hetfl.models.zoo import FedConvCNN
-from hetfl.plugins.methods.fedconv import filters as filters_
-from hetfl.plugins.methods.fedconv.filters import Block, Compressor, Filters, Part, coverage, dilate, images, mlr, tiled
+from hetfl.plugins.methods.fedconv import fast
+from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
+from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
+from hetfl.plugins.methods.fedconv.filters import Filters, mlr
+from hetfl.plugins.methods.fedconv.tiling import Block, Part, tile_parameters, to_images
 from hetfl.submodel.plan import Selection, grow, prefix
 from hetfl.submodel.tracing.groups import trace
 
@@ -34,7 +36,7 @@ def test_sizes_and_kernels(ratio, sizes):
     model = FedConvCNN(10, 1, 28)
     state, widths = tensors(model), trace(model, torch.randn(2, 1, 28, 28))
     selection = Selection(widths, widths.select(prefix(ratio)))
-    filters = Filters(selection, tiled(selection, state, [name for name, _ in model.named_parameters()]))
+    filters = Filters(selection, tile_parameters(selection, state, [name for name, _ in model.named_parameters()]))
     found = {}
     for block in filters.blocks:
         found |= {n: (m, k) for n, m, k in zip(block.large, block.small, block.kernel, strict=True) if n in sizes}
@@ -43,8 +45,8 @@ def test_sizes_and_kernels(ratio, sizes):
     small = Compressor(filters, state)()
     grown = dilate(filters, small, state)
     for block in filters.blocks:
-        assert images(small[block.name], *(torch.arange(m) for m in block.small)).shape == (block.taps, *block.small)
-        assert images(grown[block.name], *(torch.arange(n) for n in block.large)).shape == (block.taps, *block.large)
+        assert to_images(small[block.name], *(torch.arange(m) for m in block.small)).shape == (block.taps, *block.small)
+        assert to_images(grown[block.name], *(torch.arange(n) for n in block.large)).shape == (block.taps, *block.large)
 
 
 def test_compress_and_dilate_oracles():
@@ -65,9 +67,9 @@ def test_compress_and_dilate_oracles():
 def test_compress_then_dilate_keeps_shapes_for_any_ratio(ratio, seed):
     """spec fedconv 6, properties; both random and delta filters"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(ratio)))
-    filters = Filters(selection, tiled(selection, STATE, NAMES))
+    filters = Filters(selection, tile_parameters(selection, STATE, NAMES))
     plain = selection.take(STATE)
-    filters.touched = True
+    filters.active = True
     small = Compressor(filters, STATE)()
     assert all(torch.allclose(small[n], plain[n], atol=1e-5) for n in NAMES)
     filters.randomise(torch.Generator().manual_seed(seed))
@@ -75,26 +77,26 @@ def test_compress_then_dilate_keeps_shapes_for_any_ratio(ratio, seed):
     assert {n: t.shape for n, t in small.items()} == {n: t.shape for n, t in plain.items()}
     large = dilate(filters, small, STATE)
     assert {n: t.shape for n, t in large.items()} == {n: STATE[n].shape for n in NAMES}
-    assert all((t >= 0).all() for t in coverage(filters, STATE).values())
+    assert all((t >= 0).all() for t in dilate_coverage(filters, STATE).values())
 
 
 @quick
 @given(ratios)
 def test_delta_filters_dilate_to_placement(ratio):
     selection = Selection(WIDTHS, WIDTHS.select(prefix(ratio)))
-    filters, small = Filters(selection, tiled(selection, STATE, NAMES)), selection.take(STATE)
+    filters, small = Filters(selection, tile_parameters(selection, STATE, NAMES)), selection.take(STATE)
     zero = {n: torch.zeros_like(t) for n, t in STATE.items()}
     placed, covered = grow(selection.put(small), zero)
     for n in NAMES:
         assert torch.allclose(dilate(filters, small, STATE)[n], placed[n], atol=1e-5)
-        assert torch.allclose(coverage(filters, STATE)[n], covered[n], atol=1e-5)
+        assert torch.allclose(dilate_coverage(filters, STATE)[n], covered[n], atol=1e-5)
 
 
 @pytest.mark.parametrize("spectral", [True, False])
 def test_dilation_is_the_adjoint_of_compression_in_both_forms(spectral):
     """spec fedconv 6, properties: <K * W, S> = <W, K^T S>"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(0.5)))
-    filters = Filters(selection, tiled(selection, STATE, NAMES))
+    filters = Filters(selection, tile_parameters(selection, STATE, NAMES))
     filters.randomise(torch.Generator().manual_seed(1))
     for block, weights in zip(filters.blocks, filters.weights, strict=True):
         block.__dict__["spectral"] = spectral
@@ -109,8 +111,8 @@ def test_dilation_is_the_adjoint_of_compression_in_both_forms(spectral):
 def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
     """spec fedconv 6, properties: finite non-zero gradients to p, q, g, V; G bitwise unchanged"""
     selection = Selection(WIDTHS, WIDTHS.select(prefix(0.5)))
-    filters = Filters(selection, tiled(selection, STATE, NAMES))
-    filters.touched = True
+    filters = Filters(selection, tile_parameters(selection, STATE, NAMES))
+    filters.active = True
     before = {n: t.clone() for n, t in STATE.items()}
     filters.flat.requires_grad_()
     draw = torch.Generator().manual_seed(0)
@@ -125,35 +127,19 @@ def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, few):
-    """The fused step against the formula of spec fedconv 2.2 written out, by windows and by spectra."""
-    monkeypatch.setattr(filters_, "MOST_ENTRIES", 1 << 20 if few else 0)
+    """The fused step against the method's own form (spec fedconv 2.3), by windows and by spectra."""
+    monkeypatch.setattr(fast, "MOST_ENTRIES", 1 << 20 if few else 0)
     g = torch.Generator().manual_seed(0)
-    block = filters_.Block("w", filters_.Part(torch.arange(7), 4), filters_.Part(torch.arange(6), 5), 3)
+    block = Block("w", Part(torch.arange(7), 4), Part(torch.arange(6), 5), 3)
     x = torch.randn(3, 7, 6, generator=g)
     weights = [torch.randn(*s, generator=g).requires_grad_() for s in ((3,), (3,), (3,), (3, 4, 2))]
 
-    def plain(p, q, gain, v):
-        k = filters_.kernel(gain, v)
-        y = F.conv2d(x[None], k[:, None], groups=3)[0]
-        return (1 + p)[:, None, None] * y + (q * k.sum((1, 2)))[:, None, None]
-
-    bundle, keep = filters_.Bundle([0], [(3, 4, 2)]), torch.ones(3)
+    bundle, keep = fast.Bundle([0], [(3, 4, 2)]), torch.ones(3)
     ours, theirs = (
-        filters_.filtered(*weights[:3], weights[3].flatten(), keep, bundle, [filters_.Correlation(block, x)])[0],
-        plain(*weights),
+        fast.compress_bundle(*weights[:3], weights[3].flatten(), keep, bundle, [fast.Correlation(block, x)])[0],
+        plain_form([block], [x], [1.0])([weights])[0],
     )
     assert torch.allclose(ours, theirs, atol=1e-5)
     direction = torch.randn(ours.shape, generator=g)
     for a, b in zip(torch.autograd.grad(ours, weights, direction), torch.autograd.grad(theirs, weights, direction), strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
-
-
-def test_spreading_gradients_are_autograds():
-    g = torch.Generator().manual_seed(0)
-    x, k = (torch.randn(2, *s, generator=g).requires_grad_() for s in ((4, 5), (3, 2)))
-    ours = filters_.spreading(x, k, (6, 6))
-    theirs = F.conv_transpose2d(x[None], k[:, None], groups=2)[0]
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    direction = torch.randn(ours.shape, generator=g)
-    for a, b in zip(torch.autograd.grad(ours, (x, k), direction), torch.autograd.grad(theirs, (x, k), direction), strict=True):
         assert torch.allclose(a, b, atol=1e-4)

@@ -9,7 +9,8 @@ from helpers.runs import run
 from helpers.states import same
 from hetfl.config import resolve
 from hetfl.plugins.aggregations.kld import KLD
-from hetfl.plugins.methods.fedconv.strategy import FedConv, rate
+from hetfl.plugins.methods.fedconv.options import halve_rate
+from hetfl.plugins.methods.fedconv.strategy import FedConv
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
@@ -18,7 +19,7 @@ from hetfl.runs.experiment import prepare
 def test_learning_rate_by_round():
     """spec fedconv 6.7"""
     rounds = (1, 24, 25, 49, 50, 75, 100)
-    assert [rate(1e-3, r, 25) for r in rounds] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5]
+    assert [halve_rate(1e-3, r, 25) for r in rounds] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5]
 
 
 def test_presets_fill_what_is_not_given():
@@ -31,7 +32,7 @@ def test_presets_fill_what_is_not_given():
 @pytest.mark.parametrize(("objective", "dilate"), [("distill", "update"), ("ce", "weights")])
 def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objective, dilate):
     """Early stopping included: what one client's tuning comes to does not depend on who is beside it."""
-    from hetfl.plugins.methods.fedconv import strategy as fedconv
+    from hetfl.plugins.methods.fedconv import tuning as fedconv
 
     tuning = {"steps": 2, "first_steps": 2, "start": "random", "dilator_steps": 40, "patience": 1, "dilator_lr": 0.01}
     options = resolve({

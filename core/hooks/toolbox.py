@@ -1,0 +1,31 @@
+"""The toolbox: what plugins may import beside the contract (`from hetfl import …`). tests/plugins/test_contract.py holds them to it."""
+
+from __future__ import annotations
+
+TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
+    "aggregation.mean": (("WeightedSum",), "sums of one tensor over the patches of clients"),
+    "aggregation.updates": (("WEIGHTINGS", "by_client"), "what a client counts"),
+    "errors": (("nearest",), "the nearest known name, for an error's text"),
+    "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
+    "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
+    "models.state": (("copy_state", "load_state", "tensors"), "the tensors of a model by name"),
+    "profiling.capacity": (
+        ("WidthGrid", "assign_mix", "find_largest_width", "parse_grid", "parse_mix", "parse_quantity", "parse_ratio"),
+        "options that give capacities",
+    ),
+    "profiling.cost": (("count_macs", "count_parameters"), "what a model costs"),
+    "profiling.meter": (("free_memory",), "the free memory of this machine"),
+    "submodel.blocks": (("take",), "a block of a tensor by positions"),
+    "submodel.encoding": (("pack_bits", "unpack_bits"), "masks as one bit an entry"),
+    "submodel.units": (
+        ("Gate", "apply_gates", "find_gates", "locate_gates", "mean_powers", "select_largest", "select_units", "sum_powers"),
+        "importance of the units of width groups, and gates on them",
+    ),
+    "submodel.widths": (("Axis", "within"), "width groups, and where their units lie in each tensor"),
+    "training.clipping": (("clip_factors",), "factors that bring norms down to a bound"),
+    "training.dropout": (("seeded_random",), "dropout from a random stream of its own"),
+    "training.evaluation": (("evaluate",), "accuracy and loss of a model on examples"),
+    "training.local": (("descend", "kl_divergence", "local_batches"), "steps, batches and losses of local training"),
+    "training.tuning": (("cycle_batches",), "endless shuffled batches of row numbers"),
+    "training.vectorized": (("find_stacking_error", "is_worthwhile"), "whether copies of a model are to be computed as one"),
+}
