@@ -1,4 +1,4 @@
-"""The toolbox: what plugins may import beside the contract (`from hetfl import …`); tests/plugins/test_contract.py holds them to it."""
+"""The toolbox: what plugins may import beside the contract (`from hetfl import …`). A test holds every built-in plugin to it."""
 
 from __future__ import annotations
 
