@@ -50,7 +50,7 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     # 4. recovered, each to an update in global coordinates, while
     # 5. the aggregation takes the updates one by one, or gathers them first.
     run.callback.phase(number, "fit")
-    replies = count_replies(receive_replies(now), run.options.min_clients)
+    replies = count_replies(now, receive_replies(now))
     updates = recover_updates(now, replies)
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
@@ -75,13 +75,14 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     return now
 
 
-def count_replies(replies: Iterable[ReceivedReply], least: int) -> Iterator[ReceivedReply]:
-    """The replies; after the last, raises TooFewReplies where they were fewer than `least`: whoever gathers them stops."""
+def count_replies(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[ReceivedReply]:
+    """The replies; after the last, raises TooFewReplies where they were fewer than --min-clients: whoever gathers them stops."""
     count = 0
     for reply in replies:
         count += 1
         yield reply
-    if count < least:
+    now.run.callback.phase(now.number, "aggregate")
+    if count < now.run.options.min_clients:
         raise TooFewReplies(count)
 
 

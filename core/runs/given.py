@@ -14,6 +14,7 @@ from hetfl import registry
 from hetfl.config import RunOptions
 from hetfl.data import objects
 from hetfl.errors import UsageError
+from hetfl.hooks.base import Plugin
 from hetfl.models import factory
 
 FIELDS = ("model", "dataset", *registry.ROLES)  # the options that may be objects; `wrap` is several
@@ -58,6 +59,12 @@ class Given:
     def _name(self, field: str, value: Any, recorded: str | None) -> str:
         if isinstance(value, str):
             return value
+        if (
+            field in registry.ROLES
+            and not isinstance(value, Plugin)
+            and not (isinstance(value, type) and issubclass(value, Plugin))
+        ):
+            raise UsageError(f"{field} takes a plugin's name, a Plugin class or an object of one, not {value!r}")
         with _lock:
             add = {"model": factory.add_local, "dataset": objects.add_local}.get(field)
             key = (field, add(value) if add else registry.add_local(field, value, recorded))

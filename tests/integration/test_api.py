@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import hetfl
-from hetfl import Merged, Plan, Plugin, RunError, UsageError, hookimpl, mean, prefix
+from hetfl import Merged, Plan, Plugin, RunError, Updates, UsageError, hookimpl, mean, prefix
 from hetfl.data import catalog
 from hetfl.models import factory
 from hetfl.runs import api
@@ -75,6 +75,7 @@ class Halves(Plugin):
 class Plain(Plugin):
     @hookimpl
     def aggregate(self, server, updates, round) -> Merged:
+        updates = Updates(updates, server.state)
         return Merged(mean(updates, [1.0] * len(updates)))
 
 
@@ -362,7 +363,7 @@ def test_objects_and_other_processes_do_not_meet(engine, given, instead):
 def test_processes_run_in_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     run = small(engine="processes", workers=1)
-    assert run.summary["weights sha256"] == small(cohorts="off").summary["weights sha256"]
+    assert run.summary["weights sha256"] == small(vmap="off").summary["weights sha256"]
     assert list(tmp_path.glob("hetfl-*")) == []
 
 
