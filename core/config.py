@@ -105,6 +105,11 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     on_client_error: Literal["skip", "retry", "fail"] = Field(
         "skip", description="a client that fails or answers nonsense: leave it out of the round, ask it once more, or end the run"
     )
+    max_change: float | None = Field(
+        None,
+        ge=0,
+        description="most that a client may change, as a multiple of its weights' norm (0: any; none: learned)",
+    )
     min_clients: int = Field(1, ge=1, description="valid replies that a round needs; with fewer the global model stays as it was")
     checkpoint_every: int = Field(1, ge=0, description="write a checkpoint every N rounds (0: never), for hfl resume")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")

@@ -39,6 +39,7 @@ class Server:
     ) -> None:
         self.options, self.builder, self.state, self.classes, self.pool = options, builder, state, classes, pool
         self.branches: dict[str, Patches] = {}
+        self.example: Tensor | None = None  # two random inputs, for a look at what a model computes
         self.clients: dict[int, Client] = {}
         self.steps, self.steps_saved, self.epochs_saved = 0, 0, 0.0
         self.notes: list[str] = []

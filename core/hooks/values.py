@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,10 +60,21 @@ class ReceivedReply:
 
 @dataclass(frozen=True)
 class ExtraSpec:
-    """Bounds of a named tensor that a plugin sends beside the weights: most elements, and its dtype."""
+    """Bounds of a named tensor that a plugin sends beside the weights: most elements, its dtype, its number of dims (None: any)
+    and the range of its values. NaN and infinity are never admitted."""
 
     elements: int
     dtype: torch.dtype = torch.float32
+    ndim: int | None = None
+    low: float = -math.inf
+    high: float = math.inf
 
     def admits(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.dtype == self.dtype and tensor.numel() <= self.elements
+        """Whether `tensor` is within the bounds."""
+        if not isinstance(tensor, Tensor) or tensor.dtype != self.dtype or tensor.numel() > self.elements:
+            return False
+        if self.ndim not in (None, tensor.ndim) or not tensor.numel():
+            return self.ndim in (None, tensor.ndim)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return False
+        return self.low <= float(tensor.min()) and float(tensor.max()) <= self.high

@@ -8,14 +8,16 @@ from dataclasses import replace
 import torch
 
 from hetfl.aggregation.updates import Merged, Update
+from hetfl.errors import RunError, UsageError
 from hetfl.hooks.values import Coverage, ReceivedReply
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
 from hetfl.rounds.evaluation import evaluate_round
+from hetfl.rounds.limits import has_finite_outputs
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.norm_statistics import renew_statistics
-from hetfl.rounds.receiving import receive_replies
+from hetfl.rounds.receiving import leave_out, receive_replies
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.validation import is_finite
@@ -87,26 +89,49 @@ def count_replies(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator
 
 
 def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
-    """An update in global coordinates for each reply, in client order; where it lies is noted for plugins with a last word."""
-    run = now.run
-    received: dict[int, bool] = {}
+    """An update in global coordinates for each reply, in client order; where it lies is noted for plugins with a last word.
 
-    def seen() -> Iterator[ReceivedReply]:
-        for r in replies:
-            received[r.client.id] = bool(r.reply.extras or r.reply.kept or r.reply.masks)
-            yield r
+    A client whose reply the plugin cannot recover is left out, where the plugin takes replies one by one.
+    """
+    run, arriving, pending = now.run, iter(replies), list[ReceivedReply]()
 
-    with now.timed("recover"):
-        updates = iter(run.plugins.recover(run.server, seen(), now.number))
+    def pull() -> Iterator[ReceivedReply]:
+        for reply in arriving:
+            pending.append(reply)
+            yield reply
+
     while True:
-        with now.timed("recover"):
-            update = next(updates, None)
-        if update is None:
+        try:
+            with now.timed("recover"):
+                updates: Iterator[Update] = iter(run.plugins.recover(run.server, pull(), now.number))
+            while (update := next_update(now, updates)) is not None:
+                note_coverage(now, update, pending)
+                yield update
             return
-        if run.plugins.finalizes:
-            patches = {name: replace(patch, values=torch.empty(0)) for name, patch in update.patches.items()}
-            now.coverage.append(Coverage(update.client, patches, received.get(update.client, False)))
-        yield update
+        except (TooFewReplies, RunError, UsageError):
+            raise
+        except Exception as error:
+            if len(pending) != 1:
+                raise RunError(f"the extraction could not recover the replies of round {now.number}: {error!r}") from error
+            leave_out(now, pending.pop().client.id, f"its reply could not be recovered: {type(error).__name__}: {error}")
+
+
+def next_update(now: RoundState, updates: Iterator[Update]) -> Update | None:
+    """The next update; waiting for its reply is not counted as recovery."""
+    with now.timed("recover"):
+        return next(updates, None)
+
+
+def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply]) -> None:
+    """Notes where an update lies, without its values, and that its reply is dealt with."""
+    of_client = next((r for r in pending if r.client.id == update.client), None)
+    if now.run.plugins.finalizes:
+        reply = of_client.reply if of_client else None
+        more = reply is not None and bool(reply.extras or reply.kept or reply.masks)
+        patches = {name: replace(patch, values=torch.empty(0)) for name, patch in update.patches.items()}
+        now.coverage.append(Coverage(update.client, patches, more))
+    if of_client is not None:
+        pending.remove(of_client)
 
 
 def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | None:
@@ -122,10 +147,13 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
             wanted = f"{few.count} of the {run.options.min_clients} valid replies that a round needs (--min-clients)"
             now.alarm(f"{wanted}; the global model stays as it was")
         return None
-    if is_finite(merged):
-        return merged
-    now.alarm("what was merged holds NaN or infinity; the global model stays as it was")
-    return None
+    if not is_finite(merged):
+        now.alarm("what was merged holds NaN or infinity; the global model stays as it was")
+        return None
+    if not has_finite_outputs(run.server, merged.state):
+        now.alarm("the merged model's outputs are NaN or infinite; the global model stays as it was")
+        return None
+    return merged
 
 
 def report_round(now: RoundState) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client, ReceivedReply
-from hetfl.rounds.messages import Assignment, Failure, Instruction, exchange
+from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure, Instruction, exchange
 from hetfl.rounds.rows import ClientRow
 from hetfl.rounds.state import RoundState
-from hetfl.rounds.validation import ReplyValidator
+from hetfl.rounds.validation import CheckedReply, ReplyValidator
+from hetfl.training.task import Reply
 
 
 def receive_replies(now: RoundState) -> Iterator[ReceivedReply]:
@@ -47,7 +48,7 @@ def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | No
     run = now.run
     if not isinstance(answer, Failure):
         run.state_versions[client] = now.number
-    checked = ReplyValidator(run.server, run.plugins, run.travelling).check(now.assignments[client], answer)
+    checked = check_safely(now, now.assignments[client], answer)
     assignment, reply = checked.assignment, checked.reply
     row = now.row.clients[client] = begin_row(now, client)
     row.bytes_down = assignment.bytes
@@ -59,6 +60,17 @@ def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | No
     now.assignments[client] = replace(assignment, client=as_now)
     run.extras[client], run.last_round[client] = reply.extras, now.number
     return ReceivedReply(as_now, assignment.plan, assignment.state, reply)
+
+
+def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> CheckedReply:
+    """The reply as the validator and the round's limits find it; what cannot even be checked is the client's fault too."""
+    run = now.run
+    try:
+        checked = ReplyValidator(run.server, run.plugins, run.travelling).check(assignment, answer)
+        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.change)
+    except Exception as error:
+        return CheckedReply(assignment, Reply({}, 0), f"its reply cannot be read: {type(error).__name__}: {error}"[:LONGEST_LINE])
+    return checked
 
 
 def leave_out(now: RoundState, client: int, fault: str, answer: Any = None) -> None:

@@ -16,6 +16,7 @@ from hetfl.models.normalization import drop_statistics
 from hetfl.models.state import State
 from hetfl.profiling.meter import Meter
 from hetfl.rounds.evaluator import Evaluator
+from hetfl.rounds.limits import Limits
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import RoundRow, Row
@@ -64,6 +65,7 @@ class RoundState:
         self.run, self.number, self.engine = run, number, engine
         self.row = RoundRow(number)
         self.assignments: dict[int, Assignment] = {}
+        self.limits = Limits(run.options.max_change, run.client_rows)
         self.coverage: list[Coverage] = []
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
         self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}

@@ -16,16 +16,17 @@ from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
+from hetfl.rounds.limits import MOST_EXAMPLES
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
-from hetfl.rounds.rows import RESERVED
+from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
 from hetfl.submodel.encoding import CODES
 from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply
 
 NO_ANSWER = "it is no answer to what was asked"
-MOST_EXAMPLES = 1 << 40
 MOST_METRICS = 64
+MOST_SECONDS = 1e8
 
 
 @dataclass(eq=False)
@@ -124,10 +125,19 @@ def number_fault(reply: Reply) -> str | None:
         return f"it says that it has {reply.examples} examples"
     if reply.code not in ("", *CODES):
         return f"its tensors travelled as '{reply.code}'"
-    odd = [n for n, v in reply.metrics.items() if n in RESERVED or len(n) > LONGEST_LINE or not isinstance(v, int | float)]
+    odd = [n for n, v in reply.metrics.items() if not is_metric(n, v)]
     if odd or len(reply.metrics) > MOST_METRICS:
         return f"its metrics cannot be taken in ({', '.join(map(str, odd[:3])) or f'{len(reply.metrics)} of them'})"
     return None
+
+
+def is_metric(name: Any, value: Any) -> bool:
+    """Whether a client may say this of itself: a number under a name of its own, accuracies in [0, 1], seconds that can be."""
+    if not isinstance(name, str) or name in RESERVED or len(name) > LONGEST_LINE or not isinstance(value, int | float):
+        return False
+    if name == OWN_ACCURACY:
+        return 0 <= value <= 1
+    return name != SECONDS or 0 <= value < MOST_SECONDS
 
 
 def fill_reply(reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]:
@@ -192,5 +202,5 @@ def extras_fault(extras: State, allowed: Mapping[str, ExtraSpec]) -> str | None:
     """What is wrong with the extras of a plan or a reply, or None."""
     for name, extra in extras.items():
         if name not in allowed or not allowed[name].admits(extra):
-            return f"extra '{name}' is undeclared or larger than declared"
+            return f"extra '{name}' is undeclared or not as declared"
     return None

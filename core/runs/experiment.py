@@ -62,6 +62,7 @@ def prepare(
     options = setup.options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
     pool, initial = Pool(options.workers), tensors(builder.model)
     server = Server(options, builder, initial, len(federation.classes), federation.public, pool)
+    server.example = federation.inputs.batch()
     if why and given.vmap == "on":
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     began = time.perf_counter()

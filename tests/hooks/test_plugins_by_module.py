@@ -190,9 +190,10 @@ def test_an_object_is_found_by_its_name_and_taken_as_it_is(add):
     name = add("extract", plugin)
     assert name == "Halves"
     assert name not in {e.name for e in registry.entries()}
-    assert loading.load_plugins(resolve({"extract": name})).plugins["extract.Halves"] is plugin
-    with pytest.raises(UsageError, match="'Halves' is an object, which has its options already: shift"):
-        loading.load_plugins(resolve({"extract": name, "set": {"Halves": {"shift": 1}}}))
+    loaded = loading.load_plugins(resolve({"extract": name})).plugins["extract.Halves"]
+    assert (loaded.shift, loaded is plugin) == (3, False), "a copy, so that each run begins afresh"
+    other = loading.load_plugins(resolve({"extract": name, "set": {"Halves": {"shift": 1}}})).plugins["extract.Halves"]
+    assert (other.shift, plugin.shift) == (1, 3)
     with pytest.raises(UsageError, match=r"engine 'processes' runs clients in other processes, .* 'Halves'"):
         loading.load_plugins(resolve({"extract": name, "engine": "processes"}))
     registry.remove_local("extract", name)
@@ -224,4 +225,4 @@ def test_objects_of_many_threads_have_names_of_their_own(add):
 @pytest.mark.parametrize(("role", "plugin"), [("extract", 3), ("extract", int), ("extractor", Halves)])
 def test_what_is_no_plugin_is_not_taken(role, plugin):
     with pytest.raises(UsageError):
-        registry.add_local(role, plugin)
+        loading.load_plugins(resolve({"extract": registry.add_local(role, plugin)}))

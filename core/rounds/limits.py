@@ -1,0 +1,52 @@
+"""How far one reply may go before the server leaves it out: bounds learned from the run's own past, on by default.
+
+A finite number can ruin a run as surely as NaN does: one client that sends 1e30 once leaves every later training without a number.
+The bounds are far above what honest clients do (docs/federation.md says how far), so that they cost an honest run nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from hetfl.hooks.server import Server
+from hetfl.models.state import State
+from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
+from hetfl.training.task import Reply
+
+LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the norm of what it was sent
+CHANGES = 50.0  # times the median change of the clients before
+COUNTS = 1000.0  # times the median number of examples of the clients before
+MOST_EXAMPLES = 10**9
+RECENT = 1000  # replies that make a median
+
+
+class Limits:
+    """What replies of this round may be, after the rows of `people` that came before: those without a fault count."""
+
+    def __init__(self, largest_change: float | None, people: Sequence[Row]) -> None:
+        accepted = [row for row in people[-RECENT:] if FAULT not in row]
+        changes = [row[CHANGE] for row in accepted if row.get(CHANGE)]
+        counts = [row[EXAMPLES] for row in accepted if row.get(EXAMPLES)]
+        usual = CHANGES * statistics.median(changes) if changes else 0.0
+        self._change = max(LARGEST_CHANGE, usual) if largest_change is None else largest_change
+        self._examples = COUNTS * statistics.median(counts) if counts else float(MOST_EXAMPLES)
+
+    def fault(self, reply: Reply, change: float) -> str | None:
+        """Why a reply whose weights changed by `change` is beyond the bounds, or None."""
+        if self._change and change > self._change:
+            return f"it changed its weights by {change:.3g} times their norm, of which {self._change:.3g} is allowed (--max-change)"
+        if reply.examples > self._examples:
+            return f"it says that it has {reply.examples:,} examples, of which {self._examples:,.0f} are believed"
+        negative = next((name for name, t in reply.state.items() if name.endswith("running_var") and bool((t < 0).any())), None)
+        return None if negative is None else f"the variances {negative} are negative"
+
+
+def has_finite_outputs(server: Server, state: State) -> bool:
+    """Whether the global model with the tensors `state` still computes numbers, on two random examples."""
+    if server.example is None:
+        return True
+    whole = {name: state[name] for name in server.state}
+    return bool(torch.isfinite(server.predict(whole, server.example)).all())
