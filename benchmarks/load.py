@@ -17,14 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.speed.work import dataset
-from hetfl import config as experiment
-from hetfl.config import resolve
-from hetfl.engines.flower_internals import number
-from hetfl.engines.local import copied, node
-from hetfl.engines.node import NodeConfig, client_app
+from hetfl.config import format_run_file, resolve
+from hetfl.engines.flower.node import build_runtime, make_client_app
 from hetfl.parallel import Pool
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
@@ -64,14 +62,24 @@ def many(rounds: int, extract: str) -> dict[str, Any]:
             "peak MB at the end": seen[-1], "checkpoint MB": held / 1e6}  # fmt: skip
 
 
+def context_of(client: int, clients: int) -> Context:
+    """The context of the node that holds partition `client`."""
+    given: Any = {"partition-id": client, "num-partitions": clients}
+    return Context(run_id=1, node_id=client + 2, node_config=given, state=RecordDict(), run_config={})
+
+
 class Crowd:
     """Nodes that come and go, as Flower's grid shows them; each answers at once, on a worker."""
 
-    def __init__(self, clients: int, place: NodeConfig, pool: Pool, seed: int) -> None:
-        self._app, self._pool, self._random, self._sent = client_app(lambda _: place), pool, random.Random(seed), 0
-        from hetfl.engines.local import context
-
-        self._contexts = {node(i): context(i, clients) for i in range(clients)}
+    def __init__(self, clients: int, config: str, folder: Path, pool: Pool, seed: int) -> None:
+        self._app, self._pool, self._random, self._sent = (
+            make_client_app(lambda _: build_runtime(config), lambda _: folder),
+            pool,
+            random.Random(seed),
+            0,
+        )
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # without which Flower makes no message
+        self._contexts = {i + 2: context_of(i, clients) for i in range(clients)}
         self.there = set(self._contexts)
         self.left = self.joined = 0
 
@@ -91,10 +99,10 @@ class Crowd:
         batch = list(messages)
         for message in batch:
             self._sent += 1
-            number(message, f"n{self._sent}")
+            message.metadata.__dict__["_message_id"] = f"n{self._sent}"  # which Flower's own grids do when they send it
         lost = {m.metadata.dst_node_id for m in batch if m.metadata.message_type == "train" and self._random.random() < 0.05}
         kept = [m for m in batch if m.metadata.dst_node_id not in lost]
-        replies = self._pool.map(lambda m: self._app(m, copied(self._contexts[m.metadata.dst_node_id])), kept)
+        replies = self._pool.map(lambda m: self._app(m, self._contexts[m.metadata.dst_node_id]), kept)
         for reply, message in zip(replies, kept, strict=True):
             reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
         self._random.shuffle(replies)
@@ -107,8 +115,8 @@ def crowd(rounds: int, share: float = 0.2) -> dict[str, Any]:
                        "extract": "lotteryfl", "wait": 5})  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         pool = Pool()
-        config = experiment.format_run_file(options.model_copy(update={"engine": "local", "out": None}))
-        nodes = Crowd(50, NodeConfig(config, Path(place) / "memory"), pool, 0)
+        config = format_run_file(options.model_copy(update={"engine": "local", "out": None}))
+        nodes = Crowd(50, config, Path(place) / "memory", pool, 0)
 
         class Watch(NoCallback):
             def done(self, row: dict[str, Any]) -> None:

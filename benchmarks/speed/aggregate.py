@@ -45,7 +45,7 @@ def main() -> None:
     model = models.ZOO["resnet18"](classes=10, channels=3)
     widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)
     server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, None, Pool(1))
-    roles = PluginManager({"aggregate.overlap": load_class(registry.find("aggregate", "overlap"))()})
+    plugins = PluginManager({"aggregate.overlap": load_class(registry.find("aggregate", "overlap"))()})
     generator = torch.Generator().manual_seed(0)
 
     def some(ratio: float) -> Callable[[int], torch.Tensor]:
@@ -57,11 +57,8 @@ def main() -> None:
         trained = [{n: t.clone() for n, t in plan.take(server.state).items()} for plan in plans]
 
         def average(plans: Any = plans, trained: Any = trained) -> None:
-            fold = roles.stream(server, 1)
-            assert fold is not None
-            for i, (plan, state) in enumerate(zip(plans, trained, strict=True)):
-                fold.add(Update(i, plan.put(state), 1.0))
-            fold.result()
+            pairs = zip(plans, trained, strict=True)
+            plugins.aggregate(server, (Update(i, plan.put(state), 1.0) for i, (plan, state) in enumerate(pairs)), 1)
 
         modules = [server.builder.module(plan.sizes) for plan in plans]
 

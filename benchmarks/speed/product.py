@@ -1,4 +1,4 @@
-"""hetfl itself: the work's options through `experiment.run`, timed from its own metrics."""
+"""hetfl itself: the work's options through `runner.run`, timed from its own metrics."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Watch:
 
     def note(self, text: str) -> None:
         print(text)
+
+    alarm = note
 
 
 def main() -> None:

@@ -84,9 +84,9 @@ class Work:
     def chosen(self, round: int) -> list[int]:
         """The clients of a round, as hetfl samples them."""
         from hetfl.rng import stream
-        from hetfl.rounds.loop import sample
+        from hetfl.rounds.assignment import draw_clients
 
-        return sample(self.clients, self.options.fraction, stream(0, "sample", round))
+        return draw_clients(self.clients, self.options.fraction, stream(0, "sample", round))
 
     def rows(self, round: int, client: int) -> torch.Tensor:
         """A client's examples in the order in which it sees them."""

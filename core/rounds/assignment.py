@@ -21,12 +21,16 @@ from hetfl.submodel.plan import Plan
 
 
 def sample_clients(now: RoundState) -> list[int]:
-    """The clients of the round, ceil(fraction * clients) of them without replacement, in id order."""
+    """The clients of the round, of whom the server notes how many of how many they are."""
     run = now.run
-    size, generator = sample_size(run.clients, run.options.fraction), run.server.stream("sample", now.number)
-    chosen = sorted(torch.randperm(run.clients, generator=generator)[:size].tolist())
-    run.server.sampled, run.server.population, run.server.averages = size, run.clients, run.plugins.averages
+    chosen = draw_clients(run.clients, run.options.fraction, run.server.stream("sample", now.number))
+    run.server.sampled, run.server.population, run.server.averages = len(chosen), run.clients, run.plugins.averages
     return chosen
+
+
+def draw_clients(clients: int, fraction: float, generator: torch.Generator) -> list[int]:
+    """ceil(fraction * clients) of the client ids, without replacement, in ascending order."""
+    return sorted(torch.randperm(clients, generator=generator)[: sample_size(clients, fraction)].tolist())
 
 
 def sample_size(clients: int, fraction: float) -> int:
