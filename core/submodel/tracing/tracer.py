@@ -8,6 +8,7 @@ channels that any other op touches are frozen: they are not cut. That this is ri
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,12 +36,17 @@ class Tracer(TorchFunctionMode):
 
     def run(self, model: nn.Module, *inputs: Tensor) -> None:
         """Traces `model(*inputs)`; the channels of its outputs are frozen, for they are what the caller reads."""
-        table, names = self.table, {id(m): name for name, m in model.named_modules()}
+        table, names, thread = self.table, {id(m): name for name, m in model.named_modules()}, threading.get_ident()
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread:  # the hooks are the process's: other threads may run other models
+                table.stack.append(names.get(id(module), "?"))
 
         def leave(*_: Any) -> None:
-            table.stack.pop()
+            if threading.get_ident() == thread:
+                table.stack.pop()
 
-        before = hooks.register_module_forward_pre_hook(lambda m, _: table.stack.append(names.get(id(m), "?")))
+        before = hooks.register_module_forward_pre_hook(enter)
         after = hooks.register_module_forward_hook(leave, always_call=True)
         wrapped = wrap_ints(table.claims, model)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -133,3 +134,23 @@ def test_partition_equals_torch_prunings(name):
         if 0 in axes and widths.shapes[n].__len__() == 4:
             ours.setdefault(axes[0].groups[int(axes[0].group[0])], set()).add(n.removesuffix(".weight"))
     assert {frozenset(v) for v in ours.values()} == set(theirs.values())
+
+
+def test_models_that_run_in_other_threads_are_not_taken_for_the_traced_one():
+    net, stop = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), threading.Event()
+    other = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+    def run():
+        while not stop.is_set():
+            other(torch.zeros(1, 3))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        found = [[(g.name, g.size) for g in trace(net, torch.zeros(2, 4)).groups] for _ in range(20)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert found == [[("0", 6)]] * 20
