@@ -1,0 +1,18 @@
+"""A wrap whose client ends its process in the midst of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from hetfl import Plugin, hookimpl
+
+
+class Deadly(Plugin):
+    """Client 1 of round 1 is killed."""
+
+    @hookimpl(wrapper=True)
+    def fit(self, task):
+        if (task.client, task.round) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (yield)
