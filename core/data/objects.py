@@ -48,7 +48,7 @@ def add_local(data: Any) -> str:
     if any(hasattr(part, "select_columns") for part in parts.values()):
         return _add(kind, _tables(parts))
     splits = {split: _split(split, part) for split, part in parts.items()}
-    return _add(kind, _stored(kind, splits, None if names is None else [str(name) for name in names]))
+    return _add(kind, _describe_splits(kind, splits, None if names is None else [str(name) for name in names]))
 
 
 def remove_local(name: str) -> None:
@@ -67,7 +67,7 @@ def _add(kind: str, found: Stored | dict[str, Any]) -> str:
         )
     else:
         name = f"{GIVEN}{kind}-{found[1]['fingerprint'][:8]}"
-        where = DataLocation(name, found[1]["fingerprint"], decode=lambda options, progress: _checked(name, found, options))
+        where = DataLocation(name, found[1]["fingerprint"], decode=lambda options, progress: _check_options(name, found, options))
     return catalog.LOCAL.setdefault(name, where).name
 
 
@@ -81,7 +81,7 @@ def _tables(parts: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _checked(name: str, found: Stored, options: DataOptions) -> Stored:
+def _check_options(name: str, found: Stored, options: DataOptions) -> Stored:
     """Tensors need no columns, and have none that says whose an example is."""
     if options.partition == "natural":
         raise UsageError(
@@ -100,7 +100,7 @@ def _split(split: str, part: Any) -> Split:
     elif isinstance(part, IterableDataset) or not (isinstance(part, tuple) or _is_map_style(part)):
         raise UsageError(f"the {split} data are a {type(part).__name__}: give {FORMS}, with a length")
     if not isinstance(part, tuple):
-        part = _stacked(split, part)
+        part = _stack_examples(split, part)
     if len(part) != 2:
         raise UsageError(f"the {split} data are {len(part)} parts: a pair (x, y) of inputs and labels is needed")
     x, labels = _inputs(split, part[0]), _labels(split, part[1])
@@ -114,7 +114,7 @@ def _is_map_style(part: Any) -> bool:
     return sized and not isinstance(part, Mapping | str)
 
 
-def _stacked(split: str, dataset: Any) -> tuple[Any, Any]:
+def _stack_examples(split: str, dataset: Any) -> tuple[Any, Any]:
     """The examples of a map-style Dataset, each taken once, as inputs (N, …) and labels (N,)."""
     xs, ys = [], []
     for i in range(len(dataset)):
@@ -172,7 +172,7 @@ def _labels(split: str, y: Any) -> list[Any]:
     return values
 
 
-def _stored(kind: str, splits: Mapping[str, Split], names: list[str] | None) -> Stored:
+def _describe_splits(kind: str, splits: Mapping[str, Split], names: list[str] | None) -> Stored:
     """The tensors of the splits and the facts about them, as those of a data set from files."""
     test = next((splits[split] for split in ("test", "validation") if split in splits), None)
     parts = {"": splits["train"]} | ({} if test is None else {"test.": test})

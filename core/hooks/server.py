@@ -109,7 +109,7 @@ class Server:
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
-        return self._counted([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
+        return self._count_steps([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
 
     def tune_together(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
@@ -118,9 +118,9 @@ class Server:
         """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
         orders = [self.stream(purpose, round, client) for client in clients]
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
-        return self._counted(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
+        return self._count_steps(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
 
-    def _counted(self, tuned: list[TuningResult], steps: int, batch: int, purpose: str) -> list[TuningResult]:
+    def _count_steps(self, tuned: list[TuningResult], steps: int, batch: int, purpose: str) -> list[TuningResult]:
         self.alarms += [text for t in tuned if (text := explain_risen_loss(purpose, t.start, t.last, t.step))]
         each = math.ceil(len(self.public.tune) / batch)
         self.steps += sum(t.steps for t in tuned)

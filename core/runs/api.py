@@ -132,7 +132,7 @@ def matrix(
     """
     given = Given()
     values = gather(given, options, model=model, dataset=data, profile=profile, wrap=wrap)
-    extracts, aggregates = ([given.names({role: one})[role] for one in listed(several)]
+    extracts, aggregates = ([given.names({role: one})[role] for one in list_values(several)]
                             for role, several in (("extract", extract), ("aggregate", aggregate)))  # fmt: skip
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     trials = sweeps.plan_trials(values, sweeps.cross_plugins(extracts, aggregates, controls), sweep or {}, numbers)
@@ -174,7 +174,7 @@ def carry_out(
     title = f"{options.extract} x {options.aggregate or 'its partner'}"
     try:
         with own_settings(), progress_line(progress, title, options.rounds) as lines:
-            watch = Observers([*([] if callback is None else listed(callback)), *lines])
+            watch = Observers([*([] if callback is None else list_values(callback)), *lines])
             watch.tell("on_run_start", {"options": options, "path": options.out})
             watch.tell("on_run_end", job(options, folder, watch))
     finally:
@@ -197,6 +197,6 @@ def carry_out_trial(trial: Trial, out: Path | None, reuse: bool) -> TrialResult:
     return found
 
 
-def listed(value: Any) -> list[Any]:
+def list_values(value: Any) -> list[Any]:
     """One or several as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -69,7 +69,7 @@ class Given:
             add = {"model": factory.add_local, "dataset": objects.add_local}.get(field)
             key = (field, add(value) if add else registry.add_local(field, value, recorded))
             _users[key] += 1
-            _facts[key] = described(value)
+            _facts[key] = describe_object(value)
             self.keys.append(key)
         forget([])
         return key[1]
@@ -78,8 +78,9 @@ class Given:
         """Other processes build a run from its options, which can only name things. Raises UsageError where an object is given."""
         if self.keys and engine != "local":
             field, name = self.keys[0]
+            what = option_name(field)
             raise UsageError(
-                f"the engine '{engine}' has clients in other processes, which do not have the {shown(field)} given as an object, "
+                f"the engine '{engine}' has clients in other processes, which do not have the {what} given as an object, "
                 f"'{name}': name {NAMED.get(field, 'package.module:Class')} instead, or take the engine 'local'"
             )
 
@@ -106,7 +107,7 @@ def remove(field: str, name: str) -> None:
         (factory if field == "model" else objects).remove_local(name)
 
 
-def described(value: Any) -> dict[str, Any]:
+def describe_object(value: Any) -> dict[str, Any]:
     """What run.json says of an object."""
     kind: Any = value if hasattr(value, "__qualname__") else type(value)
     more = {"parameters": sum(p.numel() for p in value.parameters())} if isinstance(value, nn.Module) else {}
@@ -116,9 +117,9 @@ def described(value: Any) -> dict[str, Any]:
 def object_facts(options: RunOptions) -> dict[str, Any]:
     """The objects among the parts of a run, for run.json; nothing where all have names."""
     chosen = [(field, name) for field in FIELDS for name in (options.wrap if field == "wrap" else [getattr(options, field)])]
-    found = {shown(field): _facts[field, name] for field, name in chosen if (field, name) in _facts}
+    found = {option_name(field): _facts[field, name] for field, name in chosen if (field, name) in _facts}
     return {"given as objects": found} if found else {}
 
 
-def shown(field: str) -> str:
+def option_name(field: str) -> str:
     return "data" if field == "dataset" else field

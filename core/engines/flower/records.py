@@ -69,15 +69,15 @@ class RecordCodec:
         return replace(reply, state=encoding.select_existing(reply.state, {n: masks[n] for n in names}), packed=frozenset(names))
 
 
-def encoded(tensor: Tensor) -> bytes:
+def encode_array(tensor: Tensor) -> bytes:
     """A tensor in numpy's .npy form."""
     buffer = io.BytesIO()
     npy.write_array(buffer, tensor.detach().cpu().contiguous().numpy(), allow_pickle=False)
     return buffer.getvalue()
 
 
-def decoded(data: Any) -> Tensor:
-    """The inverse of `encoded`. Raises MalformedError; what the header claims is checked against the bytes that are there."""
+def decode_array(data: Any) -> Tensor:
+    """The inverse of `encode_array`. Raises MalformedError; what the header claims is checked against the bytes that are there."""
     stream = io.BytesIO(data)
     try:
         version = npy.read_magic(stream)
@@ -105,22 +105,22 @@ def config(content: RecordDict) -> Values:
 
 
 def arrays(content: RecordDict) -> State:
-    return {name: decoded(array.data) for name, array in content.array_records["arrays"].items()}
+    return {name: decode_array(array.data) for name, array in content.array_records["arrays"].items()}
 
 
-def group(prefix: str, tensors: Mapping[str, Tensor]) -> Values:
+def write_group(prefix: str, tensors: Mapping[str, Tensor]) -> Values:
     """Tensors that do not belong to the model, as bytes."""
-    return {f"{prefix}/{name}": encoded(tensor) for name, tensor in tensors.items()}
+    return {f"{prefix}/{name}": encode_array(tensor) for name, tensor in tensors.items()}
 
 
-def grouped(prefix: str, values: Values) -> State:
-    return {key.split("/", 1)[1]: decoded(value) for key, value in values.items() if key.startswith(prefix + "/")}
+def read_group(prefix: str, values: Values) -> State:
+    return {key.split("/", 1)[1]: decode_array(value) for key, value in values.items() if key.startswith(prefix + "/")}
 
 
-def masks_of(values: Values) -> State:
+def read_masks(values: Values) -> State:
     """Masks from their bits; a shape that asks for more bits than are there is refused."""
     shapes = json.loads(values.get("shapes", "{}"))
-    bits, found = grouped("mask", values), dict[str, Tensor]()
+    bits, found = read_group("mask", values), dict[str, Tensor]()
     for name, packed in bits.items():
         shape = tuple(int(n) for n in shapes[name])
         if min(shape, default=0) < 0 or packed.dtype != torch.uint8 or len(packed) != math.ceil(math.prod(shape) / 8):
@@ -129,9 +129,11 @@ def masks_of(values: Values) -> State:
     return found
 
 
-def masking(masks: State) -> Values:
+def write_masks(masks: State) -> Values:
     shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-    return {"shapes": shapes, **group("mask", {name: encoding.pack_bits(mask) for name, mask in masks.items()})} if masks else {}
+    return (
+        {"shapes": shapes, **write_group("mask", {name: encoding.pack_bits(mask) for name, mask in masks.items()})} if masks else {}
+    )
 
 
 def write_instruction(sent: Instruction) -> RecordDict:
@@ -140,17 +142,17 @@ def write_instruction(sent: Instruction) -> RecordDict:
     values |= {} if sent.sizes is None else {"sizes": json.dumps(sent.sizes)}
     values |= {} if sent.up is None else {"up": json.dumps(sorted(sent.up))}
     return message(
-        {**values, **masking(sent.masks), **group("extra", sent.extras)}, encoding.select_existing(sent.state, sent.masks)
+        {**values, **write_masks(sent.masks), **write_group("extra", sent.extras)}, encoding.select_existing(sent.state, sent.masks)
     )
 
 
 def read_instruction(content: RecordDict) -> Instruction:
     values = config(content)
-    masks = masks_of(values)
+    masks = read_masks(values)
     return Instruction(
         int(values["round"]), encoding.fill_masked(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
-        values.get("model"), masks, grouped("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
+        values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
         bool(values["held"]), bool(values["local"]), int(values["state_version"]),
     )  # fmt: skip
 
@@ -160,7 +162,9 @@ def write_reply(reply: Reply) -> RecordDict:
     values |= {f"metric/{name}": float(value) for name, value in reply.metrics.items()}
     state, scales = encoding.encode_tensors(reply.state, reply.code)
     values |= {**({"code": reply.code} if reply.code else {}), **{f"scale/{name}": value for name, value in scales.items()}}
-    return message({**values, **masking(reply.masks), **group("kept", reply.kept), **group("extra", reply.extras)}, state)
+    return message(
+        {**values, **write_masks(reply.masks), **write_group("kept", reply.kept), **write_group("extra", reply.extras)}, state
+    )
 
 
 def read_reply(content: RecordDict) -> Reply:
@@ -169,7 +173,7 @@ def read_reply(content: RecordDict) -> Reply:
     scales = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("scale/")}
     return Reply(
         encoding.decode_tensors(arrays(content), scales), int(values["examples"]), metrics,
-        grouped("extra", values), grouped("kept", values), masks_of(values),
+        read_group("extra", values), read_group("kept", values), read_masks(values),
         frozenset(map(str, json.loads(values["values"]))), str(values.get("code", "")),
     )  # fmt: skip
 

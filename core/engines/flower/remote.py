@@ -48,11 +48,11 @@ class FlowerEngine:
         new = sorted(nodes - self._client_of.keys())
         asked = [Message(self._codec.encode(0), node, HELLO, group_id="hello") for node in new]
         for reply in grid.send_and_receive(asked, timeout=GREETING) if asked else []:
-            if (client := self._introduced(reply)) in range(self._clients):
+            if (client := self._read_client_id(reply)) in range(self._clients):
                 self._client_of[reply.metadata.src_node_id] = client
         return {client: node for node, client in sorted(self._client_of.items())}
 
-    def _introduced(self, reply: Message) -> int:
+    def _read_client_id(self, reply: Message) -> int:
         """Which client a node says it is; -1 where it says nothing that can be understood."""
         try:
             return int(self._codec.decode(reply.content)["client"]) if reply.has_content() else -1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.messages import masked_state
 from helpers.states import same
-from hetfl.engines.flower.records import MalformedError, RecordCodec, decoded, encoded
+from hetfl.engines.flower.records import MalformedError, RecordCodec, decode_array, encode_array
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import Instruction
 from hetfl.submodel import encoding
@@ -31,20 +31,20 @@ def tensor(shape, dtype, seed):
 @given(st.lists(st.integers(0, 5), max_size=4), dtypes, st.integers(0, 9))
 def test_an_array_comes_back_as_it_was(shape, dtype, seed):
     was = tensor(shape, dtype, seed)
-    assert torch.equal(decoded(encoded(was)), was)
-    assert torch.equal(decoded(encoded(was.T.contiguous().T if was.ndim == 2 else was)), was)
+    assert torch.equal(decode_array(encode_array(was)), was)
+    assert torch.equal(decode_array(encode_array(was.T.contiguous().T if was.ndim == 2 else was)), was)
 
 
 @often
 @given(st.data())
 def test_a_mutated_array_is_refused_or_is_an_array(data):
     """A byte fuzzer: never another error, never more memory than the bytes that came."""
-    raw = bytearray(encoded(tensor((4, 3), torch.float32, 0)))
+    raw = bytearray(encode_array(tensor((4, 3), torch.float32, 0)))
     for _ in range(data.draw(st.integers(1, 6))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
     try:
-        found = decoded(bytes(raw))
+        found = decode_array(bytes(raw))
     except MalformedError:
         return
     assert found.numel() * found.element_size() <= len(raw)
