@@ -163,9 +163,9 @@ class Matrix:
     @property
     def leaderboard(self) -> pd.DataFrame:
         """`ranked` by the metric that the matrix was asked for."""
-        return self.rank_results(self.metric)
+        return self.rank(self.metric)
 
-    def rank_results(self, metric: str) -> pd.DataFrame:
+    def rank(self, metric: str) -> pd.DataFrame:
         """Mean and 95 % interval of `metric` over the seeds for each pair and point of the sweep, by mean rank."""
         measured = {name for trial in self.trials for name in trial.row if "@" in name}
         if measured and metric not in measured:

@@ -460,7 +460,7 @@ def test_a_matrix_ranks_names_and_objects(tmp_path):
     assert found.path is None
     assert "Matrix(4 runs)" in repr(found)
     with pytest.raises(UsageError, match="did you mean 'global@test'"):
-        found.ranked("global@tset")
+        found.rank("global@tset")
     out = {**base, "out": tmp_path, "controls": False, "rounds": 1}
     written = hetfl.matrix("heterofl", seeds=[0], sweep={"lr": [0.01, 0.1]}, **out)
     assert written.results["lr"].tolist() == [0.01, 0.1]
