@@ -99,7 +99,7 @@ def kl(logits, teacher, t=1.0):
 
 
 def tune(w, judge, loss, batches, lr):
-    """Adam on `loss(w, rows)` of each batch of rows; the weights of the lowest `judge(w)` before, after every 10 steps, at the end."""
+    """Adam on `loss(w, rows)` of each batch of rows; the weights of the lowest `judge(w)` of steps 0, 10, 20, … and the last."""
     w = {n: t.clone().requires_grad_() for n, t in w.items()}
     optimizer = torch.optim.Adam(w.values(), lr)
     best, least = {n: t.detach().clone() for n, t in w.items()}, float(judge(w))
