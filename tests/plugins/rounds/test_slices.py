@@ -1,0 +1,178 @@
+"""Two rounds of every strategy that slices, against the same rounds in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers.plain import HIDDEN, UNEQUAL, Federation, cross_entropy, cut, descend, forward, kl, leading, mean, paste
+
+WIDTHS = (1.0, 0.5, 0.25)
+
+
+def slices(federation, state, round, units, loss=lambda c: cross_entropy):
+    """What each client returns of its units: (values, coverage)."""
+    trained = [descend(cut(state, units[c]), federation.batches(c, round), loss(c)) for c in federation.clients]
+    return [paste(w, u, state) for w, u in zip(trained, units, strict=True)]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+def test_heterofl_by_overlap(simulate, weighting):
+    """spec heterofl 2.2, 2.5"""
+    made = simulate(0, extract="heterofl", aggregate="overlap", set={"overlap": {"weighting": weighting}}, **UNEQUAL)
+    plain = Federation(made)
+    weights = plain.sizes if weighting == "samples" else None
+    assert len(set(plain.sizes)) == 3
+    plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(w) for w in WIDTHS]), weights))
+
+
+def test_heterofl_with_scaler_masked_loss_and_head_rows(simulate):
+    """spec heterofl 2.3, 2.5, 2.6"""
+    values = {**UNEQUAL, "alpha": 0.1, "levels": "1,0.5,0.5"}
+    options = {"heterofl": {"scaler": True, "mask_loss": True}}
+    plain = Federation(simulate(0, extract="heterofl", aggregate="overlap", set=options, **values))
+    assert any(not bool(held.all()) for held in plain.classes)
+    widths = (1.0, 0.5, 0.5)
+
+    def loss(c):
+        return lambda w, x, y: F.cross_entropy(torch.where(plain.classes[c], forward(w, x, widths[c]), 0.0), y)
+
+    def one_round(state, r):
+        pasted = slices(plain, state, r, [leading(w) for w in widths], loss)
+        for held, (_, cover) in zip(plain.classes, pasted, strict=True):
+            cover["5.weight"] *= held[:, None]
+            cover["5.bias"] *= held
+        return mean(state, pasted)
+
+    plain.follow(one_round)
+
+
+@pytest.mark.parametrize(("direction", "step"), [("forward", 1), ("backward", 3)])
+def test_fedrolex(simulate, direction, step):
+    """spec fedrolex 2.1"""
+    options = {"fedrolex": {"direction": direction, "step": step}}
+    plain = Federation(simulate(0, extract="fedrolex", aggregate="overlap", set=options, **UNEQUAL))
+    sign = 1 if direction == "forward" else -1
+
+    def one_round(state, r):
+        start = sign * step * (r - 1)
+        rolled = [tuple((start + u) % n for u, n in zip(leading(w), HIDDEN, strict=True)) for w in WIDTHS]
+        return mean(state, slices(plain, state, r, rolled))
+
+    plain.follow(one_round, rounds=3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_federated_dropout(simulate, shared):
+    """spec fedrolex 1: random channels, drawn anew every round"""
+    plain = Federation(simulate(0, extract="feddropout", aggregate="overlap", set={"feddropout": {"shared": shared}}, **UNEQUAL))
+
+    def one_round(state, r):
+        units = []
+        for c in plain.clients:
+            draws = plain.stream("dropout", r, -1 if shared else c)
+            orders = [torch.randperm(n, generator=draws) for n in HIDDEN]
+            units.append(tuple(order[: len(u)] for order, u in zip(orders, leading(WIDTHS[c]), strict=True)))
+        return mean(state, slices(plain, state, r, units))
+
+    plain.follow(one_round)
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_fjord(simulate, distil):
+    """Each batch runs a width drawn among those up to the client's own; with distillation its own teaches the narrower."""
+    options = {"fjord": {"ratios": [0.25, 0.5, 1.0], "distill": distil}}
+    plain = Federation(simulate(0, extract="fjord", aggregate="overlap", set=options, **UNEQUAL))
+
+    def loss(c, r):
+        draws, widths = plain.stream("fjord", r, c), [w for w in (0.25, 0.5, 1.0) if w <= WIDTHS[c]]
+
+        def of_batch(w, x, y):
+            narrow = forward(cut(w, leading(widths[int(torch.randint(len(widths), (1,), generator=draws))])), x)
+            if not distil:
+                return F.cross_entropy(narrow, y)
+            wide = forward(w, x)
+            return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + kl(narrow, wide.detach())
+
+        return of_batch
+
+    plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(w) for w in WIDTHS], lambda c: loss(c, r))))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_lg_fedavg(simulate, layers):
+    """spec baselines 1, 2: the last layers are averaged, the others stay with their client"""
+    plain = Federation(simulate(0, extract="lgfedavg", aggregate="overlap", set={"lgfedavg": {"layers": layers}}, **UNEQUAL))
+    shared = [n for n in plain.first if n[0] in ("5", "53")[layers - 1]]
+    home = [cut(plain.first, leading(w)) for w in WIDTHS]
+
+    def one_round(state, r):
+        for c in plain.clients:
+            sent = cut(state, leading(WIDTHS[c]))
+            home[c] = descend({**home[c], **{n: sent[n] for n in shared}}, plain.batches(c, r), cross_entropy)
+        merged = mean(state, [paste(w, leading(v), state) for w, v in zip(home, WIDTHS, strict=True)])
+        return {n: merged[n] if n in shared else t for n, t in state.items()}
+
+    plain.follow(one_round)
+
+
+def test_fedavg_of_the_whole_model(simulate):
+    """spec baselines 1"""
+    plain = Federation(simulate(0, extract="full", aggregate="fedavg", **UNEQUAL))
+    plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(1)] * 3), plain.sizes))
+
+
+def test_fedavg_of_slices_lets_absentees_vote_for_the_old_value(simulate):
+    plain = Federation(simulate(0, extract="heterofl", aggregate="fedavg", **UNEQUAL))
+
+    def one_round(state, r):
+        pasted = slices(plain, state, r, [leading(w) for w in WIDTHS])
+        filled = [{n: torch.where(cover[n] > 0, values[n], state[n]) for n in state} for values, cover in pasted]
+        return {n: sum(k * w[n] for k, w in zip(plain.sizes, filled, strict=True)) / sum(plain.sizes) for n in state}
+
+    plain.follow(one_round)
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_clusters(simulate, weighting):
+    """spec dac 1 iv, O5: a mean within each level, from that level's own model"""
+    values = {**UNEQUAL, "levels": "1,0.5,0.5", "set": {"cluster": {"weighting": weighting}}}
+    plain = Federation(simulate(0, extract="heterofl", aggregate="cluster", **values))
+    models, members = {}, {1.0: [0], 0.5: [1, 2]}
+
+    def one_round(state, r):
+        pasted, votes = [], plain.sizes if weighting == "samples" else [1.0] * 3
+        for width, clients in members.items():
+            model, units = models.get(width, state), leading(width)
+            ours = [paste(descend(cut(model, units), plain.batches(c, r), cross_entropy), units, state) for c in clients]
+            models[width] = mean(model, ours, [votes[c] for c in clients])
+            pasted += ours
+        return mean(state, pasted, votes)
+
+    plain.follow(one_round)
+
+
+@pytest.mark.parametrize(("aggregate", "options"), [("median", {}), ("trimmed-mean", {"trim": 0.4})])
+def test_median_and_trimmed_mean(simulate, aggregate, options):
+    """Yin et al.: of the n covering clients floor(trim n) are left out at either end, at least one stays."""
+    values = {**UNEQUAL, "levels": "1,1,0.5"}
+    plain = Federation(simulate(0, extract="heterofl", aggregate=aggregate, set={aggregate: options}, **values))
+
+    def middle(old, held):
+        ordered = sorted(held)
+        if not ordered:
+            return old
+        left_out = min(int(options.get("trim", 0.5) * len(ordered)), (len(ordered) - 1) // 2)
+        inner = ordered[left_out : len(ordered) - left_out]
+        return sum(inner) / len(inner)
+
+    def one_round(state, r):
+        pasted, found = slices(plain, state, r, [leading(w) for w in (1, 1, 0.5)]), {}
+        for n, old in state.items():
+            entries = zip(old.flatten(), *(zip(v[n].flatten(), c[n].flatten(), strict=True) for v, c in pasted), strict=True)
+            new = [middle(before, [v for v, covered in ours if covered]) for before, *ours in entries]
+            found[n] = torch.stack(new).reshape(old.shape)
+        return found
+
+    plain.follow(one_round)
