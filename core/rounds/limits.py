@@ -17,6 +17,8 @@ from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
 from hetfl.training.task import Reply
 
 LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the norm of what it was sent
+LARGEST_JUMP = 1e6  # the same with the running statistics of batch norm
+STATISTICS = ("running_mean", "running_var")
 CHANGES = 50.0  # times the median change of the clients before
 COUNTS = 1000.0  # times the median number of examples of the clients before
 MOST_EXAMPLES = 10**9
@@ -34,14 +36,34 @@ class Limits:
         self._change = max(LARGEST_CHANGE, usual) if largest_change is None else largest_change
         self._examples = COUNTS * statistics.median(counts) if counts else float(MOST_EXAMPLES)
 
-    def fault(self, reply: Reply, change: float) -> str | None:
-        """Why a reply whose weights changed by `change` is beyond the bounds, or None."""
-        if self._change and change > self._change:
-            return f"it changed its weights by {change:.3g} times their norm, of which {self._change:.3g} is allowed (--max-change)"
+    def fault(self, reply: Reply, sent: State) -> str | None:
+        """Why a reply of a client that was sent the tensors `sent` is beyond the bounds, or None."""
+        if fault := self._change_fault(reply.state, sent):
+            return fault
         if reply.examples > self._examples:
             return f"it says that it has {reply.examples:,} examples, of which {self._examples:,.0f} are believed"
         negative = next((name for name, t in reply.state.items() if name.endswith("running_var") and bool((t < 0).any())), None)
         return None if negative is None else f"the variances {negative} are negative"
+
+    def _change_fault(self, state: State, sent: State) -> str | None:
+        """What went too far: weights, or running statistics, which may jump where a new submodel's activations are others."""
+        if not self._change:
+            return None
+        weights = {name: t for name, t in state.items() if not name.endswith(STATISTICS)}
+        for kind, tensors, bound in (("weights", weights, self._change), ("running statistics", state, LARGEST_JUMP)):
+            if (change := relative_change(tensors, sent)) > bound:
+                return f"it changed its {kind} by {change:.3g} times their norm, of which {bound:.3g} is allowed (--max-change)"
+        return None
+
+
+def relative_change(state: State, before: State) -> float:
+    """How far a client went: the norm of what it changed over the norm of what it began with."""
+    pairs = [(t, before[n]) for n, t in state.items() if t.is_floating_point()]
+    if not pairs:
+        return 0.0
+    now, was = (list(column) for column in zip(*pairs, strict=True))
+    moved, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(now, was), was))
+    return float(moved / size.clamp(min=1e-12))
 
 
 def has_finite_outputs(server: Server, state: State) -> bool:

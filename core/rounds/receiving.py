@@ -67,7 +67,7 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     run = now.run
     try:
         checked = ReplyValidator(run.server, run.plugins, run.travelling).check(assignment, answer)
-        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.change)
+        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.expected)
     except Exception as error:
         return CheckedReply(assignment, Reply({}, 0), f"its reply cannot be read: {type(error).__name__}: {error}"[:LONGEST_LINE])
     return checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.limits import MOST_EXAMPLES
+from hetfl.rounds.limits import MOST_EXAMPLES, relative_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
@@ -31,13 +31,17 @@ MOST_SECONDS = 1e8
 
 @dataclass(eq=False)
 class CheckedReply:
-    """A reply, what was sent narrowed to what came back, and the `fault` that makes it unusable."""
+    """A reply, what was sent narrowed to what came back, and the `fault` that makes it unusable.
+
+    `expected` are the tensors that its own ones are compared with, `change` how far these are from them.
+    """
 
     assignment: Assignment
     reply: Reply
     fault: str | None = None
     bytes_up: int = 0
     change: float = 0.0
+    expected: State = field(default_factory=dict)
 
 
 class ReplyValidator:
@@ -60,7 +64,8 @@ class ReplyValidator:
             fault = number_fault(reply) or reply_fault(reply, expected, self._plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
-        return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, reply), relative_change(reply.state, expected))
+        change = relative_change(reply.state, expected)
+        return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, reply), change, expected)
 
     def _narrow(self, assignment: Assignment, reply: Reply) -> tuple[Assignment, str | None]:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
@@ -107,16 +112,6 @@ def is_finite(merged: Merged) -> bool:
     """Whether the next global model, and every branch, is all numbers."""
     branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
     return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
-
-
-def relative_change(state: State, before: State) -> float:
-    """How far a client went: the norm of what it changed over the norm of what it began with."""
-    pairs = [(t, before[n]) for n, t in state.items() if t.is_floating_point()]
-    if not pairs:
-        return 0.0
-    now, was = (list(column) for column in zip(*pairs, strict=True))
-    moved, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(now, was), was))
-    return float(moved / size.clamp(min=1e-12))
 
 
 def number_fault(reply: Reply) -> str | None:

@@ -52,21 +52,32 @@ def test_a_finite_poison_is_left_out_and_the_others_count(monkeypatch, name, agg
 
 
 def test_negative_variances_are_refused():
-    reply = Reply({"bn.running_var": torch.tensor([1.0, -1000.0])}, 5)
-    assert "negative" in Limits(None, []).fault(reply, 0.1)
-    assert Limits(None, []).fault(Reply({"bn.running_mean": torch.tensor([-3.0])}, 5), 0.1) is None
+    sent = {"bn.running_var": torch.ones(2)}
+    assert "negative" in Limits(None, []).fault(Reply({"bn.running_var": torch.tensor([1.0, -1000.0])}, 5), sent)
+    assert Limits(None, []).fault(Reply({"bn.running_mean": torch.tensor([-3.0])}, 5), {"bn.running_mean": torch.ones(1)}) is None
+
+
+def test_running_statistics_may_jump_where_weights_may_not():
+    sent = {"w": torch.ones(4), "bn.running_var": torch.ones(4)}
+    jump = {"w": torch.ones(4), "bn.running_var": torch.full((4,), 1e4)}
+    assert Limits(None, []).fault(Reply(jump, 5), sent) is None
+    assert "weights" in Limits(None, []).fault(Reply({**sent, "w": torch.full((4,), 1e4)}, 5), sent)
+    assert "statistics" in Limits(None, []).fault(Reply({**sent, "bn.running_var": torch.full((4,), 1e10)}, 5), sent)
 
 
 def test_bounds_are_learned_from_replies_without_a_fault():
+    def fault(limits, change, examples=10):
+        return limits.fault(Reply({"w": torch.tensor([1.0 + change])}, examples), {"w": torch.ones(1)})
+
     people = [{"change": 2.0, "examples": 10}] * 5 + [{"change": 1e9, "examples": 10**8, "fault": "too far"}] * 50
     limits = Limits(None, people)
-    assert limits.fault(Reply({}, 10), 99.0) is None
-    assert "100 is allowed" in limits.fault(Reply({}, 10), 101.0)
-    assert limits.fault(Reply({}, int(COUNTS * 10)), 1.0) is None
-    assert "are believed" in limits.fault(Reply({}, int(COUNTS * 10) + 1), 1.0)
-    assert Limits(None, []).fault(Reply({}, 1), LARGEST_CHANGE + 1)
-    assert Limits(0.0, []).fault(Reply({}, 1), 1e9) is None
-    assert Limits(0.5, []).fault(Reply({}, 1), 0.6)
+    assert fault(limits, 99.0) is None
+    assert "100 is allowed" in fault(limits, 101.0)
+    assert fault(limits, 1.0, int(COUNTS * 10)) is None
+    assert "are believed" in fault(limits, 1.0, int(COUNTS * 10) + 1)
+    assert fault(Limits(None, []), LARGEST_CHANGE + 1)
+    assert fault(Limits(0.0, []), 1e9) is None
+    assert fault(Limits(0.5, []), 0.6)
 
 
 def test_a_model_that_computes_no_numbers_is_not_taken(simulate, monkeypatch):
