@@ -48,10 +48,11 @@ def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | No
     run = now.run
     if not isinstance(answer, Failure):
         run.state_versions[client] = now.number
-    checked = check_safely(now, now.assignments[client], answer)
+    sent = now.assignments[client]
+    checked = check_safely(now, sent, answer)
     assignment, reply = checked.assignment, checked.reply
     row = now.row.clients[client] = begin_row(now, client)
-    row.bytes_down = assignment.bytes
+    row.bytes_down = sent.bytes
     if checked.fault:
         leave_out(now, client, checked.fault, answer)
         return None

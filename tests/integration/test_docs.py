@@ -8,10 +8,12 @@ import runpy
 
 import pytest
 
+import hetfl
 from helpers.paths import DOCS, ROOT
 from hetfl import registry
 from hetfl.hooks import hookspecs
 from hetfl.hooks.base import HOOKS
+from hetfl.hooks.toolbox import TOOLBOX
 from hetfl.models.zoo import ZOO
 
 
@@ -72,7 +74,7 @@ def test_readmes_plugin_selects():
 
     from hetfl.rng import stream
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "class Random" in c]
     space: dict = {}
     exec(compile(code, "README.md", "exec"), space)
     server = SimpleNamespace(stream=lambda *a: stream(0, *a), select=lambda choose: choose(8))
@@ -82,3 +84,46 @@ def test_readmes_plugin_selects():
     assert a.tolist() != b.tolist()
     a, b = space["Random"](shared=True).extract(server, clients, 1)
     assert a.tolist() == b.tolist()
+
+
+def python_blocks(page):
+    """The ```python blocks of a page, as printed."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.S | re.M)
+
+
+def test_the_tutorials_blocks_run_as_printed():
+    names = {"__name__": "tutorial"}
+    for block in python_blocks("tutorial.md"):
+        exec(compile(block, "tutorial.md", "exec"), names)
+    assert (
+        hetfl.run(extract="full", wrap=[names["Proximal"], names["Labels"]], limit=200, rounds=1, progress=False).clients
+        is not None
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "name"), [("extract", "Strongest"), ("aggregate", "Momentum"), ("profile", "Flaky"), ("wrap", "Sparse")]
+)
+def test_the_examples_of_hooks_run_as_printed(role, name):
+    names = {"__name__": "hooks"}
+    for block in python_blocks("hooks.md"):
+        exec(compile(block, "hooks.md", "exec"), names)
+    values = {"extract": "heterofl", "aggregate": "overlap", role: names[name]}
+    run = hetfl.run(**values, limit=200, clients=3, rounds=2, progress=False, control=False)
+    assert run.metrics["left out"].tolist() == [0, 0]
+    if role == "wrap":
+        assert (run.clients["bytes up"] < 0.8 * run.clients["bytes down"]).all()
+    if role == "profile":
+        assert set(run.clients["level"].astype(str)) <= {"1", "0.5", "1.0"}
+
+
+def test_the_apis_blocks_run_as_printed():
+    names = {"__name__": "api"}
+    for block in python_blocks("api.md"):
+        exec(compile(block, "api.md", "exec"), names)
+
+
+def test_hooks_md_shows_the_whole_toolbox():
+    text = (DOCS / "hooks.md").read_text()
+    for module, (names, purpose) in TOOLBOX.items():
+        assert f"| `hetfl.{module}` | {', '.join(f'`{n}`' for n in names)} | {purpose} |" in text
