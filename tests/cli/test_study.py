@@ -8,6 +8,7 @@ import pytest
 from helpers.cli import hfl
 
 
+@pytest.mark.slow
 def test_scale_measures_a_pair_by_the_number_of_clients(tmp_path, capsys):
     out = tmp_path / "scale"
     small = ["--limit", 200, "--model", "mlp", "--pretrain-steps", 2, "--rounds", 2]

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from helpers.data_files import parts, real_folder, refused
@@ -18,6 +19,7 @@ def everyone(federation: FederatedDataset) -> list[int]:
     return torch.cat([part.all()[1] for part in parts(federation)[:-1]]).bincount().tolist()
 
 
+@pytest.mark.slow
 def test_mnist(monkeypatch):
     monkeypatch.setenv("HETFL_DATA", str(Path(real_folder("mnist")).parent))
     federation = load(DataOptions(dataset="mnist"))

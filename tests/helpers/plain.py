@@ -102,13 +102,13 @@ def tune(w, judge, loss, batches, lr):
     """Adam on `loss(w, rows)` of each batch of rows; the weights of the lowest `judge(w)` of steps 0, 10, 20, … and the last."""
     w = {n: t.clone().requires_grad_() for n, t in w.items()}
     optimizer = torch.optim.Adam(w.values(), lr)
-    best, least = {n: t.detach().clone() for n, t in w.items()}, float(judge(w))
+    best, least = {n: t.detach().clone() for n, t in w.items()}, float(judge(w).detach())
     for step, rows in enumerate(batches, 1):
         optimizer.zero_grad()
         loss(w, rows).backward()
         optimizer.step()
-        if (step % 10 == 0 or step == len(batches)) and float(judge(w)) < least:
-            best, least = {n: t.detach().clone() for n, t in w.items()}, float(judge(w))
+        if (step % 10 == 0 or step == len(batches)) and float(judge(w).detach()) < least:
+            best, least = {n: t.detach().clone() for n, t in w.items()}, float(judge(w).detach())
     return best
 
 
@@ -150,14 +150,14 @@ class Federation:
             rows += torch.randperm(count, generator=generator).split(min(batch, count))
         return rows[:steps]
 
-    def follow(self, one_round, rounds=2):
-        """The product's rounds, each compared with `one_round(state, number)` of the weights before it."""
+    def follow(self, one_round, rounds=2, first=1, seen=lambda w: w, within=1e-5):
+        """The product's rounds, what `seen` makes of each compared with that of `one_round(state, number)`."""
         state = self.first
-        for number in range(1, rounds + 1):
+        for number in range(first, first + rounds):
             self.made.last = run_round(self.made.state, number, self.made.engine)
             assert not any("fault" in row for row in self.made.state.client_rows)
             state = one_round(state, number)
-            agree(state, self.made.server.state)
+            agree(seen(state), seen(self.made.server.state), within)
         return state
 
 

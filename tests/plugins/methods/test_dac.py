@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -79,6 +80,7 @@ def gate_before(model, name, gate):
     return layer.register_forward_pre_hook(lambda m, args: args[0] * gate.reshape(1, -1, *[1] * (args[0].ndim - 2)))
 
 
+@pytest.mark.slow
 def test_dac_gates_stand_before_the_depthwise_filter_and_fold():
     """spec dac O6; channels of residual sums have no gate"""
     torch.manual_seed(0)

@@ -1,0 +1,220 @@
+"""Rounds of every strategy that uses the server's data, and of the controls, against the same rounds in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers.oracles import close
+from helpers.plain import UNEQUAL, Federation, agree, cross_entropy, cut, descend, forward, kl, leading, mean, paste, tune
+
+WIDTHS = (1.0, 0.5, 0.25)
+
+
+KINDS = [("update", "outputs", "channel"), ("weights", "parameters", "element"), ("update", "outputs", "client")]
+
+
+@pytest.mark.parametrize(("form", "on", "shape"), KINDS)
+@pytest.mark.parametrize("guard", [True, False])
+def test_kld(simulate, form, on, shape, guard):
+    """spec fedconv 2.5, 2.6 in our reading: w is tuned on CE + 2 KLD, the best by hold-out CE, and goes on from round to round"""
+    options = {
+        "kld": {"form": form, "kld_on": on, "shape": shape, "kld": 2.0, "steps": 25, "lr": 0.05, "batch_size": 8, "guard": guard}
+    }
+    plain = Federation(simulate(0, extract="heterofl", aggregate="kld", set=options, **UNEQUAL))
+    n, kept = plain.sizes, {}
+
+    def shape_of(t):
+        rows = {"client": (1,), "channel": t.shape[:1], "element": t.shape}[shape]
+        return [3, *rows, *[1] * (t.ndim - len(rows))]
+
+    def weigh(w, base, terms):
+        return {name: base[name] + (w[name] * terms[name]).sum(0) for name in base}
+
+    def one_round(state, r):
+        units = [leading(v) for v in WIDTHS]
+        trained = [descend(cut(state, u), plain.batches(c, r), cross_entropy) for c, u in enumerate(units)]
+        pasted, base, terms = [paste(w, u, state) for w, u in zip(trained, units, strict=True)], {}, {}
+        for name, old in state.items():
+            values, cover = (torch.stack([p[i][name] for p in pasted]) for i in (0, 1))
+            k = torch.tensor([float(m) for m in n]).reshape(-1, *[1] * old.ndim)
+            if form == "update":
+                base[name], terms[name] = old, k * cover * (values - old) / (k * cover).sum(0).clamp(min=1)
+            else:
+                base[name], terms[name] = torch.zeros_like(old), k * (cover * values + (1 - cover) * old) / sum(n)
+        ones = {name: torch.ones(shape_of(t)) for name, t in state.items()}
+        w = {name: kept.get(name, ones[name]) for name in state}
+
+        def divergence(now, rows):
+            if on == "outputs":
+                return kl(forward(now, plain.x[rows]), forward(state, plain.x[rows]))
+            pairs = [(state[name].flatten().softmax(0), now[name].flatten().softmax(0)) for name in state]
+            return sum((p * (p.log() - q.log())).sum() for p, q in pairs)
+
+        def loss(w, rows):
+            now = weigh(w, base, terms)
+            return cross_entropy(now, plain.x[rows], plain.y[rows]) + 2 * divergence(now, rows)
+
+        def judge(w):
+            return cross_entropy(weigh(w, base, terms), plain.held_x, plain.held_y)
+
+        if guard and judge(w) > judge(ones):
+            w = ones
+        w = tune(w, judge, loss, plain.cycle(len(plain.x), 8, 25, "kld", r), 0.05)
+        kept.update(w)
+        return weigh(w, base, terms)
+
+    plain.follow(one_round)
+    assert any(bool((w != 1).any()) for w in kept.values())
+
+
+def test_kld_without_steps_weighs_by_examples(simulate):
+    """spec fedconv 6, properties: w = 1 is the mean by n_k over those that cover"""
+    plain = Federation(simulate(0, extract="heterofl", aggregate="kld", set={"kld": {"steps": 0}}, **UNEQUAL))
+
+    def one_round(state, r):
+        units = [leading(v) for v in WIDTHS]
+        trained = [descend(cut(state, u), plain.batches(c, r), cross_entropy) for c, u in enumerate(units)]
+        return mean(state, [paste(w, u, state) for w, u in zip(trained, units, strict=True)], plain.sizes)
+
+    plain.follow(one_round)
+
+
+def cost(a, b):
+    """(MACs, parameters) of the perceptron with a and b hidden units."""
+    return 64 * a + a * b + b * 10, 64 * a + a * b + b * 10 + a + b + 10
+
+
+@pytest.mark.parametrize("start", ["searched", "global"])
+def test_dac(simulate, start):
+    """spec dac 1, 2: gates learned with entropy and bound, folded, the weak removed until the budget is met; clusters after that"""
+    options = {"dac": {"entropy": 0.5, "bound": 0.2, "epochs": 3, "lr": 0.1, "threshold": 0.96, "start": start}}
+    values = {**UNEQUAL, "levels": "1,0.6,0.3", "server_batch_size": 8}
+    made = simulate(0, extract="dac", aggregate="cluster", set=options, **values)
+    plain, widths, steps = Federation(made), (1.0, 0.6, 0.3), 3 * math.ceil(len(made.federation.public.tune) / 8)
+    searched = {1.0: (plain.first, leading(1))}
+    removed = set()
+
+    def train_gates(w, width, turn):
+        """The weights with the gates folded in, and the gates of both hidden layers."""
+        both = {**w, "u": torch.ones(len(w["1.bias"])), "v": torch.ones(len(w["3.bias"]))}
+
+        def fold(w):
+            own = {n: t for n, t in w.items() if n not in "uv"}
+            return {**own, "3.weight": w["3.weight"] * w["u"], "5.weight": w["5.weight"] * w["v"]}
+
+        def loss(w, x, y):
+            entropy = sum(-(w[g].softmax(0) * w[g].softmax(0).log()).sum() for g in "uv")
+            bound = sum((torch.relu(w[g] - 1) + torch.relu(-w[g])).sum() for g in "uv")
+            return cross_entropy(fold(w), x, y) + 0.5 * entropy + 0.2 * bound
+
+        rows = [at for at in plain.cycle(len(plain.x), 8, steps, f"dac {width:g}", turn) if len(at) > 1]
+        both = descend(both, [(plain.x[at], plain.y[at]) for at in rows], loss, lr=0.1, momentum=0.5, clip=0)
+        return fold(both), (both["u"], both["v"])
+
+    def keep(gates):
+        if all(bool((g > 0.96).all()) for g in gates):
+            removed.add("weakest")
+            values = torch.cat(gates).sort().values
+            least = values[max(0, int(0.1 * len(values)) - 1)]
+        else:
+            removed.add("low")
+            least = 0.96
+        return tuple((g > least).nonzero()[:, 0] if bool((g > least).any()) else g.argmax()[None] for g in gates)
+
+    def search():
+        for width, larger in ((0.6, 1.0), (0.3, 0.6)):
+            w, units = searched[larger]
+            turn, budget = 0, cost(*(len(u) for u in leading(width)))
+            while not all(ours < most for ours, most in zip(cost(*map(len, units)), budget, strict=True)):
+                turn += 1
+                w, gates = train_gates(w, width, turn)
+                left = keep(gates)
+                w, units = cut(w, left), tuple(u[k] for u, k in zip(units, left, strict=True))
+            rows = plain.cycle(len(plain.x), 8, steps, f"dac {width:g}")
+            judge = lambda w: cross_entropy(w, plain.held_x, plain.held_y)  # noqa: E731
+            w = tune(w, judge, lambda w, at: cross_entropy(w, plain.x[at], plain.y[at]), rows, 0.01) if turn else w
+            searched[width] = w, units
+
+    models = {}
+
+    def one_round(state, r):
+        if r == 1:
+            search()
+            models.update({v: (searched[v][0] if start == "searched" else cut(state, searched[v][1])) for v in widths})
+        for c, v in enumerate(widths):
+            models[v] = descend(models[v], plain.batches(c, r), cross_entropy)
+            found = cut(made.server.branch(f"level {v:g}"), searched[v][1])
+            agree(found, models[v])
+        return mean(state, [paste(models[v], searched[v][1], state) for v in widths], plain.sizes)
+
+    plain.follow(one_round)
+    assert removed == {"weakest", "low"}
+
+
+@pytest.mark.parametrize("loss", ["mae", "mse", "kl"])
+def test_fedmd(simulate, loss):
+    """spec fedmd 1, 2: first public data, then digest and revisit; here the server also teaches its model the consensus"""
+    options = {"aggregate": {"fedmd": {
+        "align": 12, "loss": loss, "digest_epochs": 2, "digest_batch": 5, "lr": 0.01, "public_epochs": 2, "public_batch": 7,
+        "distill_steps": 25, "distill_lr": 0.01,
+    }}}  # fmt: skip
+    made = simulate(0, extract="fedmd", aggregate="fedmd", set=options, **UNEQUAL)
+    plain, agreed, drawn = Federation(made), [], []
+    models = [cut(plain.untrained, leading(w)) for w in WIDTHS]
+    digest = {"mae": F.l1_loss, "mse": F.mse_loss, "kl": kl}[loss]
+
+    def adam(w, x, goal, batch, epochs, purpose, r, c, loss):
+        rows = plain.cycle(len(x), batch, epochs * math.ceil(len(x) / batch), purpose, r, c)
+        return descend(w, [(x[at], goal[at]) for at in rows if len(at) > 1], loss, lr=0.01, make=torch.optim.Adam)
+
+    def one_round(state, r):
+        said = made.plugins.plugins["aggregate.fedmd"].state_dict()
+        rows = said["aligned"]
+        drawn.append(rows.tolist())
+        for c in plain.clients:
+            if r == 1:
+                models[c] = adam(models[c], plain.x, plain.y, 7, 2, "public", r, c, cross_entropy)
+            else:
+                x, goal = plain.x[drawn[-2]], agreed[-1]
+                models[c] = adam(models[c], x, goal, 5, 2, "digest", r, c, lambda w, x, goal: digest(forward(w, x), goal))
+            models[c] = descend(models[c], plain.batches(c, r), cross_entropy)
+        agreed.append(sum(forward(w, plain.x[rows]) for w in models) / 3)
+        assert close(agreed[-1], said["consensus"], 1e-5)
+        at = [part % 12 for part in plain.cycle(len(plain.x), 64, 25, "distill", r)]
+        judge = lambda w: cross_entropy(w, plain.held_x, plain.held_y)  # noqa: E731
+        return tune(state, judge, lambda w, k: kl(forward(w, plain.x[rows][k]), agreed[-1][k]), at, 0.01)
+
+    plain.follow(one_round)
+    assert drawn[0] != drawn[1]
+    assert all(len(set(rows)) == 12 for rows in drawn)
+
+
+def test_serveralone(simulate):
+    """spec baselines 1"""
+    values = {**UNEQUAL, "server_batch_size": 8}
+    plain = Federation(
+        simulate(0, extract="serveralone", aggregate="overlap", set={"serveralone": {"epochs": 3, "lr": 0.01}}, **values)
+    )
+
+    def one_round(state, r):
+        rows = plain.cycle(len(plain.x), 8, 3 * math.ceil(len(plain.x) / 8), "serveralone", r)
+        judge = lambda w: cross_entropy(w, plain.held_x, plain.held_y)  # noqa: E731
+        return tune(state, judge, lambda w, at: cross_entropy(w, plain.x[at], plain.y[at]), rows, 0.01)
+
+    plain.follow(one_round)
+
+
+def test_exclusive(simulate):
+    """Only who can afford the width trains, and trains just that width."""
+    values = {**UNEQUAL, "levels": "1,0.5,0.25"}
+    plain = Federation(simulate(0, extract="exclusive", aggregate="overlap", set={"exclusive": {"width": 0.5}}, **values))
+    units = leading(0.5)
+    plain.follow(
+        lambda state, r: mean(
+            state, [paste(descend(cut(state, units), plain.batches(c, r), cross_entropy), units, state) for c in (0, 1)]
+        )
+    )
