@@ -28,7 +28,7 @@ def flatten_state(**kinds: Kept) -> State:
 
 
 def unflatten_state(state: State, kind: str, owner: Callable[[str], Any]) -> dict[Any, State]:
-    """One kind of what `flat` joined; `owner` reads a client's number or a width."""
+    """One kind of what `flatten_state` joined; `owner` reads a client's number or a width."""
     found: dict[Any, State] = {}
     for key, tensor in state.items():
         of, whose, name = key.split("/", 2)
@@ -40,9 +40,9 @@ def unflatten_state(state: State, kind: str, owner: Callable[[str], Any]) -> dic
 class Plugin(BaseModel):
     """Base of every plugin, built-in or a third party's.
 
-    `down` and `up` declare the extras that travel beside the weights; what is not declared is refused. What a plugin keeps
+    `extras_down` and `extras_up` declare what travels beside the weights; what is not declared is refused. What a plugin keeps
     from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
-    wants for normalisation statistics when the run leaves it open. `foreign`: an extraction whose clients may have
+    wants for normalisation statistics when the run leaves it open. `takes_own_models`: an extraction whose clients may have
     architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean over the clients that
     cover an entry, one vote a client where all have equally many examples.
     """

@@ -120,7 +120,7 @@ class Run:
 
     def _table(self, name: str) -> pd.DataFrame:
         data = self._read(name)
-        return pd.read_csv(io.BytesIO(data)) if data else pd.DataFrame()
+        return pd.read_csv(io.BytesIO(data)) if data.strip() else pd.DataFrame()
 
     def _read(self, name: str) -> bytes:
         try:

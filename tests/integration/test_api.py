@@ -485,3 +485,9 @@ def test_editors_see_every_option():
     shown = inspect.signature(hetfl.run).parameters
     assert {"rounds", "seed", "levels", "set", "model", "data"} <= shown.keys()
     assert shown["rounds"].default == 10
+
+
+def test_a_run_that_asks_no_client_has_an_empty_table():
+    run = small(extract="serveralone", aggregate="overlap")
+    assert run.clients.empty
+    assert len(run.metrics) == run.summary["rounds"]

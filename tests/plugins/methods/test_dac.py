@@ -44,6 +44,12 @@ def test_dac_prune():
     assert dac.prune_gates({"g": T([0.5, 0.3, 0.9, 0.7])}, 0.1, 0.25)["g"].tolist() == [0, 2, 3]
 
 
+def test_dac_limits_are_strict_for_macs_and_parameters():
+    """spec dac 1: while MACs >= M or Params >= P"""
+    found = [dac.is_below(cost, (5, 5)) for cost in ((4, 4), (5, 4), (4, 5))]
+    assert found == [True, False, False]
+
+
 class Inverted(nn.Module):
     """An inverted residual block of a = b = 4 channels and h = 8, and a classifier that is not counted."""
 

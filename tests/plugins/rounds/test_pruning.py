@@ -11,6 +11,8 @@ from helpers.plain import HIDDEN, UNEQUAL, Federation, agree, cross_entropy, cut
 
 WIDTHS = (1.0, 0.5, 0.25)
 
+LEARNED = {**UNEQUAL, "pretrain_steps": 200, "limit": 240, "server_lr": 0.01}  # so that some clients are good enough to prune
+
 STAGES = ("1", "3", "5")
 
 WEIGHTS = tuple(f"{stage}.weight" for stage in STAGES)
@@ -89,8 +91,8 @@ def test_fiarse_by_neurons(simulate):
 def test_lotteryfl(simulate, clamp):
     """spec lotteryfl 1, 2: who is good enough prunes each layer's smallest weights and rewinds"""
     target = 0.7 if clamp else None
-    options = {"lotteryfl": {"threshold": 0.3, "clamp": clamp, "target": target}}
-    plain = Federation(simulate(0, extract="lotteryfl", aggregate="overlap", set=options, **UNEQUAL))
+    options = {"lotteryfl": {"threshold": 0.6, "clamp": clamp, "target": target}}
+    plain = Federation(simulate(0, extract="lotteryfl", aggregate="overlap", set=options, **LEARNED))
     ones = {n: torch.ones_like(t) for n, t in plain.first.items()}
     masks, remaining, decided = [dict(ones) for _ in plain.clients], [1.0] * 3, set()
 
@@ -100,7 +102,7 @@ def test_lotteryfl(simulate, clamp):
             train, held = held_back(plain, c)
             own = {n: t * masks[c][n] for n, t in state.items()}
             goal = target or WIDTHS[c] ** 2
-            good = accuracy(own, *plain.examples(c, held)) > 0.3
+            good = accuracy(own, *plain.examples(c, held)) > 0.6
             decided.add(good)
             if good and remaining[c] > goal:
                 after = max(remaining[c] * 0.8, goal) if clamp else remaining[c] * 0.8
@@ -127,10 +129,10 @@ def lasso(w):
 def test_hermes(simulate, overlap, weighting):
     """spec hermes 1, 2: who is good enough drops its weakest channels; what several hold is averaged, the rest is each one's own"""
     options = {
-        "extract": {"hermes": {"threshold": 0.3, "rate": 0.4, "lasso": 0.01}},
+        "extract": {"hermes": {"threshold": 0.6, "rate": 0.4, "lasso": 0.01}},
         "aggregate": {"hermes": {"overlap": overlap, "weighting": weighting}},
     }
-    made = simulate(0, extract="hermes", aggregate="hermes", set=options, **UNEQUAL)
+    made = simulate(0, extract="hermes", aggregate="hermes", set=options, **LEARNED)
     plain, decided = Federation(made), set()
     units, own, remaining = [tuple(torch.arange(n) for n in HIDDEN)] * 3, [plain.first] * 3, [1.0] * 3
     votes = [len(held_back(plain, c)[0]) for c in plain.clients] if weighting == "samples" else [1.0] * 3
@@ -143,7 +145,7 @@ def test_hermes(simulate, overlap, weighting):
         pasted = []
         for c in plain.clients:
             train, held = held_back(plain, c)
-            good = accuracy(own[c], *plain.examples(c, held)) > 0.3
+            good = accuracy(own[c], *plain.examples(c, held)) > 0.6
             decided.add(good)
             if good and remaining[c] > WIDTHS[c] ** 2:
                 remaining[c] = max(remaining[c] * 0.6, WIDTHS[c] ** 2)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from helpers.oracles import close
 from helpers.plain import UNEQUAL, Federation, agree, cross_entropy, cut, descend, forward, kl, leading, mean, paste, tune
+from helpers.states import sent_and_got
 
 WIDTHS = (1.0, 0.5, 0.25)
 
@@ -25,7 +26,7 @@ def test_kld(simulate, form, on, shape, guard):
         "kld": {"form": form, "kld_on": on, "shape": shape, "kld": 2.0, "steps": 25, "lr": 0.05, "batch_size": 8, "guard": guard}
     }
     plain = Federation(simulate(0, extract="heterofl", aggregate="kld", set=options, **UNEQUAL))
-    n, kept = plain.sizes, {}
+    n, kept, worse, moved = plain.sizes, {}, [], []
 
     def shape_of(t):
         rows = {"client": (1,), "channel": t.shape[:1], "element": t.shape}[shape]
@@ -61,14 +62,17 @@ def test_kld(simulate, form, on, shape, guard):
         def judge(w):
             return cross_entropy(weigh(w, base, terms), plain.held_x, plain.held_y)
 
-        if guard and judge(w) > judge(ones):
-            w = ones
+        if judge(w) > judge(ones):
+            worse.append(r)
+            w = ones if guard else w
         w = tune(w, judge, loss, plain.cycle(len(plain.x), 8, 25, "kld", r), 0.05)
         kept.update(w)
+        moved.append(any(bool((t != 1).any()) for t in w.values()))
         return weigh(w, base, terms)
 
-    plain.follow(one_round)
-    assert any(bool((w != 1).any()) for w in kept.values())
+    plain.follow(one_round, rounds=4)
+    assert any(moved)
+    assert worse or shape == "channel"
 
 
 def test_kld_without_steps_weighs_by_examples(simulate):
@@ -159,17 +163,17 @@ def test_dac(simulate, start):
 def test_fedmd(simulate, loss):
     """spec fedmd 1, 2: first public data, then digest and revisit; here the server also teaches its model the consensus"""
     options = {"aggregate": {"fedmd": {
-        "align": 12, "loss": loss, "digest_epochs": 2, "digest_batch": 5, "lr": 0.01, "public_epochs": 2, "public_batch": 7,
+        "align": 12, "loss": loss, "digest_epochs": 2, "digest_batch": 5, "lr": 0.02, "public_epochs": 6, "public_batch": 7,
         "distill_steps": 25, "distill_lr": 0.01,
     }}}  # fmt: skip
-    made = simulate(0, extract="fedmd", aggregate="fedmd", set=options, **UNEQUAL)
+    made = simulate(0, extract="fedmd", aggregate="fedmd", set=options, **{**UNEQUAL, "pretrain_steps": 5})
     plain, agreed, drawn = Federation(made), [], []
     models = [cut(plain.untrained, leading(w)) for w in WIDTHS]
     digest = {"mae": F.l1_loss, "mse": F.mse_loss, "kl": kl}[loss]
 
     def adam(w, x, goal, batch, epochs, purpose, r, c, loss):
         rows = plain.cycle(len(x), batch, epochs * math.ceil(len(x) / batch), purpose, r, c)
-        return descend(w, [(x[at], goal[at]) for at in rows if len(at) > 1], loss, lr=0.01, make=torch.optim.Adam)
+        return descend(w, [(x[at], goal[at]) for at in rows if len(at) > 1], loss, lr=0.02, make=torch.optim.Adam)
 
     def one_round(state, r):
         said = made.plugins.plugins["aggregate.fedmd"].state_dict()
@@ -177,7 +181,7 @@ def test_fedmd(simulate, loss):
         drawn.append(rows.tolist())
         for c in plain.clients:
             if r == 1:
-                models[c] = adam(models[c], plain.x, plain.y, 7, 2, "public", r, c, cross_entropy)
+                models[c] = adam(models[c], plain.x, plain.y, 7, 6, "public", r, c, cross_entropy)
             else:
                 x, goal = plain.x[drawn[-2]], agreed[-1]
                 models[c] = adam(models[c], x, goal, 5, 2, "digest", r, c, lambda w, x, goal: digest(forward(w, x), goal))
@@ -189,6 +193,7 @@ def test_fedmd(simulate, loss):
         return tune(state, judge, lambda w, k: kl(forward(w, plain.x[rows][k]), agreed[-1][k]), at, 0.01)
 
     plain.follow(one_round)
+    assert not torch.equal(made.server.state["5.weight"], plain.first["5.weight"])
     assert drawn[0] != drawn[1]
     assert all(len(set(rows)) == 12 for rows in drawn)
 
@@ -218,3 +223,22 @@ def test_exclusive(simulate):
             state, [paste(descend(cut(state, units), plain.batches(c, r), cross_entropy), units, state) for c in (0, 1)]
         )
     )
+
+
+@pytest.mark.parametrize("start", ["untrained", "server"])
+def test_standalone(simulate, monkeypatch, start):
+    """spec baselines 1: every client trains its own model and nothing else; the global model stays"""
+    seen = sent_and_got(monkeypatch)
+    plain = Federation(simulate(0, extract="standalone", aggregate="overlap", set={"standalone": {"start": start}}, **UNEQUAL))
+    own = [cut(plain.first if start == "server" else plain.untrained, leading(w)) for w in WIDTHS]
+
+    def one_round(state, r):
+        for c in plain.clients:
+            own[c] = descend(own[c], plain.batches(c, r), cross_entropy)
+        for client, round, _, after, _ in seen:
+            if round == r:
+                agree(after, own[client])
+        return state
+
+    plain.follow(one_round)
+    assert len(seen) == 6
