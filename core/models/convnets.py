@@ -50,17 +50,27 @@ class FedConvCNN(nn.Sequential):
 
 
 class FedAvgCNN(nn.Sequential):
-    """McMahan et al.'s net: two 5x5 convolutions and 512 hidden units, 1,663,370 parameters on MNIST."""
+    """McMahan et al.'s net: two 5x5 convolutions and 512 hidden units, 1,663,370 parameters on MNIST.
+
+    With `widths` (8, 16) and `hidden` (120, 84) it is a LeNet with padding.
+    """
 
     def __init__(
-        self, classes: int, channels: int, size: Shape, widths: Sequence[int] = (32, 64), hidden: int = 512, kernel: int = 5
+        self,
+        classes: int,
+        channels: int,
+        size: Shape,
+        widths: Sequence[int] = (32, 64),
+        hidden: int | Sequence[int] = 512,
+        kernel: int = 5,
     ) -> None:
         convs: list[nn.Module] = []
         for width in widths:
             convs += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
             channels, size = width, half(size)
-        head = [nn.Linear(channels * area(size), hidden), nn.ReLU(), nn.Linear(hidden, classes)]
-        super().__init__(*convs, nn.Flatten(), *head)
+        dense = [channels * area(size), *([hidden] if isinstance(hidden, int) else hidden)]
+        head = [m for i, o in pairwise(dense) for m in (nn.Linear(i, o), nn.ReLU())]
+        super().__init__(*convs, nn.Flatten(), *head, nn.Linear(dense[-1], classes))
 
 
 class CNN(nn.Sequential):

@@ -31,6 +31,10 @@ def test_data_page_is_generated():
     assert runpy.run_path(str(DOCS / "datasets.py"))["text"]() == (DOCS / "data.md").read_text()
 
 
+def test_reproduction_page_is_generated():
+    assert runpy.run_path(str(DOCS / "reproduction.py"))["text"]() == (DOCS / "reproduction.md").read_text()
+
+
 def test_presets_page_is_generated():
     assert runpy.run_path(str(DOCS / "presets.py"))["text"]() == (DOCS / "presets.md").read_text()
 

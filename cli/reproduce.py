@@ -1,0 +1,110 @@
+"""`hfl reproduce`: the field's published tables, ours beside theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetfl.cli import render
+from hetfl.cli.console import console, say
+from hetfl.cli.live import SweepDisplay
+from hetfl.cli.options import Debug
+from hetfl.cli.study import make_folder
+from hetfl.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from hetfl.runs.cell import Trial, TrialResult
+    from hetfl.runs.reproduction import Score, TableRow
+
+UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def reproduce(
+    table: Annotated[str | None, typer.Argument(help="a table by name [default: all]")] = None,
+    rows: Annotated[str | None, typer.Option(help="rows whose names hold one of these words, with commas")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="begin no row that would not end in this time, such as 30m or 2h; cheap rows first")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="seeds of a row [default: as the table says]")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    out: Annotated[Path, typer.Option(help="folder; what was stopped goes on there")] = Path("reproduction"),
+    list_only: Annotated[bool, typer.Option("--list", help="only list the tables, their rows, and what they cost")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run the rows of published tables, and print paper | others | ours. What is in --out already is not run again."""
+    from hetfl.runs import reproduction, sweep
+    from hetfl.runs.folder import RunFolder
+
+    chosen = reproduction.find_rows(table, [word.strip() for word in (rows or "").split(",") if word.strip()])
+    if list_only:
+        print_list(chosen)
+        return
+    seconds = None if budget is None else parse_duration(budget)
+    make_folder(out / "cells", out)
+
+    def plan(row: TableRow) -> list[Trial]:
+        return row.trials(seeds, device=device)
+
+    trials = [trial for row in chosen for trial in plan(row)]
+    sweep.refuse_bad(trials)
+    results: list[TrialResult] = []
+    with SweepDisplay(len(trials), "global@test") as display:
+        for result in reproduction.run_rows(chosen, out, jobs, plan, seconds):
+            results.append(result)
+            display.show(results)
+    scores = reproduction.score_rows(chosen, out, plan)
+    RunFolder(out).table("scorecard.csv", reproduction.score_lines(scores, device))
+    print_scores(scores, out)
+    if failed := [result for result in results if result.status == "failed"]:
+        raise RunError(f"{len(failed)} of {len(results)} runs failed, the first: {failed[0].trial.name}: {failed[0].row['why']}")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90s`, `30m`, `1.5h`; minutes where there is no unit. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--budget takes a time such as 90s, 30m or 2h, not '{text}'")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def print_list(rows: Sequence[TableRow]) -> None:
+    """What there is to reproduce, table by table."""
+    from hetfl.runs import reproduction
+
+    for table in reproduction.tables().values():
+        mine = [row for row in rows if row.table == table.name]
+        if mine:
+            say(f"{table.name}: {table.paper}. {table.about}", "bold")
+            say(f"from: {table.source}")
+            for text in dict.fromkeys(row.unlike for row in mine if row.unlike):
+                say(f"unlike the paper: {text}")
+            console.print(render.table(("row", "published", "minutes a seed", "seeds"), [list_cells(row) for row in mine]))
+
+
+def list_cells(row: TableRow) -> tuple[str, ...]:
+    """A row's line of the list."""
+    printed = ", ".join(f"{metric} {value:g}" for metric, value in row.published.items())
+    return row.name, printed, "" if row.minutes is None else f"{row.minutes:g}", str(row.seeds)
+
+
+def print_scores(scores: Sequence[Score], out: Path) -> None:
+    """The scorecard: paper, others, ours."""
+    lines = []
+    for s in scores:
+        spread = "" if s.std is None else f" ± {s.std:.2f}"
+        ours = "" if s.mean is None else f"{s.mean:.2f}{spread} ({s.seeds})"
+        others = ", ".join(f"{who} {value:g}" for who, value in s.others.items())
+        lines.append((s.row.table, s.row.name, s.metric, f"{s.published:g}", others, ours, s.verdict))
+    console.print()
+    say("percent (MB where it says so), mean ± standard deviation (seeds) of the last three evaluated rounds", "bold")
+    console.print(render.table(("table", "row", "metric", "paper", "others", "ours", "within the band"), lines))
+    for text in dict.fromkeys(f"unlike the paper: {s.row.unlike}" for s in scores if s.row.unlike):
+        say(text)
+    for text in dict.fromkeys(f"{s.row.name}, {s.metric} {s.published:g}: {s.row.disputed}" for s in scores if s.row.disputed):
+        say(text)
+    say(f"folder: {out} (scorecard.csv, cells/)")
