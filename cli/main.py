@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
+from hetfl.cli import report as reports
 from hetfl.cli import reproduce, run, show, study
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
@@ -40,7 +41,17 @@ def top(
     """Federated learning with models of different sizes: any extraction pairs with any aggregation."""
 
 
-for command in (run.run, run.resume, run.federate, study.matrix, study.scale, reproduce.reproduce, show.inspect, show.profile):
+for command in (
+    run.run,
+    run.resume,
+    run.federate,
+    study.matrix,
+    study.scale,
+    reproduce.reproduce,
+    reports.report,
+    show.inspect,
+    show.profile,
+):
     app.command()(command)
 app.command("list-plugins")(show.list_plugins)
 app.command("plugins", help="Short for list-plugins.")(show.list_plugins)
