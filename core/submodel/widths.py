@@ -87,6 +87,8 @@ class Widths:
     `axes` maps a parameter's or buffer's name to an Axis for each dim that can be cut; `shapes` has the full shape of every tensor;
     `frozen` says why a layer's channels cannot be cut; `draws` whether the forward pass draws random numbers (dropout); `sizes` are
     the attributes of modules that count channels: attribute -> (these channels, share), with share x attribute their number.
+    `reductions`: for each op of the forward pass that reduces over channels, by its number, the dims of its operand that these lie
+    along; in a submodel it is over those that remain.
     """
 
     groups: tuple[Group, ...]
@@ -95,6 +97,7 @@ class Widths:
     frozen: dict[str, str] = field(default_factory=dict)
     draws: bool = False
     sizes: dict[Attribute, tuple[Axis, Fraction]] = field(default_factory=dict)
+    reductions: dict[int, list[tuple[int, Axis]]] = field(default_factory=dict)
 
     def select(self, choose: Callable[[int], Tensor]) -> dict[str, Tensor]:
         """For every group the units `choose(size)`, int64 in the order of the submodel."""
@@ -153,7 +156,11 @@ def freeze_groups(widths: Widths, reasons: dict[str, str]) -> Widths:
     sizes = {
         attribute: (new, share) for attribute, (old, share) in widths.sizes.items() if (new := narrow_axis(old, names)) is not None
     }
-    return replace(widths, groups=groups, axes=axes, frozen={**widths.frozen, **reasons}, sizes=sizes)
+    reductions = {
+        op: [(dim, new) for dim, old in dims if (new := narrow_axis(old, names)) is not None]
+        for op, dims in widths.reductions.items()
+    }
+    return replace(widths, groups=groups, axes=axes, frozen={**widths.frozen, **reasons}, sizes=sizes, reductions=reductions)
 
 
 def narrow_axis(old: Axis, names: tuple[str, ...]) -> Axis | None:

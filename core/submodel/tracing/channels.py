@@ -40,15 +40,20 @@ def varies(ids: Tensor, dim: int) -> bool:
     return bool((stored != stored.narrow(dim, 0, 1)).any())
 
 
+def varying_dims(ids: Tensor) -> list[int]:
+    """The dims along which the channels vary, in ascending order."""
+    return [d for d in range(ids.ndim) if varies(ids, d)]
+
+
 def spans(a: Tensor, b: Tensor) -> bool:
     """Whether `b` has a full extent along every dim in which the channels of `a` vary (of which there is one at least)."""
-    dims = [d for d in range(a.ndim) if varies(a, d)]
+    dims = varying_dims(a)
     return bool(dims) and all(b.shape[d] > 1 for d in dims)
 
 
 def vary_apart(a: Tensor, b: Tensor) -> bool:
     """Whether the channels of `a` and of `b` both vary, and along no common dim."""
-    first, second = ({d for d in range(x.ndim) if varies(x, d)} for x in (a, b))
+    first, second = (set(varying_dims(x)) for x in (a, b))
     return bool(first and second and not first & second)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hetfl.errors import UsageError
 from hetfl.models.state import tensors
-from hetfl.submodel.tracing.table import ChannelTable, Heads
+from hetfl.submodel.tracing.table import ChannelTable, Heads, Key
 from hetfl.submodel.tracing.tracer import Tracer
 from hetfl.submodel.tracing.verify import prove
 from hetfl.submodel.widths import Attribute, Axis, Group, Widths, make_axis
@@ -79,8 +79,6 @@ def explain_failure(model: nn.Module, inputs: Sequence[Tensor], error: Exception
     return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {message[0]}"
 
 
-Key = tuple[str, int]  # a tensor's name and one of its dims
-
 Occurrences = dict[int, dict[Key, int]]  # for each channel: how often it occurs in which dims
 
 
@@ -90,7 +88,7 @@ def form_widths(table: ChannelTable, model: nn.Module) -> Widths:
     lines = resolve_axes(table, model, shapes)
     occurrences, reasons = count_occurrences(lines), collect_reasons(table)
     cut = {channel: found for channel, found in occurrences.items() if channel not in reasons}
-    groups, numbers = form_groups(cut, table.raw.keys())
+    groups, numbers = form_groups(cut)
     names = tuple(g.name for g in groups)
 
     def to_axis(line: Tensor) -> Axis | None:
@@ -104,32 +102,26 @@ def form_widths(table: ChannelTable, model: nn.Module) -> Widths:
     claims = {claim.attribute: (to_axis(table.find(claim.ids)), claim.share) for claim in reversed(table.claims)}
     sizes = {attribute: (axis, share) for attribute, (axis, share) in claims.items() if axis is not None}
     frozen = {min(occurrences[channel])[0]: why for channel, why in reasons.items() if channel in occurrences}
-    return Widths(tuple(groups), axes, shapes, frozen, table.draws, sizes)
+    reductions = {
+        op: [(dim, axis) for dim, line in dims if (axis := to_axis(table.find(line))) is not None]
+        for op, dims in table.reductions.items()
+    }
+    return Widths(tuple(groups), axes, shapes, frozen, table.draws, sizes, {op: dims for op, dims in reductions.items() if dims})
 
 
 def resolve_axes(table: ChannelTable, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Tensor]:
-    """The channels of every dim of every tensor, shape (size,), after the last ties: raw parameters, attributes, unsent buffers."""
+    """The channels of every dim of every tensor, shape (size,), after the last ties: those of attributes and of unsent buffers."""
+    used = {channel for line in (*table.axes.values(), *table.used) for channel in table.find(line).unique().tolist()} - {-1}
     lines = dict(table.axes)
-    for name, ids in table.raw.items():
-        for dim in range(ids.ndim):
-            line = read_raw_axis(table, ids, dim)
-            if (name, dim) in lines:
-                table.tie(lines[name, dim], line)
-            elif bool((line >= 0).any()):
-                lines[name, dim] = line
+    for key, line in table.dims.items():
+        if not used.isdisjoint(table.find(line).tolist()):
+            table.tie(lines.setdefault(key, line), line)
     for name, dim in [key for key in lines if key[0] not in shapes]:
         buffer = model.get_buffer(name)  # outside the state: it keeps its first entries, right only if all entries are the same
         if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
             table.freeze(lines[name, dim], "a buffer that is not part of the state")
     tie_claims(table)
     return {key: table.find(line) for key, line in lines.items()}
-
-
-def read_raw_axis(table: ChannelTable, ids: Tensor, dim: int) -> Tensor:
-    """The channels of one dim of a parameter used like an activation: those that are the same along every other dim; else -1."""
-    lines = table.find(ids).movedim(dim, 0).reshape(ids.shape[dim], -1)
-    same = (lines == lines[:, :1]).all(dim=1)
-    return torch.where(same, lines[:, 0], -1) if bool(same.all()) else torch.full((len(lines),), -1)
 
 
 def tie_claims(table: ChannelTable) -> None:
@@ -163,16 +155,15 @@ def collect_reasons(table: ChannelTable) -> dict[int, str]:
     return reasons
 
 
-def form_groups(occurrences: Occurrences, raw: Collection[str]) -> tuple[list[Group], dict[int, tuple[int, int]]]:
-    """The groups, and (group, unit) for each channel; a raw parameter that nothing else depends on is no group."""
+def form_groups(occurrences: Occurrences) -> tuple[list[Group], dict[int, tuple[int, int]]]:
+    """The groups, and (group, unit) for each channel."""
     alike: dict[tuple[tuple[Key, int], ...], list[int]] = {}
     for channel in sorted(occurrences):
         alike.setdefault(tuple(occurrences[channel].items()), []).append(channel)
     groups: list[Group] = []
     numbers: dict[int, tuple[int, int]] = {}
     for signature, channels in alike.items():
-        named = {name for (name, _), _ in signature}
-        if len(channels) > 1 and not (len(named) == 1 and named <= set(raw)):
+        if len(channels) > 1:
             numbers.update({channel: (len(groups), unit) for unit, channel in enumerate(channels)})
             groups.append(Group(make_unique_name(signature[0][0][0], groups), len(channels)))
     return groups, numbers

@@ -133,20 +133,23 @@ def trace_group_norm(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -
         table.tie(ids.reshape(groups, -1)[:1], ids.reshape(groups, -1))
     else:
         table.claim(groups, ids)
+    table.note_reduction([(1, ids)])
     trace_per_channel(table, out, x, [weight, bias])
 
 
 def trace_layer_norm(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> None:
     x, shape, weight, bias = name_arguments("input", "normalized_shape", "weight", "bias")(args, kwargs)
-    if len(shape) > 1:
+    dim = x.ndim - len(shape)
+    if len(shape) > 1 and weight is None:
         table.freeze(table.ids_of(x), f"normalised over several dimensions{table.location}")
         return
-    ids = table.along(table.ids_of(x), -1, x.shape[-1])
+    ids = table.along(table.ids_of(x), dim, x.shape[dim])
     if weight is None:
         table.claim_attribute("normalized_shape", ids)
     for parameter in (weight, bias if isinstance(bias, Tensor) else None):  # rms_norm has its eps there
         table.own(parameter, 0, ids)
-    table.assign(out, place_along(ids, out.ndim, out.ndim - 1))
+    table.note_reduction([(dim, ids)])
+    table.assign(out, place_along(ids, out.ndim, dim))
 
 
 def trace_embedding(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> None:

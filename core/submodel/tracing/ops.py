@@ -8,7 +8,7 @@ MOVES = frozenset(
         "view reshape permute transpose flatten unflatten squeeze unsqueeze expand repeat tile chunk split unbind "
         "__getitem__ cat concat concatenate stack narrow select index_select t T mT H swapaxes swapdims movedim moveaxis "
         "flip roll tensor_split repeat_interleave ravel pixel_shuffle pixel_unshuffle channel_shuffle adjoint view_as "
-        "reshape_as expand_as hsplit vsplit dsplit hstack vstack"
+        "reshape_as expand_as broadcast_to hsplit vsplit dsplit hstack vstack"
     ).split()
 )
 
@@ -27,7 +27,7 @@ SAME = frozenset(
     ).split()
 )
 
-# over some dims: fine unless channels lie along them
+# over some dims; over channels they are over those that remain
 REDUCE = frozenset(
     (
         "mean sum amax amin max min std var norm logsumexp prod all any std_mean var_mean median softmax log_softmax softmin "
@@ -35,10 +35,15 @@ REDUCE = frozenset(
     ).split()
 )
 
+# of these, what depends on the order of the channels
+ORDERED = frozenset("cumsum cumprod cummax cummin logcumsumexp sort argsort median".split())
+
 # reductions whose result has the shape of their input
 SOFT = frozenset("softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort".split())
 
-SHAPED = frozenset("reshape view unflatten split expand".split())  # ops that are given sizes of what they make
+CASTS = frozenset("to type_as".split())  # elementwise, with a second operand of which only the type counts
+
+SHAPED = frozenset("reshape view unflatten split expand broadcast_to".split())  # ops that are given sizes of what they make
 
 VALUES = frozenset("__bool__ __int__ __float__ __index__ item tolist".split())  # Python may branch on what these give
 
@@ -47,6 +52,8 @@ NEW = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
 
 # new tensors whose sizes may be numbers of channels
 MADE = frozenset("zeros ones empty full rand randn new_zeros new_ones new_full new_empty".split())
+
+NUMBERS = frozenset("tensor as_tensor scalar_tensor".split())  # new tensors of numbers that they are given
 
 # on (N, channels, …): they change the dims after the channels
 SPATIAL = frozenset(

@@ -8,25 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetfl.submodel.tracing import layers, sequences
+from hetfl.submodel.tracing import layers, sequences, weights
 from hetfl.submodel.tracing.channels import place_along, read_along, varies
 from hetfl.submodel.tracing.layers import name_arguments, read_argument
+from hetfl.submodel.tracing.ops import MADE, MOVES, NUMBERS, REDUCE, SAME, SPATIAL
 from hetfl.submodel.tracing.table import ChannelTable
 
 
 def trace_matmul(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> None:
-    """A parameter on the right maps channels; else channels along the inner dim are tied, and those along the outer ones stay."""
+    """A weight maps channels; else channels along the inner dim are tied, and those along the outer ones stay."""
     a, b = args[0], read_argument(args, kwargs, 1, "other", kwargs.get("mat2"))
-    if id(b) in table.parameters and b.ndim == 2:
-        inputs = table.along(table.ids_of(a), -1, a.shape[-1])
-        layers.trace_map(table, out, b, None, inputs, table.allocate(b.shape[1]), 1, 0, -1)
+    left, right = (torch.full(x.shape, -1) if (ids := table.ids_of(x)) is None else table.find(ids) for x in (a, b))
+    if table.is_raw(b) and b.ndim >= 2 and not (varies(left, left.ndim - 2) and not varies(left, left.ndim - 1)):
+        inputs = table.along(left, -1, a.shape[-1])
+        layers.trace_map(table, out, b, None, inputs, table.allocate(b.shape[-1]), b.ndim - 1, b.ndim - 2, -1)
         return
-    left, right = (torch.full(x.shape, -1) if (ids := table.ids_of(x)) is None else ids for x in (a, b))
+    if table.is_raw(a) and a.ndim >= 2 and varies(right, right.ndim - 2):
+        inputs = table.along(right, -2, b.shape[-2])
+        layers.trace_map(table, out, a, None, inputs, table.allocate(a.shape[-2]), a.ndim - 2, a.ndim - 1, -2)
+        return
+    left, right = (torch.full(x.shape, -1) if table.is_raw(x) else ids for x, ids in ((a, left), (b, right)))
     if a.ndim < 2 or b.ndim < 2:
         table.freeze(left, f"matrix times vector{table.location}")
         table.freeze(right, f"matrix times vector{table.location}")
         return
-    left, right = table.find(left), table.find(right)
     if varies(left, left.ndim - 1) or varies(right, right.ndim - 2):
         if varies(left, left.ndim - 2) or varies(right, right.ndim - 1):
             table.freeze(left, f"channels are mixed with other dimensions{table.location}")
@@ -46,9 +51,9 @@ def trace_einsum(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> No
         return
     ins, outs = equation.split("->")
     spelt = list(zip(operands, ins.split(","), strict=True))
-    lines = tie_letters(table, [(x, letters) for x, letters in spelt if id(x) not in table.parameters])
+    lines = tie_letters(table, [(x, letters) for x, letters in spelt if not table.is_raw(x)])
     for x, letters in spelt:
-        if id(x) in table.parameters:
+        if table.is_raw(x):
             fresh = [c for c in letters if c not in lines and c in outs][-1:]
             lines |= {c: table.allocate(x.shape[letters.index(c)]) for c in fresh}
             for dim, letter in enumerate(letters):
@@ -123,8 +128,11 @@ def trace_glu(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> None:
 
 
 def trace_normalize(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) -> None:
-    """Over channels too: a zero adds nothing to a norm."""
-    table.assign(out, table.ids_of(args[0]))
+    """Over channels too: over those that remain."""
+    ids, dim = table.ids_of(args[0]), read_argument(args, kwargs, 2, "dim", 1)
+    if ids is not None and varies(table.find(ids), dim):
+        table.note_reduction([(dim % ids.ndim, table.along(ids, dim, args[0].shape[dim]))])
+    table.assign(out, ids)
 
 
 RULES: dict[str, Callable[[ChannelTable, Any, Any, Any], None]] = {
@@ -150,3 +158,6 @@ RULES: dict[str, Callable[[ChannelTable, Any, Any, Any], None]] = {
     "normalize": trace_normalize,
     "pad": trace_pad,
 }
+
+# ops that compute something; that a module calls others (`x.device`, `x.dim()`) says nothing
+COMPUTES = MADE | MOVES | NUMBERS | REDUCE | SAME | SPATIAL | frozenset(RULES) | frozenset(weights.OTHERS)

@@ -8,20 +8,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hetfl.submodel.tracing.channels import compact, narrow_constant_dims, read_along, spans, varies, vary_apart
+from hetfl.submodel.tracing.channels import (
+    compact,
+    narrow_constant_dims,
+    place_along,
+    read_along,
+    spans,
+    varies,
+    vary_apart,
+    varying_dims,
+)  # fmt: skip
 from hetfl.submodel.tracing.sizes import Claim, TracedInt
 
 Heads = Literal["width", "whole"]
 
-LARGEST_RAW = 1 << 20  # entries of a parameter up to which each gets an id of its own when it is used like an activation
+Key = tuple[str, int]  # a tensor's name and one of its dims
+
+Factors = tuple[Tensor, ...]  # channel ids that vary along some dims, each in the shape of one tensor
 
 
 class ChannelTable:
     """Channel ids of activations and parameters, and a union-find over them.
 
-    `axes` has the ids of every dim of a parameter that some op owns; `raw` those of parameters used like activations (positional
-    embeddings, scales), an id for each entry; `claims` the attributes that count channels; `frozen` what cannot be cut, and why.
-    `heads` says what is cut where channels are split into attention heads: the width of every head, or whole heads.
+    `axes` has the ids of every dim of a parameter that some op owns; `dims` those of parameters that are used otherwise
+    (positional embeddings, scales, weights that are normalised first); `claims` the attributes that count channels; `frozen` what
+    cannot be cut, and why; `reductions` the channels that an op of the evaluation pass reduces over, by the op's number, for the
+    proof. `heads` says what is cut where channels are split into attention heads: the width of every head, or whole heads.
     """
 
     def __init__(self, model: nn.Module, heads: Heads = "width") -> None:
@@ -32,10 +44,13 @@ class ChannelTable:
             *model.named_buffers(remove_duplicate=False),
         ):
             self.names.setdefault(id(tensor), name)
-        state = model.state_dict(keep_vars=True)
-        self.parameters = {id(t) for t in state.values() if t.is_floating_point()}  # and buffers that travel
-        self.axes: dict[tuple[str, int], Tensor] = {}
-        self.raw: dict[str, Tensor] = {}
+        stored = (*model.parameters(), *model.buffers())
+        self.parameters = {id(t) for t in stored if t.is_floating_point()}  # and buffers
+        self.axes: dict[Key, Tensor] = {}
+        self.dims: dict[Key, Tensor] = {}
+        self.used: list[Tensor] = []  # channels of parameters that others, computed of them, have
+        self.reductions: dict[int, list[tuple[int, Tensor]]] = {}
+        self.op: int | None = None  # the number of the op at work in the evaluation pass
         self.frozen: list[tuple[Tensor, str]] = []
         self.claims: list[Claim] = []
         self.draws = False  # whether an op drew random numbers
@@ -86,25 +101,53 @@ class ChannelTable:
         if ids is not None:
             self.frozen.append((compact(ids).unique(), reason))
 
-    # ids of activations and of parameters used like them
+    # ids of activations, and of what is computed of parameters alone
 
-    def ids_of(self, tensor: Any) -> Tensor | None:
-        """The ids of an activation, in its shape; of a parameter one for each entry; None where nothing is known."""
-        if id(tensor) in self.parameters and 1 < tensor.numel() <= LARGEST_RAW:
-            name = self.names[id(tensor)]
-            if name not in self.raw:
-                self.raw[name] = self.allocate(tensor.numel()).reshape(tensor.shape)
-            return self.raw[name]
-        return getattr(tensor, "_channel_ids", None)
+    def ids_of(self, tensor: Any, beside: Tensor | None = None) -> Tensor | None:
+        """The ids of an activation, in its shape; None where nothing is known.
+
+        What is computed of parameters alone has channels along several dims: of these, those along the dims in which the ids
+        `beside` vary (that many dims from the last), else those along the last dim.
+        """
+        factors = self.factors_of(tensor)
+        if factors is None:
+            return getattr(tensor, "_channel_ids", None)
+        if beside is None:
+            return max(factors, key=lambda ids: varying_dims(ids)[-1], default=None)
+        dims = [d - beside.ndim for d in varying_dims(self.find(beside))]
+        return next((ids for ids in factors if [d - ids.ndim for d in varying_dims(ids)] == dims), None)
+
+    def factors_of(self, tensor: Any) -> Factors | None:
+        """Of a parameter, or what was computed of parameters alone: the channels along each dim; None of anything else."""
+        if id(tensor) not in self.parameters:
+            return getattr(tensor, "_factors", None)
+        name, found = self.names[id(tensor)], []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                if (name, dim) not in self.dims:
+                    self.dims[name, dim] = self.allocate(size)
+                found.append(place_along(self.dims[name, dim], tensor.ndim, dim).expand(tensor.shape))
+        return tuple(found)
 
     def is_raw(self, tensor: Any) -> bool:
-        """Whether a tensor is a parameter, or was made of parameters alone."""
-        return id(tensor) in self.parameters or getattr(tensor, "_raw", False)
+        """Whether a tensor is a parameter, or was computed of parameters alone."""
+        return id(tensor) in self.parameters or hasattr(tensor, "_factors")
 
-    def assign(self, tensor: Any, ids: Tensor | None, raw: bool = False) -> None:
-        """Gives an activation its channel ids (broadcast to its shape); `raw`: it was made of parameters alone."""
+    def assign(self, tensor: Any, ids: Tensor | None) -> None:
+        """Gives an activation its channel ids (broadcast to its shape)."""
         if ids is not None and isinstance(tensor, Tensor) and bool((compact(ids) >= 0).any()):
-            tensor._channel_ids, tensor._raw = narrow_constant_dims(ids).expand(tensor.shape), raw  # type: ignore[attr-defined]
+            tensor._channel_ids = narrow_constant_dims(ids).expand(tensor.shape)  # type: ignore[attr-defined]
+
+    def assign_factors(self, tensor: Any, factors: Factors, lost: str = "") -> None:
+        """Gives what was computed of parameters alone its channels along each dim; `lost`: the op that they do not survive."""
+        if isinstance(tensor, Tensor):
+            kept = [ids.expand(tensor.shape) for ids in map(narrow_constant_dims, factors) if varying_dims(ids)]
+            tensor._factors, tensor._lost = tuple(kept), lost  # type: ignore[attr-defined]
+
+    def note_reduction(self, dims: list[tuple[int, Tensor]]) -> None:
+        """Notes that the op at work reduces over these channels, shape (size,), along these dims of its first operand."""
+        if self.op is not None and dims:
+            self.reductions[self.op] = dims
 
     def along(self, ids: Tensor | None, dim: int, size: int) -> Tensor:
         """The channels along one dim, shape (size,); where they also vary along another dim, all are frozen and -1 is returned."""
@@ -160,19 +203,29 @@ class ChannelTable:
     # parameters and attributes
 
     def own(self, tensor: Tensor | None, dim: int, ids: Tensor) -> None:
-        """Notes that dim `dim` of a parameter or buffer consists of the channels `ids`, shape (size,)."""
+        """Notes that dim `dim` of a parameter or buffer, or of what is computed of them, consists of channels `ids`, (size,)."""
         if tensor is None:
             return
         name = self.names.get(id(tensor))
-        if name is None and tensor.ndim == 1 and getattr(tensor, "_raw", False):
-            self.tie(tensor._channel_ids, ids)  # type: ignore[attr-defined]
-        elif name is None:
-            self.freeze(ids, f"a weight that is computed, not stored{self.location}")
-            self.freeze(getattr(tensor, "_channel_ids", None), f"a weight that is computed, not stored{self.location}")
+        if name is None:
+            self._own_computed(tensor, dim, ids)
         elif (name, dim) in self.axes:
             self.tie(self.axes[name, dim], ids)
         else:
             self.axes[name, dim] = ids
+
+    def _own_computed(self, tensor: Tensor, dim: int, ids: Tensor) -> None:
+        """As `own`; where several dims of parameters were joined, the dim with the most channels is the one meant."""
+        lines = [line for f in self.factors_of(tensor) or () if (line := read_along(f, dim % tensor.ndim)) is not None]
+        lines.sort(key=lambda line: -len(line.unique()))
+        if lines:
+            self.tie(lines[0], ids)
+            self.used.append(ids)
+        elif tensor.shape[dim] > 1:
+            lost = getattr(tensor, "_lost", "")
+            self.freeze(ids, f"a weight that is computed{' by ' + lost if lost else ', not stored'}{self.location}")
+        for line in lines[1:]:
+            self.freeze(line, f"joins channels that cannot be cut{self.location}")
 
     def claim(self, size: Any, ids: Tensor) -> None:
         """Notes that `size`, where it was read from an attribute of a module, counts the channels `ids`."""

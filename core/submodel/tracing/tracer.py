@@ -9,7 +9,7 @@ channels that any other op touches are frozen: they are not cut. That this is ri
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hetfl.submodel.tracing.channels import op_name, place_along, read_along, varies
-from hetfl.submodel.tracing.ops import DRAWS, MADE, MOVES, NEW, REDUCE, SAME, SHAPED, SOFT, SPATIAL, VALUES
-from hetfl.submodel.tracing.rules import RULES
+from hetfl.submodel.tracing.moves import run_move
+from hetfl.submodel.tracing.ops import CASTS, DRAWS, MADE, MOVES, NEW, ORDERED, REDUCE, SAME, SHAPED, SOFT, SPATIAL, VALUES
+from hetfl.submodel.tracing.rules import COMPUTES, RULES
 from hetfl.submodel.tracing.sizes import TracedInt, unwrap_ints, wrap_ints
 from hetfl.submodel.tracing.table import ChannelTable, Heads
+from hetfl.submodel.tracing.weights import OTHERS, reduced_dims, trace_weight
 
 
 class Tracer(TorchFunctionMode):
@@ -46,6 +48,7 @@ class Tracer(TorchFunctionMode):
             if threading.get_ident() == thread:
                 table.stack.pop()
 
+        table.op = None if model.training else 0
         before = hooks.register_module_forward_pre_hook(enter)
         after = hooks.register_module_forward_hook(leave, always_call=True)
         wrapped = wrap_ints(table.claims, model)
@@ -54,6 +57,7 @@ class Tracer(TorchFunctionMode):
                 out = model(*inputs)
         finally:
             unwrap_ints(wrapped)
+            table.op = None
             before.remove()
             after.remove()
             table.stack.clear()
@@ -65,6 +69,8 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = op_name(func)
+        if self.table.op is not None and name in COMPUTES:
+            self.table.op += 1
         self.table.draws |= name in DRAWS
         if name in ("shape", "size"):
             return self._trace_size(out, args, kwargs)
@@ -80,11 +86,20 @@ class Tracer(TorchFunctionMode):
             return out
         if name == "unfold" and out.ndim > args[0].ndim:  # Tensor.unfold, which only moves data; not nn.functional.unfold
             self._trace_move(name, out, args, kwargs)
-        elif name in RULES:
+        elif name in RULES and not (name in OTHERS and self._are_weights(tensors)):
             RULES[name](self.table, out, args, kwargs)
+        elif self._are_weights(tensors):
+            trace_weight(self.table, name, out, args, kwargs)
+            if name in SHAPED:
+                for factor in self.table.factors_of(out) or ():
+                    self._bind_sizes(name, args, kwargs, [factor])
         elif any(self.table.ids_of(t) is not None for t in tensors):
             self._trace_plain(name, out, args, kwargs, tensors)
         return out
+
+    def _are_weights(self, tensors: list[Tensor]) -> bool:
+        """Whether an op's operands are parameters, or computed of them alone, and constants."""
+        return any(map(self.table.is_raw, tensors)) and not any(hasattr(t, "_channel_ids") for t in tensors)
 
     # sizes
 
@@ -114,7 +129,9 @@ class Tracer(TorchFunctionMode):
             piece = pieces[min(i, len(pieces) - 1)] if name == "split" else pieces[0]
             at = dim if name == "split" else dim + i
             if isinstance(size, TracedInt) and size.claims is self.table.claims and at < piece.ndim:
-                self.table.bind(size, read_along(self.table.find(piece), at))
+                line = read_along(self.table.find(piece), at)
+                if line is not None or not self.table.is_raw(args[0]):
+                    self.table.bind(size, line)
 
     # ops that own no parameters
 
@@ -130,8 +147,7 @@ class Tracer(TorchFunctionMode):
         if base in MOVES:
             self._trace_move(base, out, args, kwargs)
         elif base in SAME:
-            raw = all(table.is_raw(t) for t in tensors if table.ids_of(t) is not None)
-            table.assign(out, self._combine_all(out, tensors), raw)
+            table.assign(out, self._combine_all(out, tensors[:1] if base in CASTS else tensors))
         elif base in REDUCE:
             self._trace_reduction(base, out, args, kwargs)
         elif base in SPATIAL:
@@ -143,10 +159,11 @@ class Tracer(TorchFunctionMode):
                 table.freeze(table.ids_of(tensor), f"unknown operation {name}{table.location}")
 
     def _combine_all(self, out: Tensor, tensors: Iterable[Tensor]) -> Tensor | None:
-        """The ids of an elementwise op's result from those of its operands."""
+        """The ids of an elementwise op's result from those of its operands, activations first."""
         combined: Tensor | None = None
-        for tensor in tensors:
-            ids = self.table.ids_of(tensor)
+        for tensor in sorted(tensors, key=self.table.is_raw):
+            raw = self.table.is_raw(tensor)
+            ids = self.table.ids_of(tensor, combined if raw else None)
             ids = torch.full((1,) * tensor.ndim, -1).expand(tensor.shape) if ids is None else ids
             ids = self.table.find(ids)
             combined = ids if combined is None else self.table.combine(combined, ids)
@@ -155,27 +172,23 @@ class Tracer(TorchFunctionMode):
     def _trace_move(self, name: str, out: Any, args: Any, kwargs: Any) -> None:
         """Runs an op that only moves data on the ids themselves."""
         table, single = self.table, isinstance(args[0], Tensor)
-        raws = [table.is_raw(t) for t in tree_leaves(args[0]) if table.ids_of(t) is not None]
-        raw = bool(raws) and all(raws)
-        source = tree_map(self._replace_by_ids, args[0])
-        name = {"view": "reshape"}.get(name, name)
-        moved = find_move(name, single)(source, *([args[1].shape] if name.endswith("_as") else args[1:]), **kwargs)
-        pieces = list(moved) if isinstance(moved, tuple | list) else [moved]
+        varying = None if single else next((ids for t in args[0] if (ids := getattr(t, "_channel_ids", None)) is not None), None)
+        source = tree_map(lambda x: self._replace_by_ids(x, varying), args[0])
+        pieces = run_move(name, source, args, kwargs)
         if single:
             given = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, tuple | list)), None)
             self._tie_pieces(name, source, pieces, given)
         heads = table.heads == "whole" and single and read_along(table.find(source), source.ndim - 1) is not None
         for leaf, ids in zip(tree_leaves(out), pieces, strict=True):
-            prefer = 1 if name == "pixel_shuffle" else None
-            table.assign(leaf, ids if raw else table.make_rectangular(ids, heads, prefer), raw)
-        if name in SHAPED and not raw:
+            table.assign(leaf, table.make_rectangular(ids, heads, 1 if name == "pixel_shuffle" else None))
+        if name in SHAPED:
             self._bind_sizes(name, args, kwargs, pieces)
 
-    def _replace_by_ids(self, value: Any) -> Any:
-        """The ids in place of an activation (-1 where it has none); anything else as it is."""
+    def _replace_by_ids(self, value: Any, beside: Tensor | None) -> Any:
+        """The ids in place of a tensor, -1 where it has none, of parameters along the dims of `beside`; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        ids = self.table.ids_of(value)
+        ids = self.table.ids_of(value, beside if self.table.is_raw(value) else None)
         if ids is None:
             return torch.full(value.shape, -1) if value.is_floating_point() else value
         return ids.contiguous()
@@ -193,34 +206,26 @@ class Tracer(TorchFunctionMode):
             self.table.freeze(source, f"a part is taken by position ({name}){self.table.location}")
 
     def _trace_reduction(self, name: str, out: Any, args: Any, kwargs: Any) -> None:
-        """A reduction over other dims leaves the channels as they are; one over channels freezes them."""
+        """A reduction over channels is one over those that remain; one over other dims leaves the channels as they are."""
         table = self.table
         ids = table.ids_of(args[0])
         if ids is None or (len(args) > 1 and isinstance(args[1], Tensor)):  # max(a, b) is elementwise
             first = tree_leaves(out)[0]
             table.assign(first, self._combine_all(first, [t for t in args[:2] if isinstance(t, Tensor)]))
             return
-        dims = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int | tuple | list)), None))
-        over = range(ids.ndim) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-        over = [d % ids.ndim for d in over]
-        roots = table.find(ids)
-        if any(varies(roots, d) for d in over):
+        over, roots = reduced_dims(args, kwargs, ids.ndim), table.find(ids)
+        varying = [d for d in over if varies(roots, d)]
+        lines = [(d, line) for d in varying if (line := read_along(roots, d)) is not None]
+        if varying and (name in ORDERED or not lines):
             table.freeze(roots, f"{name} over channels{table.location}")
-        elif name in SOFT:
+            return
+        table.note_reduction(lines)
+        if name in SOFT:
             table.assign(out, ids)
-        else:
-            values = out if isinstance(out, Tensor) else out[0]
-            left = roots
-            for d in sorted(over, reverse=True):
-                left = left.narrow(d, 0, 1) if values.ndim == roots.ndim else left.select(d, 0)
-            table.assign(values, left)
-
-
-def find_move(name: str, single: bool) -> Callable[..., Any]:
-    """The function that moves data as the op `name` does, of one tensor or of several."""
-    if name in ("T", "mT", "H"):
-        return lambda source: getattr(source, name)
-    name = name.removesuffix("_as")
-    own = getattr(torch.Tensor, name, None) if single else None
-    found: Callable[..., Any] = own or getattr(torch, name, None) or getattr(torch.nn.functional, name)
-    return found
+        elif not varying:
+            for leaf in tree_leaves(out):
+                left = roots
+                for d in sorted(over, reverse=True):
+                    left = left.narrow(d, 0, 1) if leaf.ndim == roots.ndim else left.select(d, 0)
+                if leaf.is_floating_point():
+                    table.assign(leaf, left)
