@@ -191,7 +191,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         "Written by `python benchmarks/coverage.py`. Every architecture is built with random weights and no line written for it, "
         "traced, and cut at random twice, each width group to between 1 and all of its units; *error* is the largest difference "
         "between the outputs of the cut model and of the full one with the other entries zero, relative to 1 + the largest output. "
-        "Normalisation over channels and the 1 / sqrt(width) of attention, which rightly differ, are left out of both. *Elastic* "
+        "The full model reduces over the channels that remain (normalisation, means) and is given the cut one's numbers (the "
+        "1 / sqrt(width) of attention), which rightly differ. *Elastic* "
         "is the share of parameters and buffers' entries that some cut can remove. Traced and exact: at least one width group, and "
         "an error of at most 1e-4.", "",
         f"**{len(good)} of {len(tried)} architectures ({len(good) / len(tried):.1%}) are traced and exact.** "

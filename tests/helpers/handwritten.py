@@ -420,8 +420,8 @@ TOKENS = {
     "self.scale": StoredScale, "einsum": Einsums, "sdpa(scale=)": GivenScale, "cosine": Cosine, "bert": Bert, "grouped": Grouped,
     "multi-query": MultiQuery, "nanogpt": NanoGPT, "chunks": Chunks, "neox": Neox, "sliced": Sliced, "falcon-rw": FalconHeads,
     "falcon-7b": FalconMultiQuery, "falcon-40b": FalconGrouped, "gpt2": GPT2, "rms": RMSNorm, "gemma": GemmaNorm, "sum": SumNorm,
-    "length": LengthNorm, "layer norm": LayerNorm, "torch's rms": lambda: nn.RMSNorm(WIDTH), "own linear": Feed, "lora": LowRankFeed,
-    "swiglu": Gated,
+    "length": LengthNorm, "layer norm": LayerNorm, "torch's rms": lambda: nn.RMSNorm(WIDTH), "own linear": Feed,
+    "lora": LowRankFeed, "swiglu": Gated,
 }  # fmt: skip
 
 PICTURES = {

@@ -21,14 +21,15 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
     """The width groups of `model`, found by running it on `inputs` (a batch of two or more), in evaluation and training mode.
 
     With `verify` every group is proven: the model cut at random must compute what the full model computes with the removed entries
-    zero (`verify.prove`: two cuts, relative error at most 1e-4, normalisation over channels left out of both); a group that fails
-    is frozen. `heads` says what is cut of attention: the width of every head or whole heads. The model and torch's random state are
+    zero (`verify.prove`: two cuts, relative error at most 1e-4, reductions over the channels that remain); a group that fails is
+    frozen. `heads` says what is cut of attention: the width of every head or whole heads. The model and torch's random state are
     left as they were. Raises UsageError where the model does not run.
     """
     modes, before = [(m, m.training) for m in model.modules()], {name: t.clone() for name, t in model.named_buffers()}
     try:
         tracer = Tracer(model, heads)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(*inputs)  # the first call may differ from later ones
             for training in (False, True):
                 tracer.run(model.train(training), *inputs)
                 restore_buffers(model, before)
@@ -119,7 +120,7 @@ def resolve_axes(table: ChannelTable, model: nn.Module, shapes: Mapping[str, tup
     for name, dim in [key for key in lines if key[0] not in shapes]:
         buffer = model.get_buffer(name)  # outside the state: it keeps its first entries, right only if all entries are the same
         if not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
-            table.freeze(lines[name, dim], "a buffer that is not part of the state")
+            table.freeze(lines[name, dim], f"'{name}' is a buffer that is not part of the state")
     tie_claims(table)
     return {key: table.find(line) for key, line in lines.items()}
 
@@ -128,6 +129,9 @@ def tie_claims(table: ChannelTable) -> None:
     """Ties the channels that one attribute counts in several places; where their numbers differ they are frozen."""
     first: dict[Attribute, tuple[Tensor, Fraction]] = {}
     for attribute, ids, share in table.claims:
+        rows = table.find(ids).reshape(share.numerator, -1) if len(ids) % share.numerator == 0 else ids[None]
+        if bool((rows == rows[:1]).all()):  # the same channels several times over
+            ids, share = rows[0], share / len(rows)
         ours, other = first.setdefault(attribute, (ids, share))
         if len(ours) == len(ids) and share == other:
             table.tie(ours, ids)

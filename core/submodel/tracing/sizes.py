@@ -61,6 +61,18 @@ class TracedInt(int):
 
     __rmul__ = __mul__
 
+    def __add__(self, other: Any) -> Any:
+        return self._sum(other, 1)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._sum(other, -1)
+
+    def _sum(self, other: Any, sign: int) -> Any:
+        """self + sign * other, which follows the channels that both count."""
+        total = int(self) + sign * other
+        same = isinstance(other, TracedInt) and self.attribute == other.attribute and self.ids is other.ids
+        return TracedInt.of(self.claims, total, self.ids, self.attribute, self.share + sign * other.share) if same else total
+
     def __floordiv__(self, other: Any) -> Any:
         quotient = int(self) // other
         if not isinstance(quotient, int) or quotient * int(other) != int(self):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hetfl.submodel.tracing.channels import op_name, place_along, read_along, varies
-from hetfl.submodel.tracing.moves import run_move
+from hetfl.submodel.tracing.moves import follow_slices, run_move
 from hetfl.submodel.tracing.ops import CASTS, DRAWS, MADE, MOVES, NEW, ORDERED, REDUCE, SAME, SHAPED, SOFT, SPATIAL, VALUES
 from hetfl.submodel.tracing.rules import COMPUTES, RULES
 from hetfl.submodel.tracing.sizes import TracedInt, unwrap_ints, wrap_ints
@@ -177,7 +177,8 @@ class Tracer(TorchFunctionMode):
         pieces = run_move(name, source, args, kwargs)
         if single:
             given = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, tuple | list)), None)
-            self._tie_pieces(name, source, pieces, given)
+            if name != "__getitem__" or not follow_slices(table, source, args[1]):
+                self._tie_pieces(name, source, pieces, given)
         heads = table.heads == "whole" and single and read_along(table.find(source), source.ndim - 1) is not None
         for leaf, ids in zip(tree_leaves(out), pieces, strict=True):
             table.assign(leaf, table.make_rectangular(ids, heads, 1 if name == "pixel_shuffle" else None))
@@ -198,8 +199,9 @@ class Tracer(TorchFunctionMode):
         if len(pieces) > 1 and len({p.shape for p in pieces}) == 1:
             for piece in pieces[1:]:
                 self.table.tie(pieces[0], piece)
-        elif name == "split" and given is not None and all(isinstance(s, TracedInt) and s.attribute for s in given):
-            return  # every section follows an attribute
+        elif name == "split" and given is not None and any(isinstance(s, TracedInt) for s in given):
+            for piece in (p for s, p in zip(given, pieces, strict=True) if not isinstance(s, TracedInt)):
+                self.table.freeze(piece, f"a part of fixed size (split){self.table.location}")
         elif pieces[0].numel() == source.numel() and name not in ("__getitem__", "index_select"):
             return  # everything is still there
         elif any(len(self.table.find(p).unique()) != len(self.table.find(source).unique()) for p in pieces):

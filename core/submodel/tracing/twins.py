@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hetfl.models.state import State
 from hetfl.submodel.tracing.channels import op_name
-from hetfl.submodel.tracing.ops import NUMBERS, SAME, SOFT
+from hetfl.submodel.tracing.ops import NUMBERS, REDUCE, SAME, SOFT
 from hetfl.submodel.tracing.rules import COMPUTES
 from hetfl.submodel.widths import Kept, Widths
 
@@ -90,6 +90,8 @@ class Replayer(TorchFunctionMode):
         if self.done >= len(self.calls) or self.calls[self.done][0] != name:
             raise OtherOpsError
         self.done += 1
+        if self.done in self.cuts and name not in FULL | REDUCE:
+            raise OtherOpsError
         cut, (leaves, form) = self.cuts.get(self.done, []), tree_flatten((args, kwargs))
         numbers = self.calls[self.done - 1][1]
         whole = bool(cut) or name in NUMBERS or (name.removesuffix("_") if not name.startswith("__") else name) in SAME

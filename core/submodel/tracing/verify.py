@@ -55,12 +55,12 @@ def find_fault(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], group
             small, error = compare_cut(widths, model, inputs, kept, generator)
             small.train()(*inputs)
         except OtherOpsError:
-            return "the code computes something else when it is cut"
+            return "the code takes another path when it is cut"
         except Exception as failure:
             message = str(failure).strip().splitlines() or [""]
-            return f"a size is fixed in the code: when it is cut, {type(failure).__name__}: {message[0]}"
+            return f"the cut module does not run ({type(failure).__name__}: {message[0]})"
         if error > TOLERANCE:
-            return "the code depends on its size or order: a cut changes the output"
+            return "a cut changes the output: the code depends on its size or on the order of its channels"
     return None
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hetfl.submodel.tracing.channels import read_along, varying_dims
+from hetfl.submodel.tracing.channels import narrow_constant_dims, read_along, varying_dims
 from hetfl.submodel.tracing.layers import name_arguments, read_argument
 from hetfl.submodel.tracing.moves import run_move
-from hetfl.submodel.tracing.ops import MOVES, ORDERED, REDUCE, SAME, SOFT
+from hetfl.submodel.tracing.ops import MOVES, ORDERED, REDUCE, SAME, SOFT, SPATIAL
 from hetfl.submodel.tracing.table import ChannelTable, Factors
 
 
@@ -30,6 +30,9 @@ def trace_weight(table: ChannelTable, name: str, out: Any, args: Any, kwargs: An
         table.assign_factors(out, join_factors(table, operands, out.ndim))
     elif base in REDUCE and base not in ORDERED:
         reduce_factors(table, base in SOFT, out, args[0], reduced_dims(args, kwargs, args[0].ndim))
+    elif base in SPATIAL:
+        found = [ids for f in table.factors_of(args[0]) or () if (ids := narrow_constant_dims(f)).shape[2:].numel() == 1]
+        table.assign_factors(out, tuple(found))
     elif base in OTHERS:
         OTHERS[base](table, out, args, kwargs)
     else:
