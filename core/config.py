@@ -53,6 +53,9 @@ class TrainOptions(Options):
     """How a client trains."""
 
     epochs: int = Field(2, ge=1, description="local epochs a round")
+    local_steps: int = Field(
+        0, ge=0, description="steps of a client a round, in place of epochs: passes are begun anew or broken off; 0 = whole epochs"
+    )
     batch_size: int = Field(32, ge=1, description="local batch size")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser, fresh each round")
     lr: float = Field(0.05, gt=0, description="local learning rate")

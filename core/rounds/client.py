@@ -25,6 +25,7 @@ from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import within
 from hetfl.training import vectorized
 from hetfl.training.evaluation import Score, evaluate
+from hetfl.training.local import count_work
 from hetfl.training.task import Reply, Task
 from hetfl.training.vectorized import Member
 
@@ -68,7 +69,7 @@ class ClientRuntime:
         cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, data)
         node = Node(
             client, len(self.federation.clients), round, options.seed, cost, probe,
-            options.epochs * len(data), options.epochs * -(-len(data) // options.batch_size),
+            *count_work(options, len(data)),
         )  # fmt: skip
         return self.plugins.profile(node)
 

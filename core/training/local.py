@@ -18,7 +18,7 @@ from hetfl.training.task import Reply, Task
 
 
 def fit(task: Task) -> Reply:
-    """Plain local training: `options.epochs` passes over the client's own examples, from the tensors that it was sent."""
+    """Plain local training on the client's own examples (`batch_rows`), from the tensors that it was sent."""
     optimizer = make_optimizer(task.model, task.options, task.round)
     last = descend(task, optimizer, local_batches(task), lambda x, y: total_loss(task, x, y))
     return Reply(copy_state(task.model), len(task.data.train), {"loss": last})
@@ -59,20 +59,38 @@ def descend(
 
 
 def local_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches x (N, *shape), y (N,) of all local epochs, in the order of the client's stream "batches"."""
+    """The batches x (N, *shape), y (N,) of a round, in the order of the client's stream "batches"."""
     data = task.data.train
     for rows in batch_rows(data, task.options, task.stream("batches"), task.model):
         yield data.x[rows], data.y[rows]
 
 
 def batch_rows(data: Examples, options: RunOptions, generator: torch.Generator, model: nn.Module) -> list[Tensor]:
-    """The rows (N,) of each batch of all local epochs, each epoch in a new order.
+    """The rows (N,) of each batch of a round: `options.epochs` passes in new orders, or as many as `options.local_steps` needs.
 
     A batch of one example is left out for models with batch norm, which cannot normalise it, unless the client has no more.
     """
     skip_single = any(isinstance(m, BATCH_NORM) for m in model.modules()) and len(data) > 1
-    batches = [rows for _ in range(options.epochs) for rows in data.rows(options.batch_size, generator)]
-    return [rows for rows in batches if not (skip_single and len(rows) == 1)]
+
+    def one_pass() -> list[Tensor]:
+        return [rows for rows in data.rows(options.batch_size, generator) if not (skip_single and len(rows) == 1)]
+
+    if not options.local_steps:
+        return [rows for _ in range(options.epochs) for rows in one_pass()]
+    batches = found = one_pass()
+    while found and len(batches) < options.local_steps:
+        found = one_pass()
+        batches = batches + found
+    return batches[: options.local_steps]
+
+
+def count_work(options: RunOptions, examples: int) -> tuple[int, int]:
+    """(examples, steps) that a client with so many examples trains on in a round, before any batch is left out."""
+    each = -(-examples // options.batch_size)
+    if not options.local_steps or not examples:
+        return options.epochs * examples, options.epochs * each
+    passes, rest = divmod(options.local_steps, each)
+    return passes * examples + rest * options.batch_size, options.local_steps
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:

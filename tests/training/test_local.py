@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,9 +14,11 @@ from helpers.oracles import T, close
 from hetfl.aggregation.mean import mean_with_absent
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.config import resolve
+from hetfl.data.dataset import Examples
 from hetfl.models.state import tensors
+from hetfl.rng import stream
 from hetfl.submodel.plan import Patch
-from hetfl.training.local import descend
+from hetfl.training.local import batch_rows, count_work, descend
 
 
 def test_fedavg_of_one_client_is_a_central_step():
@@ -33,3 +36,24 @@ def test_fedavg_of_one_client_is_a_central_step():
     descend(task, torch.optim.SGD(model.parameters(), 0.1), [(x, y)], lambda a, b: F.cross_entropy(model(a), b))
     merged = mean_with_absent(Updates([Update(1, {n: Patch(t) for n, t in tensors(model).items()}, 4.0)], tensors(model)), [4.0])
     assert all(close(merged[n], t.detach()) for n, t in central.named_parameters())
+
+
+@pytest.mark.parametrize(("steps", "sizes"), [(0, [4, 4, 2] * 2), (2, [4, 4]), (5, [4, 4, 2, 4, 4]), (9, [4, 4, 2] * 3)])
+def test_local_steps_break_passes_off_or_begin_new_ones(steps, sizes):
+    data = Examples(torch.zeros(20, 1), torch.zeros(20), torch.arange(10, 20))
+    options = resolve({"epochs": 2, "batch_size": 4, "local_steps": steps})
+    rows = batch_rows(data, options, stream(0, "batches"), nn.Identity())
+    assert [len(r) for r in rows] == sizes
+    assert count_work(options, 10) == (sum(sizes), len(sizes))
+    for start in range(0, len(rows) - 2, 3):
+        assert sorted(torch.cat(rows[start : start + 3]).tolist()) == list(range(10, 20))
+    assert torch.equal(
+        torch.cat(rows[:2]), torch.cat(batch_rows(data, resolve({"batch_size": 4}), stream(0, "batches"), nn.Identity())[:2])
+    )
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(0, 4), (3, 1)])
+def test_local_steps_end_where_there_is_nothing_to_train_on(examples, batch):
+    """No examples, or none but single ones beside a batch norm."""
+    data = Examples(torch.zeros(3, 1), torch.zeros(3), torch.arange(examples))
+    assert batch_rows(data, resolve({"local_steps": 5, "batch_size": batch}), stream(0, "batches"), nn.BatchNorm1d(1)) == []
