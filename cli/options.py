@@ -17,7 +17,7 @@ from hetfl import config, presets, registry
 from hetfl.config import DataOptions, RunOptions, ServerOptions, TrainOptions, format_flag
 from hetfl.errors import UsageError
 
-LISTS = ("wrap", "lr_milestones", "mean", "std")  # options that may be given several times or with commas
+LISTS = ("wrap", "lr_milestones", "mean", "std", "augment")  # options that may be given several times or with commas
 
 PAIRS = ("set", "model_args")  # options name=value that may be given several times
 

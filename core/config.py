@@ -57,6 +57,11 @@ class TrainOptions(Options):
         0, ge=0, description="steps of a client a round, in place of epochs: passes are begun anew or broken off; 0 = whole epochs"
     )
     batch_size: int = Field(32, ge=1, description="local batch size")
+    augment: tuple[Literal["crop", "flip", "usual"], ...] = Field(
+        (),
+        description="random crops and mirror images of a client's pictures; usual: what is usual for the data set (docs/data.md)",
+    )
+    crop_padding: int = Field(4, ge=1, description="pixels that a random crop moves a picture at most")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser, fresh each round")
     lr: float = Field(0.05, gt=0, description="local learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")

@@ -57,7 +57,10 @@ Everything that was found is spelt out in the run folder's `config.toml`, and a 
   two dimensions get one channel, so a window of 100 steps of 6 sensors is (1, 100, 6); `cnn1d` and `lstm` read its rows as time.
 - **Text** is lower-cased and split into words and marks, each hashed (CRC-32) to an id in [2, `--vocab`); 1 starts every text, 0
   pads it to `--tokens`. Nothing is downloaded and nothing learned from clients; two words may share an id.
-- No augmentation.
+- **Augmentation**, of the clients' own pictures while they train: `--augment crop` moves a picture by up to `--crop-padding` pixels
+  (4), black where nothing is left; `flip` mirrors every other one; `usual` is `crop,flip` for cifar10, cifar100 and cinic10 and
+  nothing for the rest. Draws come from each client's stream, so that neither workers nor vmap groups change them. What the server
+  trains on, what is tested, and the methods that train on something of their own (public data) stay as they are.
 
 ## Folders
 

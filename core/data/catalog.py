@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hetfl.config import DataOptions
 from hetfl.errors import UsageError, nearest, unknown
@@ -21,7 +21,8 @@ class DatasetInfo:
 
     Raw values are divided by `scale`, then normalised by `mean` and `std` of each channel (both empty: the train split's own).
     `owner` is the column of its natural partition, `model` what a run takes where none is named; `shape` and `classes` are
-    those of the data as published. `hub` is empty where nobody can download it: then a folder must be given.
+    those of the data as published, `augment` is how papers augment them. `hub` is empty where nobody can download it: then a
+    folder must be given.
     """
 
     hub: str
@@ -35,6 +36,7 @@ class DatasetInfo:
     scale: float = 255.0
     owner: str | None = None
     layout: str = "parquet"
+    augment: tuple[Literal["crop", "flip"], ...] = ()
     note: str = ""
 
     @property
@@ -54,6 +56,8 @@ GREY = (1, 28, 28)
 
 COLOUR = (3, 32, 32)
 
+CROPS: tuple[Literal["crop", "flip"], ...] = ("crop", "flip")
+
 KNOWN = {
     "digits": image_dataset(
         "", "label", (1, 8, 8), 10, "fedconv-cnn", (0.3054,), (0.3761,), scale=16.0, note="embedded in hetfl; 1,797 examples"
@@ -61,15 +65,16 @@ KNOWN = {
     "mnist": image_dataset("ylecun/mnist", "label", GREY, 10, "fedconv-cnn", (0.1307,), (0.3081,)),
     "fashion-mnist": image_dataset("zalando-datasets/fashion_mnist", "label", GREY, 10, "fedconv-cnn", (0.2860,), (0.3530,)),
     "cifar10": image_dataset(
-        "uoft-cs/cifar10", "label", COLOUR, 10, "resnet18", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), input="img"
+        "uoft-cs/cifar10", "label", COLOUR, 10, "resnet18", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), input="img",
+        augment=CROPS,
     ),
     "cifar100": image_dataset(
         "uoft-cs/cifar100", "fine_label", COLOUR, 100, "resnet18", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
-        input="img", note="--label-column coarse_label gives the 20 superclasses",
+        input="img", augment=CROPS, note="--label-column coarse_label gives the 20 superclasses",
     ),
     "cinic10": image_dataset(
         "flwrlabs/cinic10", "label", COLOUR, 10, "googlenet", (0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587),
-        note="FedConv's GoogLeNet",
+        note="FedConv's GoogLeNet", augment=CROPS,
     ),
     "ag_news": DatasetInfo(
         "fancyzhx/ag_news", "text", "label", (), 4, "encoder", note="hashed words, nothing learned from clients"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hetfl import registry
 from hetfl.config import RunOptions
+from hetfl.data import catalog
 from hetfl.data import loading as data
 from hetfl.data.dataset import FederatedDataset
 from hetfl.errors import UsageError
@@ -73,9 +75,23 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
 def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:
     """`options` with every default that depended on the data or the plugins spelt out; what --levels gave is the plugin's now."""
     policy = choose_norm_policy(options.norm_policy, plugins.norm_policy, federation.public is not None)
-    found = {"model": options.model or federation.model, "norm_policy": policy, "levels": None}
+    found: dict[str, Any] = {"model": options.model or federation.model, "norm_policy": policy, "levels": None}
     found["aggregate"] = options.aggregate or registry.partner_of(options.extract)
+    found["augment"] = resolve_augmentation(options, federation)
     return options.model_copy(update={**found, **federation.preprocessing})
+
+
+def resolve_augmentation(options: RunOptions, federation: FederatedDataset) -> tuple[str, ...]:
+    """What --augment says, with what is usual for the data set spelt out. Raises UsageError for data that are no pictures."""
+    known = catalog.KNOWN.get(federation.dataset)
+    usual = known.augment if known else ()
+    wanted = tuple(dict.fromkeys(each for given in options.augment for each in (usual if given == "usual" else [given])))
+    if wanted and (len(federation.shape) != 3 or federation.inputs.vocab is not None):
+        raise UsageError(
+            f"--augment {','.join(wanted)} is for pictures (channels, height, width); "
+            f"an input of '{federation.dataset}' has the shape {tuple(federation.shape)}"
+        )
+    return wanted
 
 
 def model_of(options: RunOptions) -> str:

@@ -11,6 +11,7 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import copy_state
+from hetfl.training.augmentation import augment
 from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
 from hetfl.training.dropout import seeded_random
@@ -59,10 +60,10 @@ def descend(
 
 
 def local_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches x (N, *shape), y (N,) of a round, in the order of the client's stream "batches"."""
-    data = task.data.train
+    """The batches x (N, *shape), y (N,) of a round, in the order of the client's stream "batches", augmented by "augment"."""
+    data, draws = task.data.train, task.stream("augment")
     for rows in batch_rows(data, task.options, task.stream("batches"), task.model):
-        yield data.x[rows], data.y[rows]
+        yield augment(data.x[rows], task.options, draws), data.y[rows]
 
 
 def batch_rows(data: Examples, options: RunOptions, generator: torch.Generator, model: nn.Module) -> list[Tensor]:

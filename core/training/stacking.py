@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.state import State
+from hetfl.training.augmentation import augment
 from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
 from hetfl.training.local import make_optimizer_for
@@ -99,11 +100,20 @@ class GroupBatch:
 
 
 def run_steps(
-    step: Callable[[Tensor, Tensor, Tensor], Tensor], batches: Iterable[GroupBatch], data: Examples, device: torch.device
-) -> Iterator[tuple[GroupBatch, Tensor]]:
-    """Takes `step` on each of `batches`: the batch, and the clients' losses (clients,) on it before the step."""
+    step: Callable[[Tensor, Tensor, Tensor], Tensor], batches: Iterable[GroupBatch], data: Examples, device: torch.device,
+    options: RunOptions, draws: Sequence[torch.Generator],
+) -> Iterator[tuple[GroupBatch, Tensor]]:  # fmt: skip
+    """Takes `step` on each of `batches`: the batch, and the clients' losses (clients,) on it before the step.
+
+    Pictures are augmented as `options` say, each client's by its own generator of `draws`.
+    """
     for batch in batches:
-        yield batch, step(*batch.gather(data), batch.weights.to(device))
+        x, y = batch.gather(data)
+        if options.augment:
+            counts = (batch.weights > 0).sum(1).tolist()
+            for k, (count, generator) in enumerate(zip(counts, draws, strict=True)):
+                x[k, :count] = augment(x[k, :count], options, generator)
+        yield batch, step(x, y, batch.weights.to(device))
 
 
 def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[GroupBatch]:

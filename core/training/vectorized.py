@@ -104,7 +104,8 @@ def train(
             step = cached_steps(model, states, options, round, widest if allows_padding(model) else 0)
         else:
             step = EagerStep(ModelStack(model.train(), states), options, round)
-        for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device):
+        draws = [stream(options.seed, "augment", round, m.client) for m in members]
+        for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws):
             if batch.ending:
                 now, last = step.stack.states(), losses.tolist()
                 shared = step.in_place or len(results) + len(batch.ending) < len(members)  # later steps write to these tensors
