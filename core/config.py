@@ -69,6 +69,7 @@ class TrainOptions(Options):
     clip: float = Field(2.0, ge=0, description="largest gradient norm; 0 = no clipping")
     lr_milestones: tuple[int, ...] = Field((), description="rounds after which lr is multiplied by --lr-decay")
     lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    lr_round_decay: float = Field(1.0, gt=0, le=1, description="factor after every round")
 
 
 class ServerOptions(Options):

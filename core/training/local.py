@@ -108,8 +108,8 @@ def make_optimizer_for(parameters: list[Tensor], options: RunOptions, round: int
 
 
 def learning_rate(options: RunOptions, round: int) -> float:
-    """The learning rate of `round`; a milestone m lowers it from round m + 1 on (spec heterofl 5.6)."""
-    return options.lr * options.lr_decay ** sum(m < round for m in options.lr_milestones)
+    """The learning rate of `round`, counted from 1; a milestone m lowers it from round m + 1 on (spec heterofl 5.6)."""
+    return options.lr * options.lr_round_decay ** (round - 1) * options.lr_decay ** sum(m < round for m in options.lr_milestones)
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -18,7 +18,7 @@ from hetfl.data.dataset import Examples
 from hetfl.models.state import tensors
 from hetfl.rng import stream
 from hetfl.submodel.plan import Patch
-from hetfl.training.local import batch_rows, count_work, descend
+from hetfl.training.local import batch_rows, count_work, descend, learning_rate
 
 
 def test_fedavg_of_one_client_is_a_central_step():
@@ -57,3 +57,9 @@ def test_local_steps_end_where_there_is_nothing_to_train_on(examples, batch):
     """No examples, or none but single ones beside a batch norm."""
     data = Examples(torch.zeros(3, 1), torch.zeros(3), torch.arange(examples))
     assert batch_rows(data, resolve({"local_steps": 5, "batch_size": batch}), stream(0, "batches"), nn.BatchNorm1d(1)) == []
+
+
+def test_learning_rates_of_rounds():
+    options = resolve({"lr": 0.1, "lr_round_decay": 0.5, "lr_milestones": [2], "lr_decay": 0.1})
+    assert [learning_rate(options, r) for r in (1, 2, 3, 4)] == pytest.approx([0.1, 0.05, 0.0025, 0.00125])
+    assert learning_rate(resolve({"lr": 0.1}), 9) == 0.1
