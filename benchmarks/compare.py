@@ -1,5 +1,7 @@
 """hetfl beside a hand-written torch loop, Flower's Ray simulation and Apple's pfl: `python benchmarks/compare.py`.
 
+With `--device cuda` on a GPU, and then hetfl in several ways; benchmarks/gpu.py makes a page of that.
+
 Needs the extra `bench`. Every contender runs alone, in a process of its own, one after the other, and so `--repeats` times: a ratio
 is between runs that stand beside each other in time. All must come to the same parameters. Writes docs/performance.md with
 docs/performance/compare.json and compare.png.
@@ -39,6 +41,14 @@ CONTENDERS = {
 
 CONTENDERS |= {f"{name}-plain": CONTENDERS[name] for name in ("flower", "pfl")}  # with the loop of their tutorials
 
+ON_GPU = {**{name: CONTENDERS[name] for name in ("floor", "hetfl", "flower")}, "pfl": [*PYTHON, "benchmarks.speed.apple"]}
+
+WAYS: dict[str, dict[str, Any]] = {  # hetfl's options, by how a contender of its is called
+    "hetfl, bf16": {"precision": "bf16"},
+    "hetfl, one by one": {"vmap": "off", "workers": 1},
+    "hetfl, one by one, 4 streams": {"vmap": "off", "workers": 4},
+}
+
 PEERS = {"W": 6, "W-small": 6, "tiny-1000": 4}  # how many of the contenders run a workload; 2 (floor, hetfl) for the others
 
 WORKS = ("W", "W-small", "tiny-10", "tiny-100", "tiny-1000", "hetero", "W-1000")
@@ -73,12 +83,16 @@ def held(pid: str) -> int:
     return 0
 
 
-def run(words: Sequence[str], limit: float = 150.0) -> Result | None:
-    """The line that a contender prints, with its start-up seconds and peak memory; None where it failed or took too long."""
+def run(words: Sequence[str], limit: float = 150.0, **more: str) -> Result | None:
+    """The line that a contender prints, with its start-up seconds and peak memory; None where it failed or took too long.
+
+    `more` are further variables of its environment.
+    """
     memory = Memory()
     memory.start()
     began = time.time()
-    process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    how: Any = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": os.environ | more}
+    process = subprocess.Popen(words, start_new_session=True, **how)
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -109,6 +123,26 @@ def compare(work: str, repeats: int) -> dict[str, list[Result]]:
             reference = found["floor"][0]["norm"]
             if abs(result["norm"] - reference) > 1e-5 * reference:
                 raise SystemExit(f"{name} came to other parameters on {work}: norm {result['norm']}, not {reference}")
+    return found
+
+
+def compare_on_gpu(work: str, names: Sequence[str], repeats: int, limit: float, rounds: int = 5) -> dict[str, list[Result]]:
+    """`repeats` runs of the contenders `names` on one GPU, in turn, `rounds` rounds each after one to warm up.
+
+    `off` is how far a contender's parameters are from the floor's (their norm, relative).
+    """
+    found: dict[str, list[Result]] = {}
+    for name in list(names) * repeats:
+        more = {"HETFL_BENCH_DEVICE": "cuda", "HETFL_BENCH_ROUNDS": str(rounds), "HETFL_BENCH_ACTORS": "4"}
+        words = ON_GPU[name.split(",")[0]]
+        result = run([*words, work], limit, HETFL_BENCH_MORE=json.dumps(WAYS.get(name, {})), **more)
+        if result is None:
+            print(work, name, "gave no result", flush=True)
+            continue
+        reference = found["floor"][0]["norm"] if "floor" in found else result["norm"]
+        result |= {"median": statistics.median(result["seconds"]), "off": abs(result["norm"] / reference - 1)}
+        found.setdefault(name, []).append(result)
+        print(f"{work} {name}: {1000 * result['median']:.1f} ms a round, off {result['off']:.1e}", flush=True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Apple's pfl: two processes under torchrun, its own FederatedAveraging over the same clients and batches."""
+"""Apple's pfl: two processes under torchrun (one on a GPU), its own FederatedAveraging over the same clients and batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pfl.model.pytorch import PyTorchModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.speed.work import asked, norm, plain, report
+from benchmarks.speed.work import asked, norm, plain, report, wait
 
 POPULATION = 100_000
 
@@ -31,6 +31,7 @@ class Watch(TrainingProcessCallback):
         self.first = time.time()
 
     def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
+        wait()
         self.times.append(time.perf_counter())
         return False, Metrics()
 
@@ -47,7 +48,7 @@ def main() -> None:
     def user(code: int) -> Dataset:
         round, client = divmod(int(code), POPULATION)
         rows, train = work.rows(round, client), work.federation.clients[client].train
-        return Dataset([train.x[rows], train.y[rows]], user_id=str(code))
+        return Dataset([train.x[rows.to(train.x.device)], train.y[rows.to(train.y.device)]], user_id=str(code))
 
     people = FederatedDataset(user, lambda: next(turns))
     watch = Watch()

@@ -1,7 +1,8 @@
 """The floor: what a careful torch user would write by hand for one experiment, and nothing else.
 
-A Python thread a core with one thread of torch each (one thread for the tiny model, whose steps are all dispatch), channels_last,
-fused SGD, model objects reused, batches by index, widest clients first. Narrow models are built by hand, weights copied in place.
+A Python thread a core with one thread of torch each (one thread for the tiny model, whose steps are all dispatch, and on a GPU, where
+data, models and sums stay), channels_last, fused SGD, model objects reused, batches by index, widest clients first. Narrow models are
+built by hand, weights copied in place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed.work import Work, asked, norm, report
+from benchmarks.speed.work import DEVICE, Work, asked, norm, report, wait
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -26,8 +27,9 @@ class Loop:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(1)
         self.work, self.own, self.federation = work, threading.local(), work.federation
-        self.pool = ThreadPoolExecutor(1 if work.name.startswith("tiny") else 2, initializer=torch.set_num_threads, initargs=(1,))
-        self.model = work.module()
+        threads = 1 if work.name.startswith("tiny") or DEVICE != "cpu" else 2
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.model = work.module().to(DEVICE)
         self.names = [n for n, _ in self.model.named_parameters()]
         self.state = [p.detach().clone() for p in self.model.parameters()]
         self.buffers = {n: b.clone() for n, b in self.model.named_buffers()}
@@ -40,7 +42,7 @@ class Loop:
             args = (
                 {**self.work.args, "widths": [max(1, int(w * ratio)) for w in (64, 128, 256, 512)]} if ratio < 1 else self.work.args
             )
-            shelf[ratio] = self.work.module(args).to(memory_format=torch.channels_last)
+            shelf[ratio] = self.work.module(args).to(DEVICE, memory_format=torch.channels_last)
         model: nn.Module = shelf[ratio]
         return model
 
@@ -124,6 +126,7 @@ def cut(whole: Tensor, like: Tensor) -> Tensor:
 def timed(work: Callable[[int], None], number: int) -> float:
     began = time.perf_counter()
     work(number)
+    wait()
     return time.perf_counter() - began
 
 

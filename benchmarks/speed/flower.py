@@ -1,4 +1,7 @@
-"""Flower's simulation on Ray: the same work with its Message API, two actors of one core, models reused within an actor."""
+"""Flower's simulation on Ray: the same work with its Message API, two actors of one core, models reused within an actor.
+
+On a GPU there are `HETFL_BENCH_ACTORS` actors, which share it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch.nn import functional as F
 
-from benchmarks.speed.work import WORKS, norm, plain, report
+from benchmarks.speed.work import DEVICE, named, norm, plain, report
 
-WORK = WORKS[os.environ.get("HETFL_WORK", "W")]
+WORK = named(os.environ.get("HETFL_WORK", "W"))
+
+ACTORS = int(os.environ.get("HETFL_BENCH_ACTORS", "2"))
 
 MODELS: dict[str, torch.nn.Module] = {}
 
@@ -38,14 +43,14 @@ def train(message: Message, context: Context) -> Message:
     model = MODELS.get("it")
     if model is None:
         form = torch.contiguous_format if plain() else torch.channels_last
-        model = MODELS["it"] = WORK.module().to(memory_format=form).train()
+        model = MODELS["it"] = WORK.module().to(DEVICE, memory_format=form).train()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), WORK.options.lr, WORK.momentum, fused=None if plain() else True)
     for x, y in WORK.batches(round, client):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    state = {name: t.contiguous() for name, t in model.state_dict().items()}
+    state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
     return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
 
 
@@ -76,7 +81,10 @@ def serve(grid: Grid, context: Context) -> None:
 
 def main() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
+    gpu: Any = {} if DEVICE == "cpu" else {"num_gpus": 1}
+    resources: Any = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 1 / ACTORS if gpu else 0.0}, "init_args": {"num_cpus": ACTORS, **gpu}
+    }  # fmt: skip
     run_simulation(server_app, client_app, WORK.clients, backend_config=resources)
 
 

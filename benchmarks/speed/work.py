@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SIZE = 28
 
 CLASSES = 10
+
+DEVICE = os.environ.get("HETFL_BENCH_DEVICE", "cpu")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Work:
             "clients": self.clients, "fraction": self.sampled / self.clients, "own_test": 0, "server_data": 0, "epochs": 1,
             "batch_size": self.batch, "lr": 0.01, "momentum": self.momentum, "clip": self.clip, "model": self.model,
             "model_args": self.args, "levels": "1:1", "rounds": self.rounds + 1, "eval_every": 1000, **self.more,
+            "device": DEVICE, **json.loads(os.environ.get("HETFL_BENCH_MORE", "{}")),
         }  # fmt: skip
 
     @cached_property
@@ -62,7 +65,7 @@ class Work:
     def federation(self) -> FederatedDataset:
         from hetfl.data import loading as data
 
-        return data.load(self.options)
+        return data.load(self.options).on(DEVICE)
 
     @property
     def evaluates(self) -> bool:
@@ -99,7 +102,7 @@ class Work:
 
     def batches(self, round: int, client: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         train = self.federation.clients[client].train
-        for rows in self.rows(round, client).split(self.batch):
+        for rows in self.rows(round, client).to(DEVICE).split(self.batch):
             yield train.x[rows], train.y[rows]
 
 
@@ -118,6 +121,7 @@ WORKS = {
         Work("W-1000", "fedavg-cnn", clients=1000, sampled=1000, examples=32, rounds=1),
         *(Work(f"tiny-{n}", "mlp", {"hidden": []}, 1000, n, 32, rounds=3) for n in (10, 100, 1000)),
         Work("hetero", "cnn", {}, 10, 10, 600, momentum=0.9, clip=1.0, rounds=2, more=HETERO),
+        Work("resnet", "resnet18", {}, 10, 10, 600),
     )
 }
 
@@ -143,7 +147,24 @@ def norm(tensors: Any) -> float:
 
 def report(**facts: Any) -> None:
     """The one line that compare.py reads."""
-    print("RESULT " + json.dumps({"at": time.time(), **facts}), flush=True)
+    print("RESULT " + json.dumps({"at": time.time(), **held_on_gpu(), **facts}), flush=True)
+
+
+def wait() -> None:
+    """Waits for what the GPU has to do, if there is one in use."""
+    if DEVICE != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def held_on_gpu() -> dict[str, int]:
+    """The most bytes that this process has held on the GPU."""
+    if DEVICE == "cpu":
+        return {}
+    import torch
+
+    return {"gpu": torch.cuda.max_memory_allocated()}
 
 
 def plain() -> bool:
@@ -151,8 +172,14 @@ def plain() -> bool:
     return "plain" in sys.argv or os.environ.get("HETFL_LOOP") == "plain"
 
 
+def named(name: str) -> Work:
+    """The work of this name; a GPU does it in `HETFL_BENCH_ROUNDS` rounds."""
+    work = WORKS[name]
+    return replace(work, rounds=int(os.environ.get("HETFL_BENCH_ROUNDS", work.rounds)))
+
+
 def asked() -> Work:
-    return WORKS[sys.argv[1]]
+    return named(sys.argv[1])
 
 
 def key(values: Any) -> str:

@@ -30,7 +30,11 @@ class Layout:
 
 
 class WeightedSum:
-    """sum w c x and sum w c of one tensor, over the patches of clients that come one after the other."""
+    """sum w c x and sum w c of one tensor, over the patches of clients that come one after the other.
+
+    The sum is kept on the device of the first patch (a GPU, where clients that trained there hand their tensors over without a
+    copy), the count in main memory; the mean returns to where `old` is.
+    """
 
     def __init__(self, old: Tensor) -> None:
         self.old, self.total = old, cast(Tensor | None, None)
@@ -43,8 +47,9 @@ class WeightedSum:
 
     def add(self, patch: Patch, weight: float) -> None:
         self.cover(patch.index, patch.coverage, weight)
-        values = patch.values if patch.coverage is None else patch.values * patch.coverage
-        Index.of(patch.index).add(self.open(), values, weight)
+        values = patch.values if patch.coverage is None else patch.values * patch.coverage.to(patch.values.device)
+        total = self.open(values.device)
+        Index.of(patch.index).add(total, values.to(total.device), weight)
 
     def cover(self, index: Mapping[int, Tensor], coverage: Tensor | None, weight: float) -> None:
         """Adds to `count` alone."""
@@ -54,10 +59,10 @@ class WeightedSum:
         self.widen(index if coverage is None else range(self.old.ndim))
         Index.of(index).add(self._parts, 1.0 if coverage is None else coverage, weight)
 
-    def open(self) -> Tensor:
-        """The sum, 0 before anything was added."""
+    def open(self, device: torch.device) -> Tensor:
+        """The sum; before anything was added 0, on `device`."""
         if self.total is None:
-            self.total = torch.zeros(self.old.shape, dtype=self.old.dtype)
+            self.total = torch.zeros(self.old.shape, dtype=self.old.dtype, device=device)
         return self.total
 
     def widen(self, dims: Iterable[int]) -> None:
@@ -79,9 +84,11 @@ class WeightedSum:
         count = self.count
         if self.total is None:
             return self.old
-        if self._whole > 0 or bool((count > 0).all()):
-            return self.total.div_(count)
-        return torch.where(count > 0, self.total / count.clamp(min=torch.finfo(count.dtype).tiny), self.old)
+        whole, count = self._whole > 0 or bool((count > 0).all()), count.to(self.total.device)
+        if whole:
+            return self.total.div_(count).to(self.old.device)
+        divided = (self.total / count.clamp(min=torch.finfo(count.dtype).tiny)).to(self.old.device)
+        return torch.where(self.count > 0, divided, self.old)
 
     def mean_with_absent(self, whole: float) -> Tensor:
         """(sum w c x + (whole - sum w c) old) / whole."""
@@ -89,8 +96,8 @@ class WeightedSum:
         if self.total is None:
             return self.old
         if bool((count == whole).all()):
-            return self.total.div_(whole)
-        return torch.where(count > 0, (self.total + (whole - count) * self.old) / whole, self.old)
+            return self.total.div_(whole).to(self.old.device)
+        return torch.where(count > 0, (self.total.to(self.old.device) + (whole - count) * self.old) / whole, self.old)
 
 
 class MeanAggregator:
@@ -117,12 +124,14 @@ class MeanAggregator:
         taken_over = {n for n, p in free if self._sums[n].take_over(p.values, weight)}
         layout = self._layout(leading)
         layout.weight += weight
-        pairs = [(view, p.values) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in taken_over]
+        pairs = [
+            (view, p.values.to(view.device)) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in taken_over
+        ]
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=weight)
         for name, patch in apart.items():
             if name in self._counters:
-                self._counters[name] = torch.maximum(self._counters[name], patch.values)
+                self._counters[name] = torch.maximum(self._counters[name], patch.values.to(self._counters[name].device))
             elif name in self._sums:
                 self._sums[name].add(patch, weight)
 
@@ -130,7 +139,7 @@ class MeanAggregator:
         """Where the leading blocks `patches` lie, found once for all clients that have the same."""
         key = tuple([(name, id(p.index)) for name, p in patches])
         if key not in self._layouts:
-            totals = [self._sums[name].open() for name, _ in patches]
+            totals = [self._sums[name].open(patch.values.device) for name, patch in patches]
             views = view_blocks(totals, [p.index for _, p in patches])
             self._layouts[key] = Layout([(name, p.index) for name, p in patches], views)
         return self._layouts[key]

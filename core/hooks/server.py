@@ -14,7 +14,7 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples, ServerData
 from hetfl.errors import NotApplicable
 from hetfl.hooks.values import Client
-from hetfl.models.state import State, copy_state
+from hetfl.models.state import State, copy_state, move_state
 from hetfl.parallel import Pool
 from hetfl.rng import stream
 from hetfl.submodel.builder import SubmodelBuilder, fast_layout
@@ -149,4 +149,4 @@ class Server:
                 parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
                 batch=self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
             )  # fmt: skip
-        return copy_state(model)
+        return move_state(copy_state(model), "cpu")

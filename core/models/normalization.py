@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hetfl.models.state import State, copy_state
+from hetfl.models.state import State, copy_state, move_state
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -68,7 +68,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
                 count += 1
     for name, layer in layers.items():
         layer.momentum = momenta[name]
-    return copy_state(model), count
+    return move_state(copy_state(model), "cpu"), count
 
 
 def running_names(model: nn.Module) -> list[str]:

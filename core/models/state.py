@@ -19,8 +19,13 @@ def tensors(model: nn.Module) -> State:
 
 
 def copy_state(model: nn.Module) -> State:
-    """Copies of the tensors of `model`, in main memory and contiguous."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors(model).items()}
+    """Copies of the tensors of `model`, contiguous, on its device."""
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors(model).items()}
+
+
+def move_state(state: Mapping[str, Tensor], device: torch.device | str) -> State:
+    """The tensors on `device`: those that are there already are the same objects."""
+    return {name: t.to(device) for name, t in state.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

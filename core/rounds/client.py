@@ -14,7 +14,7 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.normalization import drop_statistics, initial_statistics, measure_statistics
-from hetfl.models.state import State, load_state, tensors
+from hetfl.models.state import State, load_state, move_state, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
 from hetfl.rounds.messages import Answer, ClientState, Content, Instruction, Kind
@@ -24,6 +24,7 @@ from hetfl.submodel.blocks import take_blocks
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import within
 from hetfl.training import vectorized
+from hetfl.training.cuda_graphs import GraphPool, hand_over, on_stream, own_stream
 from hetfl.training.evaluation import Score, evaluate
 from hetfl.training.local import count_work
 from hetfl.training.task import Reply, Task
@@ -43,7 +44,8 @@ def round_reply(reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
 class ClientRuntime:
     """What every client has at hand: its data, the plugins and the means to build submodels.
 
-    `pack(reply, masks)` makes a reply ready to leave, `masks` being the entries that exist of its tensors.
+    `pack(reply, masks)` makes a reply ready to leave, `masks` being the entries that exist of its tensors. All of a task lies on
+    the device of the run; a reply leaves for main memory, but its tensors stay where they are with `stays`, for sums on the device.
     """
 
     options: RunOptions
@@ -52,6 +54,8 @@ class ClientRuntime:
     builder: SubmodelBuilder
     meter: Meter
     pack: Pack = field(default=round_reply)
+    stays: bool = False
+    graphs: GraphPool = field(default_factory=GraphPool)
 
     def answer(self, kind: Kind, client: int, content: Content, state: ClientState) -> Answer:
         """What `client` answers to a message; `state`, which it keeps between rounds, is replaced in place."""
@@ -60,8 +64,13 @@ class ClientRuntime:
             return self.profile(client, content)
         assert isinstance(content, Instruction)
         if kind == "train":
-            return self.train(client, content, state)
+            with on_stream(own_stream(self.device)):
+                return self.train(client, content, state)
         return self.statistics(client, content, state) if kind == "statistics" else self.evaluate(client, content, state)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
 
     def profile(self, client: int, round: int) -> Profile:
         """What the client's device affords in this round."""
@@ -86,18 +95,25 @@ class ClientRuntime:
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}
-            at_home = {name: t for name, t in trained.items() if name not in sent.up}
+            at_home = {name: t.cpu() for name, t in trained.items() if name not in sent.up}
             keep(state, "home", merge_home(at_home, state.get("home", {}), sent.masks))
             reply.state = {name: t for name, t in reply.state.items() if name in sent.up}
         if sent.local:
             reply.state = drop_statistics(reply.state, self.builder.module(sent.sizes, sent.model))
-        return self.pack(reply, self._existing(sent, reply))
+        return self.pack(self._send_home(reply), self._existing(sent, reply))
+
+    def _send_home(self, reply: Reply) -> Reply:
+        """The reply in main memory; its tensors stay on the device where the sums are to be there."""
+        for part in ("extras", "kept", "masks") if self.stays else ("state", "extras", "kept", "masks"):
+            setattr(reply, part, move_state(getattr(reply, part), "cpu"))
+        hand_over(reply.state)
+        return reply
 
     def train_group(self, clients: Sequence[int], sent: Sequence[Instruction]) -> list[Reply]:
         """Local training of clients with submodels of one shape, as one batched model (vmap)."""
         started, model = time.perf_counter(), self.builder.module(sent[0].sizes)
         group = [Member(i, s.state, self.federation.clients[i].train) for i, s in zip(clients, sent, strict=True)]
-        trained = vectorized.train(model, group, self.options, sent[0].round)
+        trained = vectorized.train(model, group, self.options, sent[0].round, self.graphs if self.device.type == "cuda" else None)
         seconds = (time.perf_counter() - started) / len(group)
         replies = [Reply(t.state, len(m.train), {"loss": t.loss, SECONDS: seconds}) for t, m in zip(trained, group, strict=True)]
         having = [k for k, i in enumerate(clients) if len(self.federation.clients[i].test)]
@@ -106,7 +122,7 @@ class ClientRuntime:
             model = self.builder.module(sent[0].sizes)
             for k, score in zip(having, vectorized.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
                 replies[k].metrics |= own_metrics(score)
-        return replies
+        return [self._send_home(reply) for reply in replies]
 
     def statistics(self, client: int, sent: Instruction, state: ClientState) -> Reply:
         """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""
@@ -129,8 +145,9 @@ class ClientRuntime:
         full, public = self.builder.full, self.federation.public
         return Task(
             client=client, round=sent.round, model=self._model(sent, state), data=self.federation.clients[client],
-            options=self.options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full, extras=sent.extras,
-            client_state=recall(state, "memory"), builder=self.builder, masks=dict(sent.masks),
+            options=self.options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full,
+            extras=move_state(sent.extras, self.device), client_state=move_state(recall(state, "memory"), self.device),
+            builder=self.builder, masks=move_state(sent.masks, self.device),
             public=None if public is None else public.tune, draws=self.builder.widths.draws,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ class Limits:
 
 def relative_change(state: State, before: State) -> float:
     """How far a client went: the norm of what it changed over the norm of what it began with."""
-    pairs = [(t, before[n]) for n, t in state.items() if t.is_floating_point()]
+    pairs = [(t, before[n].to(t.device)) for n, t in state.items() if t.is_floating_point()]
     if not pairs:
         return 0.0
     now, was = (list(column) for column in zip(*pairs, strict=True))

@@ -20,8 +20,10 @@ from hetfl.hooks import loading
 from hetfl.hooks.manager import PluginManager
 from hetfl.models import factory, normalization, zoo
 from hetfl.models.early_exit import all_exits
+from hetfl.models.state import tensors
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
+from hetfl.rounds.assignment import sample_size
 from hetfl.rounds.client import ClientRuntime, Pack, round_reply
 from hetfl.rounds.norm_statistics import choose_norm_policy
 from hetfl.rounds.reporting import Callback
@@ -41,16 +43,16 @@ class Setup:
     builder: SubmodelBuilder
     meter: Meter
 
-    def runtime(self, pack: Pack = round_reply) -> ClientRuntime:
+    def runtime(self, pack: Pack = round_reply, stays: bool = False) -> ClientRuntime:
         """What the clients need of it."""
-        return ClientRuntime(self.options, self.federation, self.plugins, self.builder, self.meter, pack)
+        return ClientRuntime(self.options, self.federation, self.plugins, self.builder, self.meter, pack, stays)
 
 
 def build_setup(options: RunOptions, callback: Callback) -> Setup:
     """Loads plugins, data and model, and traces the widths. Raises UsageError for what cannot work together."""
     plugins = loading.load_plugins(options)
     callback.phase(0, "data")
-    device.check_device(options)
+    device.prepare_device(options)
     federation = data.load(options).on(options.device)
     options = resolve_options(options, federation, plugins)
     callback.phase(0, "model")
@@ -62,6 +64,7 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
 def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: Widths) -> Setup:
     """The same on a node, whose `federation` has its own data and which knows the `widths`: no whole model is built for it."""
     plugins = loading.load_plugins(options)
+    device.prepare_device(options)
     options = resolve_options(options, federation, plugins)
     with torch.device("meta" if zoo.in_zoo(model_of(options)) and not plugins.adapts_model else "cpu"):
         model = build_model(options, federation, model_of(options))
@@ -112,6 +115,14 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
         return 1, "the model draws random numbers or is recurrent"
     why = vectorized.find_stacking_error(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
+
+
+def sums_on_device(setup: Setup) -> bool:
+    """Whether the clients' tensors stay on the run's GPU from being sent to being summed: for means that take reply after reply,
+    where a whole round of models fits."""
+    options, sampled = setup.options, sample_size(len(setup.federation.clients), setup.options.fraction)
+    model = sum(t.nbytes for t in tensors(setup.builder.model).values())
+    return options.engine == "local" and setup.plugins.averages and device.fits_on_device(options.device, sampled * model)
 
 
 def build_model(options: RunOptions, federation: FederatedDataset, name: str) -> nn.Module:

@@ -13,7 +13,7 @@ from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Coverage
 from hetfl.models.normalization import drop_statistics
-from hetfl.models.state import State
+from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
 from hetfl.rounds.evaluator import Evaluator
 from hetfl.rounds.limits import Limits
@@ -28,7 +28,8 @@ class RunState:
     """A run between two rounds. `clients` is their number, `test` the global test split, `norm_policy` the one in force.
 
     `control` is the server-only control's model, `initial` the global model before round 1. By client: `extras` and `last_round`
-    of its last valid reply (round 0: none), `state_versions` the round that its own state is of.
+    of its last valid reply (round 0: none), `state_versions` the round that its own state is of. `device` is where submodels lie on
+    their way to clients and back, and where they are summed; the server's own tensors are in main memory.
     """
 
     server: Server
@@ -40,6 +41,7 @@ class RunState:
     norm_policy: str
     control: State
     initial: State
+    device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     client_rows: list[Row] = field(default_factory=list)
     extras: dict[int, State] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class RoundState:
         """What `plan` takes of `source`, once a round for all clients that share both."""
         key = id(plan), id(source)
         if key not in self._taken:
-            self._taken[key] = plan, source, plan.take(source)
+            self._taken[key] = plan, source, move_state(plan.take(source), self.run.device)
         return self._taken[key][2]
 
     @contextmanager

@@ -16,7 +16,7 @@ from hetfl.parallel import Pool
 from hetfl.rounds.assignment import refuse_too_many
 from hetfl.rounds.messages import Engine
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.setup import build_setup, choose_group_size
+from hetfl.rounds.setup import build_setup, choose_group_size, sums_on_device
 from hetfl.rounds.state import RunState
 
 
@@ -62,7 +62,7 @@ def prepare(
     options = setup.options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
     pool, initial = Pool(options.workers), tensors(builder.model)
     server = Server(options, builder, initial, len(federation.classes), federation.public, pool)
-    server.example = federation.inputs.batch()
+    server.example = federation.inputs.batch().to(options.device)
     if why and given.vmap == "on":
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     began = time.perf_counter()
@@ -83,8 +83,11 @@ def prepare(
         options.norm_policy,
         control=server.state,
         initial=server.state,
+        device=options.device if sums_on_device(setup) else "cpu",
     )
     config = format_run_file(options, plugins.options())
-    engine = make_engine(setup.runtime(), pool, group_size, config, context or EngineContext(Path("memory")))
+    engine = make_engine(
+        setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext(Path("memory"))
+    )
     seconds = {"pretrain": time.perf_counter() - began}
     return Experiment(given, options, federation, plugins, server, state, initial, pretrained, group_size, engine, seconds)

@@ -54,7 +54,7 @@ class Index(dict[int, Tensor]):
             total[cells(self, total)].add_(values, alpha=weight)
         elif max(self) < 2:
             flat = total.view(-1, math.prod(total.shape[max(self) + 1 :]))
-            rows = self.rows(total.shape)
+            rows = self.rows(total.shape).to(total.device)
             mine = flat.index_select(0, rows)
             flat.index_copy_(0, rows, mine.add_(values.reshape(mine.shape) if isinstance(values, Tensor) else values, alpha=weight))
         else:
@@ -70,7 +70,11 @@ def take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     """The block of `tensor` at `index`; where all of its positions are leading ones it is a view."""
     index = Index.of(index)
     for dim, where in index.items():
-        tensor = tensor.narrow(dim, 0, len(where)) if index.leads or is_leading(where) else tensor.index_select(dim, where)
+        tensor = (
+            tensor.narrow(dim, 0, len(where))
+            if index.leads or is_leading(where)
+            else tensor.index_select(dim, where.to(tensor.device))
+        )
     return tensor
 
 

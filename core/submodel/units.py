@@ -108,6 +108,7 @@ def apply_gates(state: Mapping[str, Tensor], values: Mapping[str, Tensor], dims:
     found: State = {}
     for g in dims:
         tensor = found.get(g.name, state[g.name])
-        line = torch.where(g.ours, values[g.group][g.unit], 1.0)
+        gates = values[g.group]
+        line = torch.where(g.ours.to(gates.device), gates[g.unit], 1.0)
         found[g.name] = tensor * line.reshape([-1 if d == g.dim else 1 for d in range(tensor.ndim)])
     return found

@@ -1,14 +1,15 @@
 """A vmap group's training step on tensors that stay where they are, so that a GPU records it once (a CUDA graph) and replays it.
 
-Steps are cached for each (model, clients, learning rate) and worker thread; each worker has a CUDA stream of its own, so that
-groups of different shapes run at the same time.
+A run keeps its steps in a pool: whoever trains a group borrows those of its shape, with a CUDA stream of their own, so that groups
+of different shapes run at the same time and none is recorded twice for another worker thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,30 +17,39 @@ from torch import Tensor, nn
 
 from hetfl.config import RunOptions
 from hetfl.models.state import State
-from hetfl.parallel import ThreadCache
 from hetfl.training.local import learning_rate
-from hetfl.training.stacking import EagerStep, ModelStack
+from hetfl.training.stacking import EagerStep, ModelStack, copy_into
 
-CACHED = 8  # (model, clients, learning rate) that a worker thread keeps
+KEPT = 16  # steps (of a model, a number of clients and a learning rate) that wait in a pool to be used again
 
 WARM_UP = 3  # steps before a recording, as CUDA graphs ask for
 
-LOCAL = threading.local()
+RECORDING = threading.Lock()  # torch records one graph at a time
 
-BENCHES: ThreadCache[GraphedSteps] = ThreadCache(8)
+LOCAL = threading.local()
 
 
 class GraphedSteps:
     """A step that looks like EagerStep to its caller: one fixed-size step for each width of a batch, recorded on a GPU.
 
-    Models, optimiser and batches stay in the same tensors from call to call and from round to round.
+    Models, optimiser and batches stay in the same tensors from call to call and from round to round. The module is a copy of its
+    own, for `functional_call` writes to it while a step is recorded.
     """
 
     in_place = True
 
-    def __init__(self, stack: ModelStack, options: RunOptions, round: int) -> None:
-        self.stack, self._step, self._width = stack, EagerStep(stack, options, round, in_place=True), 0
+    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int) -> None:
+        device = next(model.parameters()).device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with on_stream(self.stream):
+            self.stack = ModelStack(copy.deepcopy(model).train(), states)
+        self._step, self._width = EagerStep(self.stack, options, round, in_place=True), 0
         self._graphs: dict[int, GraphStep] = {}
+
+    @property
+    def recorded(self) -> int:
+        """The number of CUDA graphs that were recorded."""
+        return sum(graph.recorded for graph in self._graphs.values())
 
     def load(self, states: Sequence[State], width: int) -> None:
         """Begins the training of other clients: copies their `states` in and resets the optimiser.
@@ -48,9 +58,7 @@ class GraphedSteps:
         """
         self._width = width
         with torch.no_grad():
-            for name, value in self.stack.values.items():
-                for row, state in zip(value, states, strict=True):
-                    row.copy_(state[name])
+            copy_into(self.stack.values, states)
             for tensor in self._optimizer_tensors():
                 tensor.zero_()
 
@@ -90,6 +98,10 @@ class GraphStep:
         self._losses = torch.zeros(len(x), device=x.device)
         self._graph: Any = None
 
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
+
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """The clients' losses on a batch of at most `width` rows; a shorter one is padded with weight 0."""
         self._weights.zero_()
@@ -105,38 +117,79 @@ class GraphStep:
         self._losses.copy_(self._step(self._x, self._y, self._weights))
 
     def record(self) -> None:
-        """Records the step on this worker's stream."""
-        for _ in range(WARM_UP):
-            self._compute()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=own_cuda_stream()):
-            self._compute()
+        """Records the step on this thread's current stream.
+
+        What other threads do on the GPU meanwhile is theirs (`thread_local`); by default it would spoil the recording.
+        """
+        with RECORDING:
+            for _ in range(WARM_UP):
+                self._compute()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                self._compute()
+        self._graph = graph
 
 
-def own_cuda_stream() -> Any:
-    """This worker thread's own CUDA stream."""
-    if not hasattr(LOCAL, "stream"):
-        LOCAL.stream = torch.cuda.Stream()
-    return LOCAL.stream
+class GraphPool:
+    """The steps of a run that nobody uses now, by the shape of what they train; `recorded` counts graphs ever recorded."""
+
+    def __init__(self) -> None:
+        self._free: dict[Hashable, list[GraphedSteps]] = {}
+        self._lock, self.recorded = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def borrow(
+        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int
+    ) -> Iterator[GraphedSteps]:
+        """Steps for `model` and so many clients, loaded with `states`, for this thread alone; see GraphedSteps.load for `width`.
+
+        Steps that raise are not used again.
+        """
+        key = (tuple((name, t.shape) for name, t in states[0].items()), len(states), learning_rate(options, round))
+        with self._lock:
+            kept = self._free.pop(key, [])
+            steps = kept.pop() if kept else None
+            if kept:
+                self._free[key] = kept
+        if steps is None:
+            steps = GraphedSteps(model, states, options, round)
+        before = steps.recorded
+        with on_stream(steps.stream):
+            steps.load(states, width)
+            yield steps
+        with self._lock:
+            self.recorded += steps.recorded - before
+            self._free.setdefault(key, []).append(steps)
+            while sum(map(len, self._free.values())) > KEPT:
+                oldest = next(iter(self._free))
+                self._free[oldest].pop(0)
+                if not self._free[oldest]:
+                    del self._free[oldest]
 
 
 @contextlib.contextmanager
-def use_own_cuda_stream(device: torch.device) -> Iterator[None]:
-    """While it lasts, this thread's work on a GPU goes to its own stream, which is waited for at the end; on CPU, nothing."""
-    if device.type != "cuda":
+def on_stream(stream: Any) -> Iterator[None]:
+    """While it lasts, this thread's work on a GPU goes to `stream`, which is waited for at the end; None: nothing changes."""
+    if stream is None:
         yield
         return
-    with torch.cuda.stream(own_cuda_stream()):
+    with torch.cuda.stream(stream):
         yield
-    own_cuda_stream().synchronize()
+        stream.synchronize()
 
 
-STEPS: ThreadCache[GraphedSteps] = ThreadCache(CACHED)
+def own_stream(device: torch.device) -> Any:
+    """This thread's own CUDA stream; None on CPU."""
+    if device.type != "cuda":
+        return None
+    if not hasattr(LOCAL, "stream"):
+        LOCAL.stream = torch.cuda.Stream(device)
+    return LOCAL.stream
 
 
-def cached_steps(model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int) -> GraphedSteps:
-    """This worker thread's steps for `model` and so many clients, loaded with `states`; see GraphedSteps.load for `width`."""
-    key = (model, len(states), learning_rate(options, round))
-    steps = STEPS.get(key, lambda: GraphedSteps(ModelStack(model.train(), states), options, round))
-    steps.load(states, width)
-    return steps
+def hand_over(tensors: State) -> State:
+    """The same tensors, made on a stream that was waited for, for work on the default stream: their memory waits for it too."""
+    for tensor in tensors.values():
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.default_stream(tensor.device))
+    return tensors

@@ -11,8 +11,11 @@ from hetfl.config import RunOptions
 from hetfl.errors import UsageError
 
 
-def check_device(options: RunOptions) -> None:
-    """Raises UsageError for a device that this machine, or this build of torch, does not have."""
+def prepare_device(options: RunOptions) -> None:
+    """Makes cuDNN choose algorithms that give the same bits every time, where the run is on a GPU.
+
+    Raises UsageError for a device that this machine, or this build of torch, does not have.
+    """
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -23,6 +26,13 @@ def check_device(options: RunOptions) -> None:
         found = torch.cuda.device_count()
         why = "this build of torch has no CUDA" if torch.version.cuda is None else f"this machine has {found} CUDA devices"
         raise UsageError(f"--device {options.device} cannot be used: {why}; --device cpu can")
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def fits_on_device(device: str, bytes: int) -> bool:
+    """Whether `device` is a GPU of whose memory `bytes` are at most an eighth: by its size, not by what is free now."""
+    return torch.device(device).type == "cuda" and bytes <= torch.cuda.get_device_properties(device).total_memory / 8
 
 
 def autocast(options: RunOptions) -> AbstractContextManager[Any]:

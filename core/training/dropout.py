@@ -56,9 +56,11 @@ class SeededRandomMode(TorchFunctionMode):
             return self.run_layers(func, args)
         if name in ("rand_like", "randn_like"):
             make = torch.rand if name == "rand_like" else torch.randn
-            return make(args[0].shape, generator=self.generator, dtype=kwargs.get("dtype") or args[0].dtype)
+            drawn: Tensor = make(args[0].shape, generator=self.generator, dtype=kwargs.get("dtype") or args[0].dtype)
+            return drawn.to(args[0].device)
         if name in TAKES_GENERATOR:
             kwargs.setdefault("generator", self.generator)
+            return draw_in_main_memory(func, args, kwargs)
         return func(*args, **kwargs)
 
     def drop(self, name: str, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -76,7 +78,7 @@ class SeededRandomMode(TorchFunctionMode):
         """scaled_dot_product_attention of q (…, L, E), k (…, S, E) and v (…, S, V), step by step: (…, L, V)."""
         scores = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(q.shape[-1]))
         if is_causal:
-            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return self.drop("dropout", scores.softmax(-1), dropout_p) @ v
@@ -120,6 +122,18 @@ class SeededRandomMode(TorchFunctionMode):
         return (x, *(torch.cat(parts) for parts in zip(*last, strict=True)))
 
 
+def draw_in_main_memory(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """`func` with a generator of main memory: what is to lie on another device is drawn in main memory and moved."""
+    own = args[0] if args and isinstance(args[0], Tensor) else None
+    device = torch.device(kwargs.get("device") or "cpu") if own is None else own.device
+    if device.type == "cpu" or torch.device(kwargs["generator"].device).type != "cpu":
+        return func(*args, **kwargs)
+    if own is None:
+        return func(*args, **{**kwargs, "device": None}).to(device)
+    drawn = func(own.cpu(), *args[1:], **kwargs)
+    return own.copy_(drawn) if op_name(func).endswith("_") else drawn.to(device)
+
+
 def project_inputs(x: list[Tensor], a: dict[str, Any]) -> list[Tensor]:
     """Queries, keys and values (L, N, E) from the packed or the three separate projections."""
     weights = [a.get(f"{n}_proj_weight") for n in "qkv"] if a.get("use_separate_proj_weight") else a["in_proj_weight"].chunk(3)
@@ -132,13 +146,13 @@ def sum_masks(a: dict[str, Any], keys: torch.Size, batch: int, heads: int, size:
 
     `keys` is (S, N) of the keys as given; the `size` - S keys that attention adds itself are masked nowhere.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device=a["query"].device)
     for mask, shape in (
         (a.get("attn_mask"), (-1, heads, a["query"].shape[0], keys[0])),
         (a.get("key_padding_mask"), (batch, 1, 1, keys[0])),
     ):
         if mask is not None:
-            added = torch.zeros(mask.shape).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+            added = torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
             added = added.expand(batch * heads, -1, -1) if added.ndim == 2 and shape[0] == -1 else added
             total = total + F.pad(added.reshape(shape), (0, size - keys[0]))
     return total

@@ -67,7 +67,8 @@ def local_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def batch_rows(data: Examples, options: RunOptions, generator: torch.Generator, model: nn.Module) -> list[Tensor]:
-    """The rows (N,) of each batch of a round: `options.epochs` passes in new orders, or as many as `options.local_steps` needs.
+    """The rows (N,) of each batch of a round: `options.epochs` passes in new orders, or as many as `options.local_steps` needs;
+    on the device of the examples.
 
     A batch of one example is left out for models with batch norm, which cannot normalise it, unless the client has no more.
     """
@@ -77,12 +78,19 @@ def batch_rows(data: Examples, options: RunOptions, generator: torch.Generator, 
         return [rows for rows in data.rows(options.batch_size, generator) if not (skip_single and len(rows) == 1)]
 
     if not options.local_steps:
-        return [rows for _ in range(options.epochs) for rows in one_pass()]
+        return move_rows([rows for _ in range(options.epochs) for rows in one_pass()], data)
     batches = found = one_pass()
     while found and len(batches) < options.local_steps:
         found = one_pass()
         batches = batches + found
-    return batches[: options.local_steps]
+    return move_rows(batches[: options.local_steps], data)
+
+
+def move_rows(batches: list[Tensor], data: Examples) -> list[Tensor]:
+    """The rows of batches where the examples are; in one transfer, for a GPU waits at each."""
+    if not batches or not data.x.is_cuda:
+        return batches
+    return list(torch.cat(batches).to(data.x.device).split([len(rows) for rows in batches]))
 
 
 def count_work(options: RunOptions, examples: int) -> tuple[int, int]:

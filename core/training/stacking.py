@@ -20,16 +20,29 @@ from hetfl.training.device import autocast
 from hetfl.training.local import make_optimizer_for
 
 
-def stack_states(states: Sequence[State]) -> State:
-    """Tensors (clients, *shape) of the clients' tensors (*shape); where all states are one object, that one repeated.
+def stack_states(states: Sequence[State], device: torch.device) -> State:
+    """Tensors (clients, *shape) on `device` of the clients' tensors (*shape); where all states are one object, that one repeated.
 
     torch.func.stack_module_state does this for modules; here there is one module and a state for each client.
     """
+    rows = {name: join_rows(states, name, device) for name in states[0]}
     if all(state is states[0] for state in states):
-        return {
-            n: t.detach().expand(len(states), *t.shape).clone(memory_format=torch.contiguous_format) for n, t in states[0].items()
-        }
-    return {n: torch.stack([state[n].detach() for state in states]) for n in states[0]}
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in rows.items()}
+    return rows
+
+
+def copy_into(stacked: State, states: Sequence[State]) -> None:
+    """Copies the clients' `states` into tensors (clients, *shape) that exist."""
+    for name, tensor in stacked.items():
+        tensor.copy_(join_rows(states, name, tensor.device))
+
+
+def join_rows(states: Sequence[State], name: str, device: torch.device) -> Tensor:
+    """One tensor of all clients (clients, *shape) on `device`; a view of one client's where all states are one object."""
+    first = states[0][name].detach()
+    if all(state is states[0] for state in states):
+        return first.to(device).expand(len(states), *first.shape)
+    return torch.stack([state[name].detach() for state in states]).to(device)
 
 
 class ModelStack:
@@ -37,7 +50,7 @@ class ModelStack:
 
     def __init__(self, model: nn.Module, states: Sequence[State], trained: bool = True) -> None:
         device = next(model.parameters()).device
-        self.model, self.values = model, {name: t.to(device) for name, t in stack_states(states).items()}
+        self.model, self.values = model, stack_states(states, device)
         names = [n for n, p in model.named_parameters() if trained and p.requires_grad and n in self.values]
         self.parameters = [self.values[n].requires_grad_() for n in names]
 
@@ -50,8 +63,8 @@ class ModelStack:
         return torch.func.functional_call(self.model, values, (x,))
 
     def states(self) -> list[State]:
-        """The tensors of each client as they are now; on CPU, views of the stacked ones."""
-        rows = zip(*(tensor.detach().cpu().unbind(0) for tensor in self.values.values()), strict=True)
+        """The tensors of each client as they are now, views of the stacked ones."""
+        rows = zip(*(tensor.detach().unbind(0) for tensor in self.values.values()), strict=True)
         return [dict(zip(self.values, row, strict=True)) for row in rows]
 
 
@@ -122,7 +135,7 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
     With `mean` a client's weights of a step sum to 1, so that the weighted sum of losses is the mean over its batch. With batches
     of 2 rows and of 1, the weights are (1/2, 1/2) and (1, 0).
     """
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device=next((rows.device for order in orders for rows in order), None))
     for step in range(max(map(len, orders))):
         rows = [order[step] if step < len(order) else none for order in orders]
         counts = torch.tensor([len(r) for r in rows])

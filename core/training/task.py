@@ -25,7 +25,8 @@ def call_model(model: nn.Module, x: Tensor) -> Any:
 
 @dataclass(eq=False)
 class Task:
-    """One client's work in one round. Wrappers of the hook `fit` may change any field before they yield.
+    """One client's work in one round, all of it on the run's device. Wrappers of the hook `fit` may change any field before they
+    yield.
 
     client, round       the client's id, counted from 0; the round, counted from 1
     model               the client's submodel holding the tensors that it was sent; trained in place

@@ -122,13 +122,13 @@ def select_better(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """The tensors (problems, …) of `new` where `better` (problems,), else `old`; with one problem they need no leading dim."""
     if bool(better.all()):
         return new.clone()
-    return torch.where(better.view(-1, *[1] * (old.ndim - 1)), new, old) if bool(better.any()) else old
+    return torch.where(better.view(-1, *[1] * (old.ndim - 1)).to(old.device), new, old) if bool(better.any()) else old
 
 
 def evaluate_holdout(losses: Callable[[], Tensor]) -> Tensor:
     """The losses (problems,) without a gradient; NaN counts as infinite, so that it is never the best."""
     with torch.no_grad():
-        return losses().nan_to_num(nan=float("inf"), posinf=float("inf"))
+        return losses().cpu().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def cycle_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
 from hetfl.rng import stream
-from hetfl.training.cuda_graphs import GraphedSteps, cached_steps, use_own_cuda_stream
+from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
 from hetfl.training.evaluation import Score
 from hetfl.training.local import batch_rows
 from hetfl.training.stacking import EagerStep, ModelStack, align_batches, run_steps
@@ -88,22 +89,22 @@ def find_stacking_error(model: nn.Module, x: Tensor) -> str | None:
 
 
 def train(
-    model: nn.Module, members: Sequence[Member], options: RunOptions, round: int, in_place: bool | None = None
+    model: nn.Module, members: Sequence[Member], options: RunOptions, round: int, graphs: GraphPool | None = None
 ) -> list[MemberResult]:
     """Plain local training of all members, each as if by itself up to rounding; the same optimiser steps all of them.
 
-    With `in_place` (default: on a GPU) every tensor stays where it is, so that the step can be recorded (cuda_graphs).
+    With `graphs` every tensor stays where it is, so that a GPU can record the step; results are on the model's device.
     """
     device = next(model.parameters()).device
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
     states, results = [m.state for m in members], dict[int, MemberResult]()
-    with use_own_cuda_stream(device):
-        step: EagerStep | GraphedSteps
-        if device.type == "cuda" if in_place is None else in_place:
-            widest = max(len(rows) for order in orders for rows in order)
-            step = cached_steps(model, states, options, round, widest if allows_padding(model) else 0)
-        else:
+    widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
+    step: EagerStep | GraphedSteps
+    with contextlib.ExitStack() as borrowed:
+        if graphs is None:
             step = EagerStep(ModelStack(model.train(), states), options, round)
+        else:
+            step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest))
         draws = [stream(options.seed, "augment", round, m.client) for m in members]
         for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws):
             if batch.ending:

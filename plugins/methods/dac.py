@@ -82,7 +82,7 @@ class DAC(Plugin):
         model, (x, y) = server.builder.load(state, sizes).train(), server.public.tune.all()
         places = place_gates(server.widths, server.builder.model)
         where = locate_gates(server.widths, places, sizes)
-        gates = {name: torch.ones(sizes[name], requires_grad=True) for name in places}
+        gates = {name: torch.ones(sizes[name], device=x.device, requires_grad=True) for name in places}
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
         generator, steps = server.stream(purpose, turn), self._count_steps(server)
@@ -94,8 +94,8 @@ class DAC(Plugin):
                     logits = functional_call(model, apply_gates(weights, gates, where), (x[rows],))
                     (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * hinge(gates)).backward()
                     optimizer.step()
-        trained = {name: t.detach().clone() for name, t in {**weights, **dict(model.named_buffers())}.items() if name in state}
-        learned = {name: gate.detach() for name, gate in gates.items()}
+        trained = {n: t.detach().cpu().clone() for n, t in {**weights, **dict(model.named_buffers())}.items() if n in state}
+        learned = {name: gate.detach().cpu() for name, gate in gates.items()}
         return {**trained, **apply_gates(trained, learned, where)}, learned
 
     def state_dict(self) -> State:
@@ -145,7 +145,7 @@ def prune_gates(gates: Units, threshold: float, stall: float) -> dict[str, Tenso
 def measure_cost(server: Server, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(MACs of one example, parameters) of the submodel of `sizes`."""
     model, data = server.builder.build(sizes), server.public.tune
-    return count_macs(model, data.x[data.index[:1]]), count_parameters(model)
+    return count_macs(model, data.x[data.index[:1]].cpu()), count_parameters(model)
 
 
 def is_below(cost: tuple[int, int], budget: tuple[int, int]) -> bool:

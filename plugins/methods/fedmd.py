@@ -102,7 +102,7 @@ class Consensus(Plugin):
     def _draw_rows(self, server: Server, round: int) -> Tensor:
         """The public examples (row numbers) that all clients score in this round."""
         public = server.public.tune
-        return draw_stratified(public.y[public.index], self.align, server.stream("align", round))
+        return draw_stratified(public.y[public.index].cpu(), self.align, server.stream("align", round))
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -145,7 +145,7 @@ class Consensus(Plugin):
 
         def loss(rows: Tensor) -> Tensor:
             at = rows % len(self._aligned)
-            return LOSSES["kl"](server.logits(state, x[self._aligned[at]]), self._consensus[at])
+            return LOSSES["kl"](server.logits(state, x[self._aligned[at]]), self._consensus[at].to(x.device))
 
         def judge() -> float:
             return float(F.cross_entropy(server.logits(state, hx), hy))

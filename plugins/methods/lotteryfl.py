@@ -122,5 +122,5 @@ def prune_smallest(weight: Tensor, mask: Tensor | None, rate: float) -> Tensor:
     alive = weight.ne(0) if mask is None else mask & weight.ne(0)
     if not alive.any():
         return alive
-    least = float(np.percentile(weight[alive].abs().double().numpy(), 100 * rate))
+    least = float(np.percentile(weight[alive].abs().double().cpu().numpy(), 100 * rate))
     return alive & (weight.abs().double() >= least)

@@ -140,7 +140,8 @@ class TailorFL(Plugin):
         """Importance u in [0, 1] of the channels of each group, by SGD on CE(f(x; u w), y) + lambda mean u^2, w fixed (spec 1)."""
         widths, model = task.builder.widths, task.model.eval()
         where, state = locate_gates(widths, find_gates(widths, model)), dict(model.named_parameters())
-        u = {g.name: torch.ones(g.size, requires_grad=True) for g in widths.groups}
+        device = task.data.train.x.device
+        u = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in widths.groups}
         optimizer = torch.optim.SGD(u.values(), self.importance_lr)
         for _, (x, y) in zip(range(steps), repeat_batches(task), strict=False):
             optimizer.zero_grad()

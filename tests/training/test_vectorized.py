@@ -15,6 +15,7 @@ from hetfl.models.zoo import ZOO
 from hetfl.rng import stream
 from hetfl.submodel.builder import to_fast_layout
 from hetfl.training import evaluation, local, vectorized
+from hetfl.training.cuda_graphs import GraphPool
 from hetfl.training.vectorized import Member
 
 SMALL_NETS = {
@@ -57,8 +58,9 @@ def test_a_vmap_group_trains_as_its_clients_would_alone(net, fixed, counts, epoc
     options = resolve(values)
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [Member(i, state, Examples(x, y, torch.randperm(40)[:n].sort().values)) for i, n in enumerate(counts)]
-    vectorized.train(model, members[::-1], options, 1, fixed)  # what another group leaves behind is to be gone
-    together = vectorized.train(model, members, options, 1, fixed)
+    pool = GraphPool() if fixed else None
+    vectorized.train(model, members[::-1], options, 1, pool)  # what another group leaves behind is to be gone
+    together = vectorized.train(model, members, options, 1, pool)
     for member, trained in zip(members, together, strict=True):
         wanted, loss = alone(model, member, options)
         assert trained.loss == pytest.approx(loss, rel=1e-3, abs=1e-4)

@@ -70,7 +70,7 @@ def group_uploads(options: FedConvOptions, server: Server, uploads: Sequence[Upl
     """Uploads whose dilators are trained as one batch: of one size class, where the model is small enough for it to pay."""
     x = server.public.tune.all()[0][:2]
     model, positions = server.builder.build(), options.batch_size * math.prod(x.shape[2:])
-    pays = is_worthwhile(model, sum(p.numel() for p in model.parameters()), positions) and not find_stacking_error(model, x)
+    pays = is_worthwhile(model, sum(p.numel() for p in model.parameters()), positions) and not find_stacking_error(model, x.cpu())
     of_class: dict[Selection, list[Upload]] = {}
     for upload in uploads:
         of_class.setdefault(upload.selection, []).append(upload)
@@ -95,7 +95,7 @@ def train_dilators(options: FedConvOptions, server: Server, uploads: Sequence[Up
 
     def loss_of_one(weights: Tensor, change: State, x: Tensor, goal: Tensor) -> Tensor:
         large = dilate_model(options, server.state, dilator, change, weights)
-        return options.loss(torch.func.functional_call(model, large, (x,)), goal)
+        return options.loss(torch.func.functional_call(model, {n: t.to(x.device) for n, t in large.items()}, (x,)), goal)
 
     def losses(x: Tensor, goal: Tensor) -> Tensor:
         if len(uploads) == 1:
