@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,12 @@ def compare(work: str, repeats: int) -> dict[str, list[Result]]:
     return found
 
 
-def compare_on_gpu(work: str, names: Sequence[str], repeats: int, limit: float, rounds: int = 5) -> dict[str, list[Result]]:
-    """`repeats` runs of the contenders `names` on one GPU, in turn, `rounds` rounds each after one to warm up.
+def compare_on_gpu(work: str, names: Sequence[str], repeats: int, limit: float, rounds: int = 5) -> Iterator[tuple[str, Result]]:
+    """The contenders `names` on one GPU, in turn, `repeats` times, each with its result: `rounds` rounds after one to warm up.
 
-    `off` is how far a contender's parameters are from the floor's (their norm, relative).
+    `off` is how far a contender's parameters are from the first one's, the floor's (their norm, relative).
     """
-    found: dict[str, list[Result]] = {}
+    reference = None
     for name in list(names) * repeats:
         more = {"HETFL_BENCH_DEVICE": "cuda", "HETFL_BENCH_ROUNDS": str(rounds), "HETFL_BENCH_ACTORS": "4"}
         words = ON_GPU[name.split(",")[0]]
@@ -139,11 +139,10 @@ def compare_on_gpu(work: str, names: Sequence[str], repeats: int, limit: float, 
         if result is None:
             print(work, name, "gave no result", flush=True)
             continue
-        reference = found["floor"][0]["norm"] if "floor" in found else result["norm"]
+        reference = reference or result["norm"]
         result |= {"median": statistics.median(result["seconds"]), "off": abs(result["norm"] / reference - 1)}
-        found.setdefault(name, []).append(result)
         print(f"{work} {name}: {1000 * result['median']:.1f} ms a round, off {result['off']:.1e}", flush=True)
-    return found
+        yield name, result
 
 
 def ratio(found: dict[str, list[Result]], name: str, what: str = "median") -> tuple[float, float, float]:

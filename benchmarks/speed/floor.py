@@ -1,8 +1,8 @@
 """The floor: what a careful torch user would write by hand for one experiment, and nothing else.
 
-A Python thread a core with one thread of torch each (one thread for the tiny model, whose steps are all dispatch, and on a GPU, where
-data, models and sums stay), channels_last, fused SGD, model objects reused, batches by index, widest clients first. Narrow models are
-built by hand, weights copied in place.
+A Python thread a core with one thread of torch each (one thread for the tiny model, whose steps are all dispatch, and on a GPU,
+where data, models and sums stay), channels_last, fused SGD, model objects reused, batches by index, widest clients first. Narrow
+models are built by hand, weights copied in place.
 """
 
 from __future__ import annotations

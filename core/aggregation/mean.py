@@ -124,11 +124,10 @@ class MeanAggregator:
         taken_over = {n for n, p in free if self._sums[n].take_over(p.values, weight)}
         layout = self._layout(leading)
         layout.weight += weight
-        pairs = [
-            (view, p.values.to(view.device)) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in taken_over
-        ]
+        pairs = [(view, p.values) for view, (n, p) in zip(layout.views, leading, strict=True) if n not in taken_over]
         if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=weight)
+            sums, values = [view for view, _ in pairs], [values.to(view.device) for view, values in pairs]
+            torch._foreach_add_(sums, values, alpha=weight)
         for name, patch in apart.items():
             if name in self._counters:
                 self._counters[name] = torch.maximum(self._counters[name], patch.values.to(self._counters[name].device))

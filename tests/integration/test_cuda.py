@@ -2,8 +2,11 @@
 
 Tolerance. Both devices compute in float32 (TF32 is off here), but sum in other orders: every sum differs by some 1e-7 of its terms,
 and the few dozen steps of these runs let that grow. So what is compared is the distance of the two global models over the distance
-that the model has gone since it was drawn (the norm over all tensors): below CLOSE = 1e-3 it is rounding, four digits
-above float32's step. A ReLU or a maximum on the other side of a tie moves single entries by more, not the norm.
+that the model has gone since it was drawn (the norm over all tensors): CLOSE = 1e-4 is three digits above float32's step; 3e-6 was
+the most on an H100. A ReLU or a maximum on the other side of a tie moves single entries by more, hardly the norm.
+
+FedConv's filters are trained by Adam, which divides a gradient by its own size: where it is rounding and nothing else, rounding
+makes whole steps. So the filters, and what is cut with them, are allowed 1e-2 (2.7e-3 on an H100).
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from helpers.states import same
 from hetfl import registry
 from hetfl.aggregation.mean import WeightedSum
 from hetfl.config import resolve
-from hetfl.models.zoo import ZOO
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
 from hetfl.training.cuda_graphs import GraphedSteps
@@ -26,7 +28,7 @@ from hetfl.training.dropout import seeded_random
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-CLOSE = 1e-3
+CLOSE = 1e-4
 
 PAIRS = [(e.name, e.aggregate) for e in registry.builtins() if e.role == "extract"]
 
@@ -60,7 +62,7 @@ def exact():
 
 def ran(device, steps=2, **values):
     """A run of `steps` rounds in which no client failed."""
-    made = ready(steps, **{"device": device, "workers": 2, "pretrain_steps": 20, **values})
+    made = ready(steps, **{"device": device, "workers": 2, "pretrain_steps": 20, "server_data": 0.2, **values})
     assert all("fault" not in row for row in made.state.client_rows), [row.get("traceback") for row in made.state.client_rows]
     return made
 
@@ -86,7 +88,7 @@ def kept_beside(made):
 
 
 def compared(**values):
-    """How far a GPU's global model, and all else that the run keeps, is from the CPU's."""
+    """How far a GPU's global model, and all else that the run keeps, are from the CPU's."""
     here, there = ran("cpu", **values), ran("cuda", **values)
     assert here.server.state.keys() == there.server.state.keys()
     assert all(t.device.type == "cpu" for t in there.server.state.values())
@@ -95,27 +97,29 @@ def compared(**values):
     assert all(torch.equal(t, also[n]) for n, t in kept.items() if not t.is_floating_point())
     nothing = {n: torch.zeros_like(t) for n, t in kept.items()}
     beside = distance(kept, also, nothing) if any(t.is_floating_point() for t in kept.values()) else 0.0
-    return max(distance(here.server.state, there.server.state, here.initial), beside)
+    assert norm(here.server.state, here.initial) > 0, "the model has not moved"
+    return distance(here.server.state, there.server.state, here.initial), beside
 
 
 @pytest.mark.parametrize(("extract", "aggregate"), PAIRS)
 @pytest.mark.parametrize("net", [{"model": TINY["model"], "model_args": TINY["model_args"]}, CONV], ids=["mlp", "conv"])
 def test_every_strategy_comes_to_the_same_on_a_gpu(extract, aggregate, net, record_property):
     """Two rounds, for some strategies do in the second what they learned in the first."""
-    far = compared(**net, **tuned(extract, aggregate, 3))
-    record_property(f"{extract} x {aggregate} ({net['model']})", far)
-    assert far < CLOSE
+    far, beside = compared(**net, **tuned(extract, aggregate, 3))
+    record_property(f"{extract} x {aggregate} ({net['model']})", f"{far} {beside}")
+    assert max(far, beside) < (1e-2 if extract == "fedconv" else CLOSE)
 
 
 @pytest.mark.parametrize("policy", ["aggregate", "static", "recalibrate", "local"])
 def test_batch_norm_comes_to_the_same_on_a_gpu(policy):
-    assert compared(extract="heterofl", aggregate="overlap", norm_policy=policy, **NORMED) < CLOSE
+    assert max(compared(extract="heterofl", aggregate="overlap", norm_policy=policy, **NORMED)) < CLOSE
 
 
 @pytest.mark.parametrize("wrap", [["clip"], ["dp"], ["quantize"]], ids=str)
 def test_wrapped_training_comes_to_the_same_on_a_gpu(wrap):
     """A value that int8 rounds up on one device and down on the other is a step of 1/127 apart."""
-    assert compared(extract="heterofl", aggregate="overlap", wrap=wrap, **CONV) < (3e-2 if wrap == ["quantize"] else CLOSE)
+    far, _ = compared(extract="heterofl", aggregate="overlap", wrap=wrap, **CONV)
+    assert far < (3e-2 if wrap == ["quantize"] else CLOSE)
 
 
 def pool_of(made):
@@ -137,9 +141,12 @@ def test_vmap_groups_are_recorded_as_cuda_graphs_and_change_no_bit(monkeypatch, 
 
 
 def test_recorded_groups_come_to_what_clients_come_to_one_by_one():
+    """On the GPU, and on the CPU."""
     together, alone = ran("cuda", **{**GROUPED, **CONV}), ran("cuda", **{**GROUPED, **CONV, "vmap": "off"})
-    assert together.group_size > 1 == alone.group_size
+    here = ran("cpu", **{**GROUPED, **CONV, "vmap": "off"})
+    assert together.group_size > 1 == alone.group_size == here.group_size
     assert distance(together.server.state, alone.server.state, alone.initial) < CLOSE
+    assert distance(together.server.state, here.server.state, here.initial) < CLOSE
 
 
 def test_what_was_recorded_serves_every_later_round():
@@ -168,7 +175,7 @@ def test_sums_are_kept_on_the_gpu_where_a_round_fits(monkeypatch):
     there = ran("cuda", **{**GROUPED, **CONV})
     assert seen == {"cuda"}
     seen.clear()
-    monkeypatch.setattr("hetfl.training.device.fits_on_device", lambda device, bytes: False)
+    monkeypatch.setattr("hetfl.training.device.fits_on_device", lambda *_: False)
     here = ran("cuda", **{**GROUPED, **CONV})
     assert seen == {"cpu"}
     assert distance(here.server.state, there.server.state, here.initial) < 1e-5
@@ -209,9 +216,7 @@ def test_dropout_draws_the_same_numbers_on_a_gpu():
     assert torch.allclose(*out, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["resnet18", "mobilenetv2", "lstm"])
-def test_larger_nets_train_on_a_gpu(model):
-    args = {"resnet18": {}, "mobilenetv2": {}, "lstm": {}}[model]
-    assert model in ZOO
-    made = ran("cuda", 1, extract="heterofl", aggregate="overlap", model=model, model_args=args, limit=100)
+@pytest.mark.parametrize(("model", "vmap"), [("resnet18", "on"), ("mobilenetv2", "on"), ("mobilenetv2", "off"), ("lstm", "auto")])
+def test_larger_nets_train_on_a_gpu(model, vmap):
+    made = ran("cuda", 1, extract="heterofl", aggregate="overlap", model=model, model_args={}, limit=100, vmap=vmap)
     assert all(bool(torch.isfinite(t).all()) for t in made.server.state.values())
