@@ -32,12 +32,14 @@ PAGE = ROOT / "docs" / "gpu.md"
 
 OURS, PEERS = ["floor", "hetfl"], ["flower", "pfl"]
 
+ALONE = "hetfl, one by one"
+
 WORKS = {  # in this order, as long as there is time
-    "W": [*OURS, *WAYS, *PEERS], "W-small": [*OURS, *WAYS, *PEERS], "hetero": [*OURS, *WAYS], "resnet": [*OURS, *WAYS],
-    "tiny-1000": [*OURS, *PEERS],
+    "W": [*OURS, *WAYS, *PEERS], "hetero": [*OURS, ALONE], "W-small": [*OURS, *PEERS],
+    "resnet": [*OURS, "hetfl, bf16", ALONE], "tiny-1000": [*OURS, "pfl"],
 }  # fmt: skip
 
-SHORT = {"W-small": ["floor", "hetfl", "hetfl, bf16", "hetfl, one by one"], "hetero": OURS}
+SHORT = {"W-small": [*OURS, "hetfl, bf16", ALONE], "hetero": OURS}
 
 Result = dict[str, Any]
 
