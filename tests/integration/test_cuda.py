@@ -5,8 +5,10 @@ and the few dozen steps of these runs let that grow. So what is compared is the 
 that the model has gone since it was drawn (the norm over all tensors): CLOSE = 1e-4 is three digits above float32's step; 3e-6 was
 the most on an H100. A ReLU or a maximum on the other side of a tie moves single entries by more, hardly the norm.
 
-FedConv's filters are trained by Adam, which divides a gradient by its own size: where it is rounding and nothing else, rounding
-makes whole steps. So the filters, and what is cut with them, are allowed 1e-2 (2.7e-3 on an H100).
+Adam divides a gradient by its own size: where that is rounding and nothing else, rounding makes whole steps. So FedConv's filters,
+which the server trains, are allowed 3e-2 (9.3e-3 on an H100; the global model 9e-7), and models with batch norm are not pre-trained
+here: the bias before a norm has no gradient but rounding, and moved by 6e-3 (by 8e-3 between oneDNN and torch's own convolutions on
+one CPU).
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ GROUPED = {
 
 
 @pytest.fixture(autouse=True)
-def exact():
-    """No TF32: convolutions have it by default, with 10 bits in place of 23."""
+def exact(monkeypatch):
+    """No TF32, here and in other processes: convolutions have it by default, with 10 bits in place of 23."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [kind.allow_tf32 for kind in kinds]
     for kind in kinds:
@@ -107,12 +110,14 @@ def test_every_strategy_comes_to_the_same_on_a_gpu(extract, aggregate, net, reco
     """Two rounds, for some strategies do in the second what they learned in the first."""
     far, beside = compared(**net, **tuned(extract, aggregate, 3))
     record_property(f"{extract} x {aggregate} ({net['model']})", f"{far} {beside}")
-    assert max(far, beside) < (1e-2 if extract == "fedconv" else CLOSE)
+    assert far < CLOSE
+    assert beside < (3e-2 if extract == "fedconv" else CLOSE)
 
 
 @pytest.mark.parametrize("policy", ["aggregate", "static", "recalibrate", "local"])
 def test_batch_norm_comes_to_the_same_on_a_gpu(policy):
-    assert max(compared(extract="heterofl", aggregate="overlap", norm_policy=policy, **NORMED)) < CLOSE
+    values = {"extract": "heterofl", "aggregate": "overlap", "norm_policy": policy, "pretrain_steps": 0, **NORMED}
+    assert max(compared(**values)) < CLOSE
 
 
 @pytest.mark.parametrize("wrap", [["clip"], ["dp"], ["quantize"]], ids=str)
