@@ -25,11 +25,3 @@ def test_bf16_trains_about_as_float32_does_and_keeps_float32_weights(simulate, v
 def test_a_device_that_is_not_there_gets_one_sentence(simulate, device, said):
     with pytest.raises(UsageError, match=said):
         simulate(steps=0, extract="full", aggregate="overlap", device=device)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("values", [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "heterofl", "aggregate": "overlap"}])
-def test_a_gpu_comes_to_about_the_same(simulate, values):
-    here, there = (simulate(**values, device=device) for device in ("cpu", "cuda"))
-    for name, tensor in here.server.state.items():
-        assert torch.allclose(there.server.state[name], tensor, atol=0.05)
