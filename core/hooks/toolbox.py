@@ -26,6 +26,6 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "training.dropout": (("seeded_random",), "dropout from a random stream of its own"),
     "training.evaluation": (("evaluate",), "accuracy and loss of a model on examples"),
     "training.local": (("descend", "kl_divergence", "local_batches"), "steps, batches and losses of local training"),
-    "training.tuning": (("cycle_batches",), "endless shuffled batches of row numbers"),
+    "training.tuning": (("cycle_batches", "halve_rate"), "endless shuffled batches of row numbers, and rates by the round"),
     "training.vectorized": (("find_stacking_error", "is_worthwhile"), "whether copies of a model are to be computed as one"),
 }

@@ -131,6 +131,13 @@ def evaluate_holdout(losses: Callable[[], Tensor]) -> Tensor:
         return losses().cpu().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
+def halve_rate(lr: float, round: int, every: int) -> float:
+    """The learning rate in `round` when it is halved every `every` rounds (0: never) while above 1e-4 (spec fedconv 6.7)."""
+    for _ in range(round // every if every else 0):
+        lr = lr / 2 if lr > 1e-4 else lr
+    return lr
+
+
 def cycle_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of positions in range(count), int64 (batch,), each pass in a new order; its last batch may be short."""
     while True:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetfl import Field, Merged, PresetPlugin, Server, State, Update, Updates, hookimpl, mean
+from hetfl.training.tuning import halve_rate
 
 FEW = 250  # labelled tune images, below which fewer steps are taken
 
@@ -25,8 +26,8 @@ class KLD(PresetPlugin):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "paper": {"form": "weights", "epochs": 20, "lr": 1e-3, "batch_size": 32},
-        "reference": {"form": "weights", "epochs": 20, "lr": 1e-3, "batch_size": 32, "kld": 0.0, "shape": "element",
-                      "start": "normal", "guard": False},
+        "reference": {"form": "weights", "epochs": 20, "lr": 1e-3, "batch_size": 32, "halve_every": 25, "kld": 0.0,
+                      "shape": "element", "start": "normal", "guard": False},
     }  # fmt: skip
 
     DEVIATES: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
@@ -52,6 +53,7 @@ class KLD(PresetPlugin):
     steps: int | None = Field(None, ge=0, description="steps a round (none: 20 below 250 labelled tune images, else 60)")
     epochs: int | None = Field(None, ge=0, description="epochs a round over the server's data, in place of steps")
     lr: float = Field(1e-2, gt=0, description="Adam learning rate of the weights")
+    halve_every: int = Field(0, ge=0, description="halve the learning rate every N rounds while above 1e-4 (0: never)")
     batch_size: int = Field(64, ge=1, description="server examples in a step")
     guard: bool = Field(True, description="start again from 1 where the hold-out likes that better than last round's weights")
     _w: dict[str, Tensor] = PrivateAttr(default_factory=dict)
@@ -61,7 +63,7 @@ class KLD(PresetPlugin):
         updates = Updates(updates, server.state)
         plain = mean(updates, updates.weights)
         steps = self._count_steps(server)
-        names = [n for n, p in server.builder.model.named_parameters() if n in server.state]
+        names = [n for n, p in server.builder.model.named_parameters() if n in server.state and p.requires_grad]
         w = {n: self._start_weights(server, updates, n) for n in names}
         if self.form == "update" and not steps and all(bool((t == 1).all()) for t in w.values()):
             return Merged(plain)
@@ -132,16 +134,18 @@ class KLD(PresetPlugin):
             if self.guard and judge() > judge({n: torch.ones_like(t) for n, t in w.items()}):
                 w.update({n: torch.ones_like(t) for n, t in w.items()})
         weights = [t.requires_grad_() for t in w.values()]
-        server.tune(weights, loss, judge, "kld", round, steps=steps, lr=self.lr, batch=self.batch_size)
+        lr = halve_rate(self.lr, round, self.halve_every)
+        server.tune(weights, loss, judge, "kld", round, steps=steps, lr=lr, batch=self.batch_size)
 
     def _divergence(self, server: Server, now: State, logits: Tensor, before: Tensor) -> Tensor:
-        """KL(previous || new) of the outputs on a batch, or of every parameter tensor as a softmax over its entries."""
+        """KL(previous || new) of the outputs on a batch, or KL(new || previous) of every parameter tensor as a softmax over its
+        entries (spec 2.5)."""
         if not self.kld:
             return torch.zeros(())
         if self.kld_on == "outputs":
             return F.kl_div(logits.log_softmax(1), before, reduction="batchmean", log_target=True)
         flat = [(now[n].flatten(), server.state[n].flatten()) for n in now if now[n].requires_grad]
-        return torch.stack([F.kl_div(a.log_softmax(0), g.log_softmax(0), reduction="sum", log_target=True) for a, g in flat]).sum()
+        return torch.stack([F.kl_div(g.log_softmax(0), a.log_softmax(0), reduction="sum", log_target=True) for a, g in flat]).sum()
 
     def state_dict(self) -> State:
         return dict(self._w)

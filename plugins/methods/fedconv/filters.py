@@ -31,8 +31,8 @@ def weight_norm(g: Tensor, v: Tensor) -> Tensor:
 
 
 def residual_of(block: Block, residual: str) -> float:
-    """1 where the image x is added to its projection p x + q, else 0: "all" adds it always, "taps" to convolutions (spec 2.3)."""
-    return float(residual == "all" or (residual == "taps" and block.taps > 1))
+    """1 where the image x is added to its projection p x + q, else 0: "conv" adds it for convolutions alone, 1x1 too (spec 2.3)."""
+    return float(residual == "all" or block.conv)
 
 
 class Filters:

@@ -19,11 +19,11 @@ class FedConvOptions(PresetPlugin):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
-        "paper": {"start": "random", "objective": "ce", "residual": "taps", "mlr": 1, "epochs": 20, "late_epochs": 10,
-                  "lr": 1e-3, "batch_size": 32, "dilate": "weights", "dilator_epochs": 20, "dilator_lr": 1e-3},
-        "reference": {"start": "random", "objective": "ce", "residual": "taps", "mlr": 2, "epochs": 20, "late_epochs": 10,
-                      "lr": 1e-3, "batch_size": 32, "halve_every": 25, "dilate": "weights", "dilator_epochs": 20,
-                      "dilator_lr": 1e-3, "upload_epochs": 10},
+        "paper": {"start": "random", "objective": "ce", "residual": "conv", "mlr": 1, "epochs": 20, "late_epochs": 10,
+                  "lr": 1e-3, "batch_size": 32, "patience": 0, "dilate": "weights", "dilator_epochs": 20, "dilator_lr": 1e-3},
+        "reference": {"start": "random", "objective": "ce", "residual": "conv", "mlr": 2, "epochs": 20, "late_epochs": 10,
+                      "lr": 1e-3, "batch_size": 32, "patience": 0, "halve_every": 25, "dilate": "weights",
+                      "dilator_epochs": 20, "dilator_lr": 1e-3, "server_epochs": 10, "upload_epochs": 10},
     }  # fmt: skip
 
     DEVIATES: ClassVar[tuple[tuple[str, str, str, str], ...]] = (
@@ -65,16 +65,22 @@ class FedConvOptions(PresetPlugin):
         ),
         (
             "end of tuning",
-            "after 5 looks at the hold-out without gain (`fedconv.patience=0`: never), presets too",
+            "after 5 looks at the hold-out without gain (`fedconv.patience=0`: never)",
             "a fixed number of epochs",
             "the best step by the hold-out is kept either way; the summary says what was saved",
+        ),
+        (
+            "fine-tuning on server data",
+            "none beyond the run's (`--pretrain-steps`, `--server-finetune-steps`)",
+            "10 epochs of the global model each round and of every upload in the code",
+            "every method of a comparison gets the same; it repairs the aggregate without helping the small submodels",
         ),
     )
 
     start: Literal["slice", "random"] = Field("slice", description="filters start as the leading slice, or at random")
     objective: Literal["distill", "ce"] = Field("distill", description="distil the global model, or fit the labels")
     temperature: float = Field(2.0, gt=0, description="temperature of distillation")
-    residual: Literal["all", "taps"] = Field("all", description="keep the image beside its projection: always, or for convolutions")
+    residual: Literal["all", "conv"] = Field("all", description="keep the image beside its projection: always, or for convolutions")
     mlr: int = Field(0, ge=0, le=2, description="times the modified leaky ReLU is put on the result")
     steps: int = Field(20, ge=0, description="compressor steps a round")
     first_steps: int | None = Field(60, ge=0, description="compressor steps in round 1 (none: as in every round)")
@@ -88,6 +94,7 @@ class FedConvOptions(PresetPlugin):
     dilator_steps: int = Field(0, ge=0, description="dilator steps a round for each client (0: placement)")
     dilator_epochs: int | None = Field(None, ge=0, description="dilator epochs a round, in place of steps")
     dilator_lr: float = Field(2e-3, gt=0, description="Adam learning rate of the dilators")
+    server_epochs: int = Field(0, ge=0, description="epochs of fine-tuning the global model at the start of a round, Adam 1e-4")
     upload_epochs: int = Field(0, ge=0, description="epochs of fine-tuning each upload on server data, Adam 1e-4")
 
     def count_compressor_steps(self, server: Server, round: int) -> int:
@@ -113,10 +120,3 @@ class FedConvOptions(PresetPlugin):
             return F.cross_entropy(logits, goal)
         t = self.temperature
         return kl_divergence(logits, goal, t) * t * t
-
-
-def halve_rate(lr: float, round: int, every: int) -> float:
-    """The learning rate in `round` when it is halved every `every` rounds (0: never) while above 1e-4 (spec 6.7)."""
-    for _ in range(round // every if every else 0):
-        lr = lr / 2 if lr > 1e-4 else lr
-    return lr

@@ -21,6 +21,9 @@ from hetfl.plugins.methods.fedconv.tiling import tile_parameters
 from hetfl.plugins.methods.fedconv.tuning import Goals, Upload, group_uploads, make_global_goals, train_compressor, train_dilators
 
 
+TUNED = 1e-4  # Adam's learning rate of fine-tuning models on server data (spec 3)
+
+
 class FedConv(FedConvOptions):
     """One set of filters a size class compresses the global model; one a client grows what comes back."""
 
@@ -30,7 +33,9 @@ class FedConv(FedConvOptions):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
-        """Tunes the filters of every size class of the round, the classes side by side (spec 2.5)."""
+        """Tunes the filters of every size class of the round, the classes side by side, after `server_epochs` (spec 1, 2.5)."""
+        if self.server_epochs:
+            server.state = server.train(server.state, self._steps_of(server, self.server_epochs), "server", round, lr=TUNED)
         widths = sorted({c.profile.width for c in clients}, reverse=True)
         goals = make_global_goals(self, server) if self.count_compressor_steps(server, round) and min(widths) < 1 else None
         plans = server.pool.map(lambda width: self._plan(server, width, goals, round), widths)
@@ -50,8 +55,8 @@ class FedConv(FedConvOptions):
         return CompressedPlan(selection, filters.copy(), self.mlr, self.residual)
 
     def _make_filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
-        """Filters of every parameter of the model at their start, or as a checkpoint had them."""
-        names = [n for n, p in server.builder.model.named_parameters() if n in server.state and p.ndim]
+        """Filters of every parameter that is trained at their start, or as a checkpoint had them; a frozen one is sliced (spec 2.2)."""
+        names = [n for n, p in server.builder.model.named_parameters() if n in server.state and p.ndim and p.requires_grad]
         filters = Filters(selection, tile_parameters(selection, server.state, names))
         if self.start == "random":
             filters.randomise(server.stream(purpose))
@@ -74,9 +79,13 @@ class FedConv(FedConvOptions):
 
     def _finetune(self, server: Server, returned: ReceivedReply, round: int) -> State:
         """What a client trained, after `upload_epochs` of fine-tuning on server data (spec 1)."""
-        each = math.ceil(len(server.public.tune) / server.options.server_batch_size) if self.upload_epochs else 0
         state, sizes = {**returned.sent, **returned.reply.state}, returned.plan.sizes
-        return server.train(state, self.upload_epochs * each, "upload", round, sizes=sizes, lr=1e-4, client=returned.client.id)
+        steps = self._steps_of(server, self.upload_epochs)
+        return server.train(state, steps, "upload", round, sizes=sizes, lr=TUNED, client=returned.client.id)
+
+    def _steps_of(self, server: Server, epochs: int) -> int:
+        """Steps of fine-tuning that are `epochs` over the server's tune examples."""
+        return epochs * math.ceil(len(server.public.tune) / server.options.server_batch_size) if epochs else 0
 
     def _upload(self, server: Server, returned: ReceivedReply, trained: State) -> Upload | None:
         """A reply with its client's dilator, a new one where it has none or its capacity has changed; None: nothing to dilate."""

@@ -34,12 +34,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The part of the tensor `name` that one set of filters (one a tap) works on, as images (taps, rows, columns)."""
+    """The part of the tensor `name` that one set of filters (one a tap) works on, as images (taps, rows, columns).
+
+    `conv`: whether the tensor is a convolution's weight.
+    """
 
     name: str
     rows: Part
     columns: Part
     taps: int
+    conv: bool = False
 
     @property
     def large(self) -> Shape:
@@ -74,7 +78,7 @@ def tile_tensor(selection: Selection, name: str, tensor: Tensor) -> list[Block]:
     sides = [split_axis(axes.get(d), index.get(d), n) for d, n in enumerate(tensor.shape[:2])]
     rows, columns = sides if len(sides) == 2 else ([Part(torch.arange(1), 1)], sides[0])
     taps = math.prod(tensor.shape[2:])
-    return [Block(name, r, c, taps) for r in rows for c in columns]
+    return [Block(name, r, c, taps, conv=tensor.ndim > 2) for r in rows for c in columns]
 
 
 def split_axis(axis: Axis | None, index: Tensor | None, size: int) -> list[Part]:

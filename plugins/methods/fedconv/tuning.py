@@ -13,7 +13,8 @@ from hetfl import Selection, Server, State
 from hetfl.plugins.methods.fedconv.compression import Compressor
 from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
 from hetfl.plugins.methods.fedconv.filters import Filters
-from hetfl.plugins.methods.fedconv.options import FedConvOptions, halve_rate
+from hetfl.plugins.methods.fedconv.options import FedConvOptions
+from hetfl.training.tuning import halve_rate
 from hetfl.training.vectorized import find_stacking_error, is_worthwhile
 
 TOGETHER = 16  # dilators that are trained as one batch

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.oracles import T, close, over, update
+from helpers.states import same
 from hetfl.plugins.aggregations.kld import KLD
 
 
@@ -15,12 +16,30 @@ class Model:
     """Its one parameter is `v`."""
 
     def named_parameters(self):
-        return [("v", None)]
+        return [("v", torch.nn.Parameter(torch.zeros(2)))]
 
 
 def aggregated(plugin, updates):
     server = SimpleNamespace(state=updates.old, builder=SimpleNamespace(model=Model()))
     return plugin.aggregate(server, updates, 1).state["v"]
+
+
+def test_divergences_of_parameters_and_of_outputs():
+    """spec fedconv 2.5: KL(softmax(A) || softmax(G)) of parameters; findings 6.7: KL(previous || new) of outputs"""
+    new, old = torch.tensor([0.0, 1.0], requires_grad=True), T([2.0, 0.0])
+    kl = lambda p, q: (p.softmax(0) * (p.softmax(0) / q.softmax(0)).log()).sum()  # noqa: E731
+    found = KLD(kld_on="parameters")._divergence(SimpleNamespace(state={"v": old}), {"v": new}, T([]), T([]))
+    assert close(found.detach(), kl(new, old).detach())
+    found = KLD(kld_on="outputs")._divergence(None, {}, new[None], old.log_softmax(0)[None])
+    assert close(found.detach(), kl(old, new).detach())
+
+
+def test_the_rate_is_halved_as_the_filters_rate_is(simulate):
+    """spec fedconv 3: the weights' learning rate is halved every 25 rounds"""
+    options = {"form": "weights", "start": "normal", "guard": False, "steps": 20}
+    found = [simulate(1, extract="heterofl", aggregate="kld", server_data=0.3, set={"kld": {**options, **more}}).server.state
+             for more in ({"lr": 0.1, "halve_every": 1}, {"lr": 0.05}, {"lr": 0.1})]  # fmt: skip
+    assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
 @pytest.mark.parametrize(("form", "old"), [("weights", 9.0), ("update", 0.0)])

@@ -115,8 +115,8 @@ def test_fedconv_that_distils_and_dilates_updates(simulate):
 def test_fedconv_after_its_code(simulate):
     """spec fedconv 2.3 to 2.5, 2.8, 2.9: random filters, MLR, labels, weights dilated, uploads tuned, fewer epochs from round 6"""
     own = {
-        "start": "random", "objective": "ce", "residual": "taps", "mlr": 1, "epochs": 3, "late_epochs": 1, "dilate": "weights",
-        "dilator_epochs": 2, "upload_epochs": 2, "halve_every": 3,
+        "start": "random", "objective": "ce", "residual": "conv", "mlr": 1, "epochs": 3, "late_epochs": 1, "dilate": "weights",
+        "dilator_epochs": 2, "upload_epochs": 2, "server_epochs": 2, "halve_every": 3,
     }  # fmt: skip
     values = {**UNEQUAL, "rounds": 6, "server_batch_size": 8, "set": {"fedconv": {**EXACT, **own}}}
     plain = Federation(simulate(0, extract="fedconv", aggregate="overlap", **values))
@@ -131,6 +131,7 @@ def test_fedconv_after_its_code(simulate):
 
     def one_round(state, r):
         pasted, epochs, rate = [], {5: (3, 2), 6: (1, 1)}[r], {5: 0.5, 6: 0.25}[r]
+        state = fitted(lambda w: w, state, plain.cycle(len(plain.x), 8, 2 * each, "server", r), 1e-4)
         for c, u in enumerate(units):
             sent = state
             if c:

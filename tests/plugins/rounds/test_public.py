@@ -52,7 +52,7 @@ def test_kld(simulate, form, on, shape, guard):
         def divergence(now, rows):
             if on == "outputs":
                 return kl(forward(now, plain.x[rows]), forward(state, plain.x[rows]))
-            pairs = [(state[name].flatten().softmax(0), now[name].flatten().softmax(0)) for name in state]
+            pairs = [(now[name].flatten().softmax(0), state[name].flatten().softmax(0)) for name in state]
             return sum((p * (p.log() - q.log())).sum() for p, q in pairs)
 
         def loss(w, rows):

@@ -14,8 +14,8 @@ from hetfl.models.zoo import FedConvCNN
 from hetfl.plugins.methods.fedconv import fast
 from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
 from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
-from hetfl.plugins.methods.fedconv.filters import Filters, mlr
-from hetfl.plugins.methods.fedconv.tiling import Block, Part, tile_parameters, to_images
+from hetfl.plugins.methods.fedconv.filters import Filters, mlr, residual_of
+from hetfl.plugins.methods.fedconv.tiling import Block, Part, tile_parameters, tile_tensor, to_images
 from hetfl.submodel.plan import Selection, grow, prefix
 from hetfl.submodel.tracing.groups import trace
 
@@ -47,6 +47,13 @@ def test_sizes_and_kernels(ratio, sizes):
     for block in filters.blocks:
         assert to_images(small[block.name], *(torch.arange(m) for m in block.small)).shape == (block.taps, *block.small)
         assert to_images(grown[block.name], *(torch.arange(n) for n in block.large)).shape == (block.taps, *block.large)
+
+
+def test_the_residual_is_that_of_convolutions():
+    """spec fedconv 2.3: every convolution keeps the image beside its projection, one of 1x1 too; a linear layer does not"""
+    for w, kept in ((torch.ones(2, 4, 1, 1), 1.0), (torch.ones(2, 4, 3, 3), 1.0), (torch.ones(2, 4), 0.0), (torch.ones(2), 0.0)):
+        (block,) = tile_tensor(Selection(WIDTHS, WIDTHS.select(prefix(1))), "w", w)
+        assert (residual_of(block, "conv"), residual_of(block, "all")) == (kept, 1.0)
 
 
 def test_compress_and_dilate_oracles():

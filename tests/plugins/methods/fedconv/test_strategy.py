@@ -9,11 +9,12 @@ from helpers.runs import run
 from helpers.states import same
 from hetfl.config import resolve
 from hetfl.plugins.aggregations.kld import KLD
-from hetfl.plugins.methods.fedconv.options import halve_rate
 from hetfl.plugins.methods.fedconv.strategy import FedConv
+from hetfl.presets import find_preset
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
+from hetfl.training.tuning import halve_rate
 
 
 def test_learning_rate_by_round():
@@ -27,6 +28,26 @@ def test_presets_fill_what_is_not_given():
     assert FedConv(preset="reference", mlr=0).mlr == 0
     assert KLD(preset="paper").form == "weights"
     assert KLD().shape == "channel"
+
+
+def test_frozen_parameters_are_sliced_and_not_weighed(simulate):
+    """spec fedconv 2.2, 2.6: batch norm's frozen affine part (1, 0) of the HAR net has no filters and no weights of its own"""
+    options = {"fedconv": {"start": "random", "steps": 5, "first_steps": 5, "dilate": "weights", "mlr": 1},
+               "kld": {"form": "weights", "start": "normal", "guard": False, "steps": 5}}  # fmt: skip
+    made = simulate(1, extract="fedconv", aggregate="kld", model="fedconv-har", model_args={}, set=options)
+    sent = made.plugins.extract(made.server, list(made.server.clients.values()), 2)[1].take(made.server.state)
+    for state in (sent, made.server.state):
+        assert all(bool((state[f"{layer}.weight"] == 1).all()) and not state[f"{layer}.bias"].any() for layer in (1, 4))
+
+
+def test_reference_runs_take_the_steps_of_the_code():
+    """spec fedconv 1, 3: ten epochs of fine-tuning before each round in place of pre-training, no clipping, nothing stops early"""
+    for dataset in ("mnist", "cifar10", "cinic10", "harbox"):
+        values = find_preset(f"fedconv/{dataset}-reference").values
+        assert (values["pretrain_steps"], values["clip"], values["alpha"], values["epochs"]) == (0, 0, 10000.0, 5)
+        fedconv, kld = FedConv(**values["set"]["fedconv"]), KLD(**values["set"]["kld"])
+        assert (fedconv.server_epochs, fedconv.upload_epochs, fedconv.patience, fedconv.halve_every) == (10, 10, 0, 25)
+        assert (kld.halve_every, kld.kld, kld.shape, kld.start) == (25, 0.0, "element", "normal")
 
 
 @pytest.mark.parametrize(("objective", "dilate"), [("distill", "update"), ("ce", "weights")])
