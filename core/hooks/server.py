@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +32,8 @@ class Server:
     `clients` has every client by its id as it was when last sampled.
 
     `sampled` of `population` clients take part in a round; `averages` tells whether the aggregation is a mean over the clients
-    that cover an entry. `public` is the server's labelled data or None; `steps` counts the training steps taken on it,
-    `steps_saved` and `epochs_saved` what early stopping left out.
+    that cover an entry. `public` is the server's labelled data or None; `taken` counts the training steps on it by their batch
+    size, `steps_saved` and `epochs_saved` what early stopping left out.
     """
 
     def __init__(
@@ -41,11 +43,11 @@ class Server:
         self.branches: dict[str, Patches] = {}
         self.example: Tensor | None = None  # two random inputs, for a look at what a model computes
         self.clients: dict[int, Client] = {}
-        self.steps, self.steps_saved, self.epochs_saved = 0, 0, 0.0
+        self.taken, self.steps_saved, self.epochs_saved = Counter[int](), 0, 0.0
         self.notes: list[str] = []
         self.alarms: list[str] = []  # of this round, not said yet
         self.sampled, self.population, self.averages = 0, 0, False
-        self._public = public
+        self._public, self._counting = public, threading.Lock()
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
 
     @property
@@ -58,6 +60,16 @@ class Server:
         if self._public is None:
             raise NotApplicable("this strategy needs public data on the server; give it some with --server-data 0.05")
         return self._public
+
+    @property
+    def steps(self) -> int:
+        """All training steps on the server's data."""
+        return self.taken.total()
+
+    def count_steps(self, steps: int, batch: int) -> None:
+        """Counts training steps on the server's data that a plugin takes itself; the control takes as many of as many examples."""
+        with self._counting:
+            self.taken[batch] += steps
 
     @property
     def has_public(self) -> bool:
@@ -109,7 +121,7 @@ class Server:
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
-        return self._count_steps([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
+        return self._note_tuning([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
 
     def tune_together(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
@@ -118,21 +130,24 @@ class Server:
         """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
         orders = [self.stream(purpose, round, client) for client in clients]
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
-        return self._count_steps(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
+        return self._note_tuning(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)
 
-    def _count_steps(self, tuned: list[TuningResult], steps: int, batch: int, purpose: str) -> list[TuningResult]:
-        self.alarms += [text for t in tuned if (text := explain_risen_loss(purpose, t.start, t.last, t.step))]
-        each = math.ceil(len(self.public.tune) / batch)
-        self.steps += sum(t.steps for t in tuned)
-        self.steps_saved += sum(steps - t.steps for t in tuned)
-        self.epochs_saved += sum((steps - t.steps) / each for t in tuned)
+    def _note_tuning(self, tuned: list[TuningResult], steps: int, batch: int, purpose: str) -> list[TuningResult]:
+        each, saved = math.ceil(len(self.public.tune) / batch), sum(steps - t.steps for t in tuned)
+        self.count_steps(sum(t.steps for t in tuned), batch)
+        with self._counting:
+            self.alarms += [text for t in tuned if (text := explain_risen_loss(purpose, t.start, t.last, t.step))]
+            self.steps_saved, self.epochs_saved = self.steps_saved + saved, self.epochs_saved + saved / each
         return tuned
 
     def train(
         self, state: State, steps: int, purpose: str, round: int = 0, *,
-        sizes: Mapping[str, int] | None = None, lr: float | None = None, client: int = -1,
+        sizes: Mapping[str, int] | None = None, lr: float | None = None, batch: int | None = None, client: int = -1,
     ) -> State:  # fmt: skip
-        """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss."""
+        """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss.
+
+        `lr` and `batch` (examples in a step) are the run's, --server-lr and --server-batch-size, where they are not given.
+        """
         if not steps:
             return state
         model, (x, y) = self.builder.load(state, sizes), self.public.tune.all()
@@ -147,6 +162,6 @@ class Server:
         with seeded_random(self.widths.draws, self.stream(f"{purpose} dropout", round, client)):
             self.tune(
                 parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
-                batch=self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
+                batch=batch or self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
             )  # fmt: skip
         return move_state(copy_state(model), "cpu")

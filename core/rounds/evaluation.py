@@ -56,10 +56,11 @@ def has_control(now: RoundState) -> bool:
 
 
 def train_control(now: RoundState) -> None:
-    """Trains the control for as many steps as the server has taken in this round."""
+    """Trains the control for as many steps as the server has taken in this round, of as many examples each."""
     if has_control(now):
         run = now.run
-        run.control = run.server.train(run.control, now.row.server_steps, "control", now.number)
+        for batch, steps in sorted(now.row.server_steps.items()):
+            run.control = run.server.train(run.control, steps, "control", now.number, batch=batch)
 
 
 def evaluate_on_clients(now: RoundState) -> None:

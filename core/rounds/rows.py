@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,8 @@ class ClientRow:
 
 @dataclass(eq=False)
 class RoundRow:
-    """One round: a line of metrics.csv. `results` are accuracies and losses by (model, split), `facts` the aggregation's."""
+    """One round: a line of metrics.csv. `results` are accuracies and losses by (model, split), `facts` the aggregation's,
+    `server_steps` those on the server's data by their batch size."""
 
     round: int
     facts: dict[str, float] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class RoundRow:
     alarms: list[str] = field(default_factory=list)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
-    server_steps: int = 0
+    server_steps: Counter[int] = field(default_factory=Counter)
     steps_saved: int = 0
 
     def add_mean_and_decile(self, name: str, values: Sequence[float]) -> None:
@@ -76,7 +78,7 @@ class RoundRow:
             BYTES_DOWN: sum(c.bytes_down for c in people), BYTES_UP: sum(c.bytes_up for c in people),
             CLIENTS: len(people), LEFT_OUT: sum(bool(c.fault) for c in people),
             CLIENT_SECONDS: sum(c.metrics.get(SECONDS, 0.0) for c in people), SECONDS: self.seconds,
-            SERVER_STEPS: self.server_steps, STEPS_SAVED: self.steps_saved,
+            SERVER_STEPS: self.server_steps.total(), STEPS_SAVED: self.steps_saved,
             **{f"{PHASE}{name}": value for name, value in self.phases.items()},
             **({ALARMS: "; ".join(self.alarms)} if self.alarms else {}),
         }  # fmt: skip

@@ -73,7 +73,7 @@ class RoundState:
         self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}
         self._started, self._phases = time.perf_counter(), list[str]()
         self._mark = self._started
-        self._steps, self._saved = run.server.steps, run.server.steps_saved
+        self._taken_before, self._saved = run.server.taken.copy(), run.server.steps_saved
 
     def take(self, plan: Plan, source: State) -> State:
         """What `plan` takes of `source`, once a round for all clients that share both."""
@@ -112,8 +112,8 @@ class RoundState:
         self.run.callback.alarm(f"round {self.number}: {text}")
 
     def count_steps(self) -> None:
-        """Notes the steps that the server has taken on its own data in this round, for the control to take as many."""
-        self.row.server_steps = self.run.server.steps - self._steps
+        """Notes the steps that the server has taken on its own data in this round, for the control to take the like."""
+        self.row.server_steps = self.run.server.taken - self._taken_before
         self.row.steps_saved = self.run.server.steps_saved - self._saved
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     """What JSON can say of the run."""
     run, server = experiment.state, experiment.server
     return {
-        "steps": [server.steps, server.steps_saved, server.epochs_saved], "notes": list(server.notes),
+        "steps": [list(server.taken.items()), server.steps_saved, server.epochs_saved], "notes": list(server.notes),
         "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
         "last round": {str(client): number for client, number in run.last_round.items()},
         "state versions": {str(client): number for client, number in run.state_versions.items()},
@@ -61,7 +62,8 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
         raise RunError("the data are not those that this run began with, so it cannot go on")
     server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
     server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
-    server.steps, server.steps_saved, server.epochs_saved = known["steps"]
+    taken, server.steps_saved, server.epochs_saved = known["steps"]
+    server.taken = Counter(dict(taken))
     server.notes = known["notes"]
     run.extras = {int(client): extras for client, extras in of_kind(snapshot.tensors, "extras").items()}
     run.state_versions = {int(client): number for client, number in known["state versions"].items()}

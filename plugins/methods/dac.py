@@ -86,7 +86,7 @@ class DAC(Plugin):
         weights = dict(model.named_parameters())
         optimizer = torch.optim.SGD([*weights.values(), *gates.values()], self.lr, self.momentum)
         generator, steps = server.stream(purpose, turn), self._count_steps(server)
-        server.steps += steps
+        server.count_steps(steps, server.options.server_batch_size)
         with seeded_random(server.widths.draws, server.stream(f"{purpose} dropout", turn)):
             for _, rows in zip(range(steps), cycle_batches(len(x), server.options.server_batch_size, generator), strict=False):
                 if len(rows) > 1 or len(x) == 1:

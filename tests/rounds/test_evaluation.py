@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hetfl.hooks.server import Server
 from hetfl.rounds import evaluator as exams
 from hetfl.rounds.loop import run_round
 from hetfl.training import evaluation
@@ -30,3 +31,23 @@ def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
     score = made.server.score(made.server.state, made.state.test)
     assert second["global@test"] == score.accuracy
     assert second["global@test loss"] == pytest.approx(score.loss)
+
+
+def test_the_control_takes_as_many_steps_of_as_many_examples_as_the_method(simulate, monkeypatch):
+    """Filters are tuned in batches of 64, the weights in batches of 16, where pre-training has 32."""
+    seen = []
+    whole = Server._note_tuning
+
+    def note_tuning(self, tuned, steps, batch, purpose):
+        seen.append((purpose.split()[0], batch, tuned[0].steps))
+        return whole(self, tuned, steps, batch, purpose)
+
+    monkeypatch.setattr(Server, "_note_tuning", note_tuning)
+    tuned = {"fedconv": {"steps": 7, "first_steps": 7}, "kld": {"steps": 9, "batch_size": 16}}
+    made = simulate(
+        1, extract="fedconv", aggregate="kld", control=True, levels="0.5", limit=600, server_data=0.3, server_batch_size=32, set=tuned
+    )
+    spent = sorted((batch, steps) for purpose, batch, steps in seen if purpose in ("compressor", "kld"))
+    assert spent == [(16, 9), (64, 7)]
+    assert sorted((batch, steps) for purpose, batch, steps in seen if purpose == "control") == spent
+    assert made.state.rows[0]["server steps"] == 16
