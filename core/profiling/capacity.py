@@ -14,6 +14,8 @@ from hetfl.profiling.node import Profile
 
 Item = TypeVar("Item")
 
+Choice = Callable[[Sequence[Item]], Item]
+
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -80,22 +82,30 @@ def parse_mix(text: str, value: Callable[[str], Item]) -> list[tuple[Item, Fract
     return found
 
 
-def assign_shares(parts: Sequence[tuple[Item, Fraction]], clients: int) -> list[Item]:
+def assign_shares(parts: Sequence[tuple[Item, Fraction]], clients: int, held: Item | None = None) -> list[Item]:
     """Every client's value: floor(clients * share / sum) clients get each in order, the rest the last (spec heterofl 2.7).
 
     With 1:1,0.5:2 and 10 clients, 3 have 1 and 7 have 0.5. Where there are fewer clients than the shares' sum, flooring would give
-    all of them the last value; then client i gets the value in whose part of the running sum it falls: with 1:4,0.5:4 and 2
-    clients, 1 and 0.5.
+    all of them the last value; then client i of n gets the value in whose part of the running sum (i + 1/2) / n falls: with
+    1:2,0.75:3,0.5:3,0.25:2 and 4 clients, 1, 0.75, 0.5 and 0.25. If nobody has the value `held`, one client of the commonest other
+    value gets it.
     """
     total = sum((share for _, share in parts), Fraction())
     if clients < total:
-        ends = [int(clients * sum((s for _, s in parts[: i + 1]), Fraction()) / total) for i in range(len(parts))]
-        return [v for (v, _), start, end in zip(parts, [0, *ends], ends, strict=False) for _ in range(end - start)]
-    values = [value for value, share in parts for _ in range(int(clients * share / total))]
-    return values + [parts[-1][0]] * (clients - len(values))
+        ends = [clients * sum((s for _, s in parts[: i + 1]), Fraction()) / total for i in range(len(parts))]
+        numbers = [next(i for i, end in enumerate(ends) if client + Fraction(1, 2) < end) for client in range(clients)]
+    else:
+        numbers = [i for i, (_, share) in enumerate(parts) for _ in range(int(clients * share / total))]
+        numbers += [len(parts) - 1] * (clients - len(numbers))
+    if held is not None and all(parts[i][0] != held for i in numbers):
+        numbers.remove(max(numbers, key=numbers.count))
+        numbers = sorted([next(i for i, (value, _) in enumerate(parts) if value == held), *numbers])
+    return [parts[i][0] for i in numbers]
 
 
 @lru_cache
-def assign_mix(text: str, value: Callable[[str], Item], clients: int) -> tuple[Item, ...]:
-    """Every client's value under the mix `text`; cached, for every client asks for it."""
-    return tuple(assign_shares(parse_mix(text, value), clients))
+def assign_mix(text: str, value: Callable[[str], Item], clients: int, held: Choice[Item] | None = None) -> tuple[Item, ...]:
+    """Every client's value under the mix `text`, the one that `held` chooses of all (such as `max`) with one client at least;
+    cached, for every client asks for it."""
+    parts = parse_mix(text, value)
+    return tuple(assign_shares(parts, clients, held([v for v, _ in parts]) if held else None))

@@ -17,7 +17,8 @@ class Levels(Plugin):
     """`mix` is ratio:share, …; a ratio is the REMAINING width in (0, 1], also 1/4 or 0.75^2.
 
     Shares that sum to the clients are counts. The papers' letters serve as well: a6-b10-c11-d18-e55, where a is 1, b 1/2, c 1/4,
-    d 1/8 and e 1/16.
+    d 1/8 and e 1/16. The widest ratio is held by one client at least, however few clients there are: what nobody holds, nobody
+    trains.
     """
 
     mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
@@ -41,7 +42,7 @@ class Levels(Plugin):
             shares = torch.tensor([float(share) for _, share in levels])
             number = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
             return Profile(levels[number][0])
-        return Profile(assign_mix(expand_letters(self.mix), parse_ratio, node.clients)[node.client])
+        return Profile(assign_mix(expand_letters(self.mix), parse_ratio, node.clients, max)[node.client])
 
 
 def expand_letters(text: str) -> str:

@@ -51,3 +51,21 @@ def test_redrawn_levels_change_and_repeat():
 def test_levels_outside_their_range_are_refused(mix):
     with pytest.raises(ValueError, match=r"ratio|share"):
         Levels(mix=mix)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7, 10, 13])
+def test_the_widest_level_is_held_by_somebody(clients):
+    """4 clients with the default mix have one of each level, where nobody had the widest"""
+    from hetfl.profiling.node import Node
+
+    def widths(**options):
+        return [Levels(**options).profile(Node(i, clients, 1, 0)).width for i in range(clients)]
+
+    assert max(widths()) == 1
+    assert max(widths(mix="0.25:99,0.5:1")) == 0.5
+    assert max(widths(mix="1:0.1,0.5:0.9")) == 1
+    assert len(widths(mix="1:0.1,0.5:0.9")) == clients
+    if clients == 4:
+        assert widths() == [1, 0.75, 0.5, 0.25]
+    if clients == 10:
+        assert widths() == [1] * 2 + [0.75] * 3 + [0.5] * 3 + [0.25] * 2
