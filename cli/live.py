@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # rounds on the screen
 
+SILENCE = 10.0  # seconds without a line before round 1, after which one says what is being done
+
 COLUMNS = ("global@test", "loss", "control", "client@own", "down", "up", "seconds")
 
 
@@ -29,7 +31,7 @@ class RoundDisplay:
 
     def __init__(self, options: RunOptions, path: Path) -> None:
         self.options, self.path, self.rows, self.notes = options, path, list[dict[str, Any]](), list[str]()
-        self.started, self._phase = time.perf_counter(), "starting"
+        self.started, self._told, self._phase = time.perf_counter(), time.perf_counter(), "starting"
         self._screen = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
 
     def __enter__(self) -> RoundDisplay:
@@ -49,6 +51,16 @@ class RoundDisplay:
     def phase(self, round: int, name: str) -> None:
         self._phase = f"round {round}: {name}" if round else name
         self._refresh()
+        if not self._screen and not round and time.perf_counter() - self._told > SILENCE:
+            self._tell(f"{name} …")
+
+    def fact(self, text: str) -> None:
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        """One line, above the table where there is one."""
+        say(text)
+        self._told = time.perf_counter()
 
     def note(self, text: str) -> None:
         self._remark(f"note: {text}")

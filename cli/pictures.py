@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hetfl.runs.cell import TrialResult
@@ -77,7 +79,10 @@ def draw_scaling(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
 
 
 def draw_heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> None:
-    """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points."""
+    """Writes heatmap.png: means over seeds, extractions by aggregations for each point of the sweep, or pairs by points.
+
+    What was run and has no value, for it failed or the metric is not applicable to it, is marked as such.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,27 +90,28 @@ def draw_heatmap(outcomes: Sequence[TrialResult], out: Path, metric: str) -> Non
 
     values: dict[tuple[str, str, str], list[float]] = {}
     for o in outcomes:
-        if o.row.get(metric) is not None:
-            values.setdefault((o.trial.extract, o.trial.aggregate, point_label(o.trial.point)), []).append(100 * o.row[metric])
-    if not values:
+        found = values.setdefault((o.trial.extract, o.trial.aggregate, point_label(o.trial.point)), [])
+        found += [100 * o.row[metric]] if o.row.get(metric) is not None else []
+    if not any(values.values()):
         return
     extractions, partners, points = (list(dict.fromkeys(key[i] for key in values)) for i in range(3))
     crossed = len(values) > (len(extractions) + len(partners)) * len(points)
     panels = points if crossed else [metric]
     rows = extractions if crossed else list(dict.fromkeys(f"{e} x {a}" for e, a, _ in values))
     columns = partners if crossed else points
-    cells = {(p, e, a) if crossed else (metric, f"{e} x {a}", p): sum(v) / len(v) for (e, a, p), v in values.items()}
-    bright = (min(cells.values()) + 2 * max(cells.values())) / 3
+    cells = {(p, e, a) if crossed else (metric, f"{e} x {a}", p): fmean(v) if v else nan for (e, a, p), v in values.items()}
+    known = [value for value in cells.values() if not isnan(value)]
+    bright = (min(known) + 2 * max(known)) / 3
     figure = Figure(figsize=(2 + 0.8 * len(columns) * len(panels) + 2, 1.5 + 0.35 * len(rows)), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        grid = [[cells.get((panel, row, column), float("nan")) for column in columns] for row in rows]
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=min(cells.values()), vmax=max(cells.values()))
+        grid = [[cells.get((panel, row, column), nan) for column in columns] for row in rows]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=min(known), vmax=max(known))
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_title(panel)
         for (_, row, column), value in ((key, v) for key, v in cells.items() if key[0] == panel):
-            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "k" if value > bright else "w"}
-            axes.text(columns.index(column), rows.index(row), f"{value:.0f}", **look)
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "w" if value <= bright else "k"}
+            axes.text(columns.index(column), rows.index(row), "n/a" if isnan(value) else f"{value:.0f}", **look)
     figure.colorbar(image, ax=figure.axes, label=f"{metric}, %")
     RunFolder(out).write("heatmap.png", to_png(figure))
 

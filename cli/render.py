@@ -50,6 +50,8 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     console.print()
     say(f"{pair}: {summary['rounds']} rounds, {size}, {summary['seconds']:.1f} s", "bold")
     console.print(accuracy_table(summary["accuracy"]))
+    if "pre-training" in summary:
+        say(describe_pretraining(summary["pre-training"], summary["accuracy"].get("global@test")))
     console.print(level_table(summary["levels"]))
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds by phase"].items() if seconds >= 0.005)
     say(f"bytes: {format_bytes(summary['bytes down'])} down, {format_bytes(summary['bytes up'])} up")
@@ -59,13 +61,20 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     say(f"run folder: {path}")
 
 
+def describe_pretraining(before: dict[str, Any], after: dict[str, float] | None) -> str:
+    """What the server's pre-training gave, and what the rounds added to it."""
+    points = f"; the rounds {100 * (after['last'] - before['accuracy']):+.1f} points" if after else ""
+    spent = f"{before['steps']} steps on the server's {before['examples']} examples"
+    return f"before round 1: global@test {before['accuracy']:.1%} after {spent}{points}"
+
+
 def accuracy_table(accuracies: dict[str, dict[str, float]]) -> Table:
     """Every accuracy of a run: last round, mean of the last three, worst decile of the clients, loss."""
     made = table(("accuracy", "last round", "mean of last 3", "worst decile", "loss"), [], right=True)
     made.columns[0].justify = "left"
     for name, values in accuracies.items():
         loss = f"{values['loss']:.3f}" if "loss" in values else ""
-        made.add_row(name, percent(values["last"]), percent(values["last three"]), percent(values.get("p10")), loss)
+        made.add_row(name, percent(values["last"]), percent(values.get("last three")), percent(values.get("p10")), loss)
     return made
 
 

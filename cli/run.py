@@ -172,6 +172,8 @@ def follow_events(events: Iterator[dict[str, Any]], display: RoundDisplay) -> di
             display.phase(*value)
         elif kind == "done":
             display.done(value)
+        elif kind == "fact":
+            display.fact(value)
         elif kind == "note":
             display.note(value)
         else:

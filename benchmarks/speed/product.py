@@ -27,7 +27,7 @@ class Watch:
     def note(self, text: str) -> None:
         print(text)
 
-    alarm = note
+    alarm = fact = note
 
 
 def main() -> None:

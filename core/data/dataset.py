@@ -81,6 +81,7 @@ class FederatedDataset:
     inputs: Inputs  # what a model is to be built for
     model: str  # the name of the model of a run that names none
     preprocessing: dict[str, Any]  # data options that were left open, resolved: columns, mean, std …
+    unused: int = 0  # training examples that the partition gives to nobody
 
     def on(self, device: str) -> FederatedDataset:
         """The same data set with x and y on `device`; the indices stay on CPU."""

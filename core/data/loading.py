@@ -81,6 +81,8 @@ def _build_dataset(
     found = facts["columns"] | _choose_normalization(options, source.known, tensors["x"], facts)
     pick = _make_picker(tensors["x"], tensors["y"], used, found)
     pick_test = _make_picker(tensors["test.x"], tensors["test.y"], [split.test], found) if has_test else pick
+    examples = len(tensors["y"]) - (0 if has_test else len(split.test))
+    held = sum(map(len, [*split.train, *split.own, split.tune, split.holdout]))
     counts = torch.stack([tensors["y"][rows].bincount(minlength=classes) for rows in split.train])
     clients = [ClientData(pick(train), pick(own), n) for train, own, n in zip(split.train, split.own, counts, strict=True)]
     inputs = Inputs(tuple(tensors["x"].shape[1:]), classes, facts.get("vocab"))
@@ -95,6 +97,7 @@ def _build_dataset(
         inputs=inputs,
         model=_choose_model(source.known, inputs),
         preprocessing=found,
+        unused=min(examples, options.limit or examples) - held,
     )
 
 

@@ -44,11 +44,13 @@ class Plugin(BaseModel):
     from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
     wants for normalisation statistics when the run leaves it open. `takes_own_models`: an extraction whose clients may have
     architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean over the clients that
-    cover an entry, one vote a client where all have equally many examples.
+    cover an entry, one vote a client where all have equally many examples. `trains_global`: whether its rounds make a global model;
+    where they do not, accuracies of the global model are not applicable.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     mean: ClassVar[bool] = False
+    trains_global: ClassVar[bool] = True
     extras_down: ClassVar[dict[str, ExtraSpec]] = {}
     extras_up: ClassVar[dict[str, ExtraSpec]] = {}
 

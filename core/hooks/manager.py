@@ -135,6 +135,11 @@ class PluginManager:
         aggregations = [p for key, p in self.plugins.items() if key.startswith("aggregate.")]
         return not self._answers("recover", "extract") and all(p.mean for p in aggregations)
 
+    @property
+    def trains_global(self) -> bool:
+        """Whether the rounds make a global model."""
+        return all(plugin.trains_global for plugin in self.plugins.values())
+
     @cached_property
     def finalizes(self) -> bool:
         """Whether a plugin has a last word on what was merged."""

@@ -117,10 +117,11 @@ class Server:
     def tune(
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], float], purpose: str, round: int,
         *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (), patience: int = 0,
+        watch: Callable[[int], None] | None = None,
     ) -> TuningResult:  # fmt: skip
         """`train.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
-        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience}
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience, "watch": watch}
         return self._note_tuning([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
 
     def tune_together(
@@ -143,10 +144,12 @@ class Server:
     def train(
         self, state: State, steps: int, purpose: str, round: int = 0, *,
         sizes: Mapping[str, int] | None = None, lr: float | None = None, batch: int | None = None, client: int = -1,
+        watch: Callable[[int], None] | None = None,
     ) -> State:  # fmt: skip
         """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss.
 
-        `lr` and `batch` (examples in a step) are the run's, --server-lr and --server-batch-size, where they are not given.
+        `lr` and `batch` (examples in a step) are the run's, --server-lr and --server-batch-size, where they are not given; `watch`
+        is told the number of the step now and then.
         """
         if not steps:
             return state
@@ -163,5 +166,6 @@ class Server:
             self.tune(
                 parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
                 batch=batch or self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
+                watch=watch,
             )  # fmt: skip
         return move_state(copy_state(model), "cpu")

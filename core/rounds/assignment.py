@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,7 +56,21 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
         raise RunError(f"no client can take part; the profile of client {chosen[0]}: {first}")
     found = [Client(i, profile, run.extras.get(i, {}), run.last_round.get(i, 0)) for i, profile in profiles.items()]
     run.server.clients |= {client.id: client for client in found}
+    if now.number == 1 and found:
+        describe_fleet(now, found)
     return found
+
+
+def describe_fleet(now: RoundState, clients: Sequence[Client]) -> None:
+    """Says which widths the clients of round 1 afford, and where all were asked, that nobody affords the whole model."""
+    run, widths = now.run, Counter(client.profile.width for client in clients)
+    shown = ", ".join(f"{width:g} with {count}" for width, count in sorted(widths.items(), reverse=True))
+    run.callback.fact(f"widths: {shown} of the {len(clients)} clients of round 1 (profile {run.options.profile})")
+    if max(widths) < 1 and len(clients) == run.clients:
+        run.callback.note(
+            f"no client affords the whole model: the widest of the {len(clients)} has width {max(widths):g}; channels beyond it "
+            "are never trained where all clients get the leading ones"
+        )
 
 
 def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, Assignment]:

@@ -16,6 +16,9 @@ class Callback(Protocol):
     def done(self, row: Row) -> None:
         """A round has ended; `row` is its line of metrics.csv."""
 
+    def fact(self, text: str) -> None:
+        """A line about the run as it is: what is trained, on what, by whom."""
+
     def note(self, text: str) -> None:
         """Something worth a line."""
 
@@ -28,5 +31,6 @@ class NoCallback:
 
     def phase(self, round: int, name: str) -> None: ...
     def done(self, row: Row) -> None: ...
+    def fact(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
     def alarm(self, text: str) -> None: ...

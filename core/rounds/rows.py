@@ -16,7 +16,13 @@ PARAMETERS, MACS, MEMORY = "parameters", "MACs", "memory"
 OWN_ACCURACY, OWN_LOSS, SECONDS = "own accuracy", "own loss", "seconds"  # metrics of a reply
 CLIENTS, LEFT_OUT, CLIENT_SECONDS, ALARMS = "clients", "left out", "client seconds", "alarms"
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
+CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
 RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}
+
+
+def is_of_global(name: str) -> bool:
+    """Whether an accuracy is one of the global model, or of a part of it: global@test, level-0.5@test, submodel@own …"""
+    return name.partition("@")[0].partition("-")[0] not in CLIENTS_MODELS
 
 
 @dataclass(eq=False)

@@ -33,10 +33,10 @@ def run(
     (docs/data.md), a torch Dataset (each example is taken once, transforms and all), a pair (x, y), a datasets.Dataset, or
     {"train": …, "test": …} of these. `extract`, `aggregate`, `profile`, `wrap` (one or several): a name,
     "package.module:Class", a Plugin class or an object of one. `callback`: an object, or several, with any of the methods
-    on_run_start(info), on_round_start(round), on_phase(round, name), on_round_end(row), on_note(text), on_alarm(text),
-    on_run_end(summary). `progress`: True, False, or "auto", a line in a terminal or a notebook. Everything else is an option of
-    `hfl run`; options of plugins are given as `set={"fedconv": {"epochs": 3}}`. Raises UsageError, in one sentence, for what
-    cannot be done as asked.
+    on_run_start(info), on_round_start(round), on_phase(round, name), on_round_end(row), on_fact(text), on_note(text),
+    on_alarm(text), on_run_end(summary). `progress`: True, False, or "auto", a line in a terminal or a notebook. Everything else
+    is an option of `hfl run`; options of plugins are given as `set={"fedconv": {"epochs": 3}}`. Raises UsageError, in one
+    sentence, for what cannot be done as asked.
 
     >>> import hetfl, torch
     >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=2, control=False)

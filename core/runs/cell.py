@@ -66,9 +66,12 @@ def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
     base: Row = {"extract": trial.extract, "aggregate": trial.aggregate, **dict(trial.point), "seed": trial.seed}
     if "why" in summary:
         return base | {"status": summary["status"], "why": summary["why"], "config": trial.key}
-    accuracies = {name: values["last three"] for name, values in summary["accuracy"].items()}
+    accuracies = {name: values.get("last three", values["last"]) for name, values in summary["accuracy"].items()}
+    if (before := summary.get("pre-training")) is not None:
+        accuracies["pretrained@test"] = before["accuracy"]
     deciles = {f"{name} p10": values["p10"] for name, values in summary["accuracy"].items() if "p10" in values}
     levels = summary["levels"]
     costs = {n: statistics.fmean(level[n] for level in levels) for n in ("parameters", "MACs", "memory") if levels}
     totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
-    return base | {"status": "ok", **accuracies, **deciles, **costs, **totals, "config": trial.key}
+    why = {"why": summary["not applicable"]} if "not applicable" in summary else {}
+    return base | {"status": "ok", **why, **accuracies, **deciles, **costs, **totals, "config": trial.key}

@@ -18,6 +18,8 @@ from hetfl.rounds.messages import Engine
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.setup import build_setup, choose_group_size, sums_on_device
 from hetfl.rounds.state import RunState
+from hetfl.runs.header import describe_setup, find_oddities
+from hetfl.training.evaluation import Score
 
 
 @dataclass(eq=False)
@@ -25,8 +27,8 @@ class Experiment:
     """Everything a run needs, ready to go.
 
     `given` are the options as they were asked for, `options` those with every default spelt out; `initial` are the weights before
-    any training, `pretrained` those after the server's; `group_size` is how many clients train as one; `seconds` are those of the
-    phases before round 1.
+    any training, `pretrained` those after the server's, and `score` the test accuracy of these, where the server trained;
+    `group_size` is how many clients train as one; `seconds` are those of the phases before round 1.
     """
 
     given: RunOptions
@@ -37,6 +39,7 @@ class Experiment:
     state: RunState
     initial: State
     pretrained: State
+    score: Score | None
     group_size: int
     engine: Engine
     seconds: dict[str, float]
@@ -65,13 +68,17 @@ def prepare(
     server.example = federation.inputs.batch().to(options.device)
     if why and given.vmap == "on":
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")
+    for line in describe_setup(setup):
+        callback.fact(line)
+    for text in find_oddities(setup):
+        server.notes.append(text)
+        callback.note(text)
     began = time.perf_counter()
-    callback.phase(0, "pretrain")
-    if pretrained is not None:
-        server.state = pretrained
-    elif server.has_public:
-        server.state = server.train(initial, options.pretrain_steps, "pretrain")
-    pretrained = server.state
+    server.state = pretrain(server, callback) if pretrained is None else pretrained
+    pretrained, score = server.state, None
+    if server.has_public and options.pretrain_steps:
+        score = server.score(pretrained, federation.test)
+        callback.fact(f"before round 1: global@test {score.accuracy:.1%}")
     plugins.prepare(server)
     state = RunState(
         server,
@@ -90,4 +97,19 @@ def prepare(
         setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext(Path("memory"))
     )
     seconds = {"pretrain": time.perf_counter() - began}
-    return Experiment(given, options, federation, plugins, server, state, initial, pretrained, group_size, engine, seconds)
+    return Experiment(given, options, federation, plugins, server, state, initial, pretrained, score, group_size, engine, seconds)
+
+
+def pretrain(server: Server, callback: Callback) -> State:
+    """The model after the server's pre-training, which every method gets alike; progress is told as the phase's name."""
+    steps = server.options.pretrain_steps
+    callback.phase(0, "pretrain")
+    if not (server.has_public and steps):
+        return server.state
+    examples = len(server.public.tune)
+    callback.fact(f"pre-training: {steps} steps on the server's {examples} examples (--pretrain-steps; every method alike)")
+
+    def watch(step: int) -> None:
+        callback.phase(0, f"pretrain, step {step} of {steps}")
+
+    return server.train(server.state, steps, "pretrain", watch=watch)

@@ -49,7 +49,8 @@ def rank_pairs(results: Sequence[TrialResult], metric: str) -> list[LeaderboardR
     spread = {key: interval(values.tolist()) for key, values in table.groupby(["pair", "point"], sort=False)["value"]}
     means = pd.Series({key: mean for key, (mean, _, _) in spread.items()}, dtype=float)
     ranks = means.groupby(level=1).rank(ascending=False, method="min").groupby(level=0).mean() if spread else {}
-    why = {(r.trial.extract, r.trial.aggregate): r.row["why"] for r in results if r.status != "ok"}
+    lacking = [r for r in results if r.row.get(metric) is None and "why" in r.row]
+    why = {(r.trial.extract, r.trial.aggregate): r.row["why"] for r in lacking}
     rows = [
         LeaderboardRow(*pair, {points[p]: found for (q, p), found in spread.items() if q == i},
                        float(ranks.get(i, math.inf)), why.get(pair, ""))

@@ -16,7 +16,7 @@ from rich.text import Text
 from hetfl.errors import UsageError, nearest
 
 METHODS = (
-    "on_run_start", "on_round_start", "on_phase", "on_round_end", "on_note", "on_alarm", "on_run_end",
+    "on_run_start", "on_round_start", "on_phase", "on_round_end", "on_fact", "on_note", "on_alarm", "on_run_end",
 )  # fmt: skip
 
 BAR = 24  # characters
@@ -52,6 +52,9 @@ class Observers:
     def done(self, row: Mapping[str, Any]) -> None:
         if row["round"] == self._round:
             self.tell("on_round_end", row)
+
+    def fact(self, text: str) -> None:
+        self.tell("on_fact", text)
 
     def note(self, text: str) -> None:
         self.tell("on_note", text)

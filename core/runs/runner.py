@@ -83,6 +83,9 @@ class RunRecorder:
     def phase(self, round: int, name: str) -> None:
         self._callback.phase(round, name)
 
+    def fact(self, text: str) -> None:
+        self._callback.fact(text)
+
     def note(self, text: str) -> None:
         self._state.server.notes.append(text)
         self._callback.note(text)

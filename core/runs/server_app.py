@@ -30,6 +30,9 @@ class EventLog:
     def phase(self, round: int, name: str) -> None:
         self.tell(phase=[round, name])
 
+    def fact(self, text: str) -> None:
+        self.tell(fact=text)
+
     def note(self, text: str) -> None:
         self.tell(note=text)
 

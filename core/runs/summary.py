@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +16,20 @@ from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
 from hetfl.digest import digest_tensors
 from hetfl.models.state import State
-from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, CLIENT_SECONDS, FAULT, LEVEL, MACS, MEMORY, PARAMETERS, PHASE, SECONDS, Row
+from hetfl.rounds.rows import (
+    BYTES_DOWN,
+    BYTES_UP,
+    CLIENT_SECONDS,
+    FAULT,
+    LEVEL,
+    MACS,
+    MEMORY,
+    PARAMETERS,
+    PHASE,
+    SECONDS,
+    Row,
+    is_of_global,
+)  # fmt: skip
 from hetfl.runs.experiment import Experiment
 from hetfl.runs.given import object_facts
 
@@ -56,34 +71,41 @@ def class_counts(federation: FederatedDataset) -> list[Row]:
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
-    rows = experiment.state.rows
+    rows, trains_global = experiment.state.rows, experiment.plugins.trains_global
     measured = [row for row in rows if "global@test" in row]
+    accuracies = final_accuracies(measured)
+    if not trains_global:
+        accuracies = {name: values for name, values in accuracies.items() if not is_of_global(name)}
     phases = sorted({key for row in rows for key in row if key.startswith(PHASE)})
     server = {key.removeprefix(PHASE): sum(row.get(key, 0.0) for row in rows) for key in phases}
     return {
         "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
         "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
-        "accuracy": final_accuracies(measured), "levels": level_costs(experiment), "seconds": seconds,
+        "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(experiment), "seconds": seconds,
+        **({} if trains_global else {"not applicable": WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
         BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
         "weights sha256": digest_tensors(experiment.server.state, shapes=False),
-        "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment), *warnings(measured)],
+        "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment),
+                  *(compare_to_control(measured, len(experiment.federation.test)) if trains_global else [])],
     }  # fmt: skip
 
 
 def final_accuracies(measured: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Every accuracy of the last evaluated round, and its mean over the last three evaluated rounds."""
+    """Every accuracy of the last evaluated round, and its mean over the last three evaluated rounds, where all of them have it."""
     names = [key for key in measured[-1] if "@" in key and not key.endswith((" loss", " p10"))]
     return {name: last_values(name, measured) for name in names}
 
 
 def last_values(name: str, measured: Sequence[Row]) -> dict[str, float]:
     last = [row[name] for row in measured[-3:] if name in row]
-    found = {"last": last[-1], "last three": sum(last) / len(last)}
+    found = {"last": last[-1], **({"last three": sum(last) / len(last)} if len(last) == len(measured[-3:]) else {})}
     extra = {key: measured[-1][f"{name} {key}"] for key in ("loss", "p10") if f"{name} {key}" in measured[-1]}
     return {**found, **extra}
 
+
+WITHOUT_GLOBAL = "no global model is trained here, so its accuracies are not applicable: read personal@own, the clients' own models"
 
 COSTS = (PARAMETERS, MACS, MEMORY, BYTES_DOWN, BYTES_UP, SECONDS)
 
@@ -107,22 +129,45 @@ def own_notes(experiment: Experiment) -> list[str]:
     if saved := server.steps_saved:
         epochs = f"({server.epochs_saved:.1f} epochs)"
         notes.append(f"early stopping on the hold-out saved {saved} of {saved + server.steps} server steps {epochs}")
-    if all(torch.equal(server.state[name], tensor) for name, tensor in first.items()):
+    if not experiment.plugins.trains_global:
+        notes.append(WITHOUT_GLOBAL)
+    elif all(torch.equal(server.state[name], tensor) for name, tensor in first.items()):
         notes.append("the global model is still that of before round 1: read personal@own, the models that the clients keep")
     return notes
 
 
-def warnings(measured: Sequence[Row]) -> list[str]:
-    """What a reader of the result should know before believing it."""
+def pretraining_facts(experiment: Experiment) -> dict[str, Any]:
+    """What the server's pre-training came to, where it took any step; the rest of the gain is the rounds'."""
+    if (score := experiment.score) is None or (public := experiment.federation.public) is None:
+        return {}
+    steps = experiment.options.pretrain_steps
+    return {"pre-training": {"steps": steps, "examples": len(public.tune), "accuracy": score.accuracy, "loss": score.loss}}
+
+
+def compare_to_control(measured: Sequence[Row], examples: int) -> list[str]:
+    """That the global model is not shown to be better than the server-only control, with what is compared and the spread."""
     if "control@test" not in measured[-1]:
         return []
-    ours, control = (last_values(name, measured)["last three"] for name in ("global@test", "control@test"))
-    if ours > control + 0.01:
+    names = ("global@test", "control@test")
+    ours, control = means = [fmean(row[name] for row in measured[-3:] if name in row) for name in names]
+    noise = 2 * math.sqrt(sum(p * (1 - p) for p in means) / examples)
+    if ours > control + noise:
         return []
+    said = " against ".join(
+        f"{name} {p:.1%} ({describe_spread(name, measured[-3:])})" for name, p in zip(names, means, strict=True)
+    )
+    over = f"the last {len(measured[-3:])} evaluated rounds" if len(measured) > 1 else "the one evaluated round"
     return [
-        f"global accuracy ({ours:.1%}) does not exceed the server-only control ({control:.1%}, same model and steps on the "
-        "server's data alone): the federation adds nothing that can be measured here"
+        f"{said}, means over {over}: the difference of {100 * (ours - control):+.1f} points does not exceed the {100 * noise:.1f} "
+        f"that {examples:,} test examples leave open (two standard errors): it is not shown that the federation adds anything to "
+        "the server-only control (the same model, steps and batches, on the server's data alone)"
     ]
+
+
+def describe_spread(name: str, rows: Sequence[Row]) -> str:
+    """The least and the greatest value of an accuracy in `rows`."""
+    found = [row[name] for row in rows if name in row]
+    return f"{min(found):.1%} to {max(found):.1%}"
 
 
 def to_contiguous(state: State) -> State:

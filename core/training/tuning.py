@@ -42,15 +42,16 @@ def explain_risen_loss(purpose: str, start: float, last: float, step: int) -> st
 def tune(
     data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], holdout_loss: Callable[[], float],
     generator: torch.Generator, *, steps: int, lr: float, batch: int, every: int = 10, patience: int = 0,
-    keep: Sequence[Tensor] = (),
+    keep: Sequence[Tensor] = (), watch: Callable[[int], None] | None = None,
 ) -> TuningResult:  # fmt: skip
     """Adam on `parameters` for `steps` batches of server data; ends with the tensors of the step of lowest hold-out loss.
 
     `loss` gets the positions (batch,) of a batch within `data`. `holdout_loss` is computed before the first step, every `every`
     steps and after the last; with `patience`, tuning ends after so many in a row that were no lower. `keep` are further tensors
-    (buffers) that belong to a step. All are changed in place.
+    (buffers) that belong to a step. All are changed in place. `watch` is told the number of each step after which it looked.
     """
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "every": every, "patience": patience, "keep": keep}
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "every": every, "patience": patience, "keep": keep,
+                               "watch": watch}  # fmt: skip
     results = tune_together(
         data, parameters, lambda rows: loss(rows[0]), lambda: torch.tensor([holdout_loss()], dtype=torch.float64), [generator],
         **options,
@@ -62,6 +63,7 @@ def tune_together(
     data: Examples, parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], holdout_losses: Callable[[], Tensor],
     generators: Sequence[torch.Generator], *,
     steps: int, lr: float, batch: int, every: int = 10, patience: int = 0, keep: Sequence[Tensor] = (),
+    watch: Callable[[int], None] | None = None,
 ) -> list[TuningResult]:  # fmt: skip
     """`tune` for several problems of one form, each as if alone: their tensors are joined along a leading dim (problems, …).
 
@@ -76,6 +78,8 @@ def tune_together(
         loss(torch.stack(rows)).backward()
         optimizer.step()
         if step % every == 0 or step == steps:
+            if watch is not None:
+                watch(step)
             better = stopping.update(step, evaluate_holdout(holdout_losses), patience * every)
             best = [select_better(better, t.detach(), old) for t, old in zip(tensors, best, strict=True)]
             if not stopping.active:

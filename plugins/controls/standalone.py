@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hetfl import Client, Exchange, Field, Plan, Plugin, Server, hookimpl, prefix
 
 
 class Standalone(Plugin):
     """A model of the client's own width that stays with it for the whole run; the global model never changes."""
+
+    trains_global: ClassVar[bool] = False
 
     start: Literal["untrained", "server"] = Field(
         "untrained", description="what a client begins with: an untrained model, or once the server's pre-trained part"

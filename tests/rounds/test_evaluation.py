@@ -44,9 +44,8 @@ def test_the_control_takes_as_many_steps_of_as_many_examples_as_the_method(simul
 
     monkeypatch.setattr(Server, "_note_tuning", note_tuning)
     tuned = {"fedconv": {"steps": 7, "first_steps": 7}, "kld": {"steps": 9, "batch_size": 16}}
-    made = simulate(
-        1, extract="fedconv", aggregate="kld", control=True, levels="0.5", limit=600, server_data=0.3, server_batch_size=32, set=tuned
-    )
+    more = {"levels": "0.5", "limit": 600, "server_data": 0.3}
+    made = simulate(1, extract="fedconv", aggregate="kld", control=True, set=tuned, **more)
     spent = sorted((batch, steps) for purpose, batch, steps in seen if purpose in ("compressor", "kld"))
     assert spent == [(16, 9), (64, 7)]
     assert sorted((batch, steps) for purpose, batch, steps in seen if purpose == "control") == spent

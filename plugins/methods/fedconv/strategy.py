@@ -20,7 +20,6 @@ from hetfl.plugins.methods.fedconv.options import FedConvOptions
 from hetfl.plugins.methods.fedconv.tiling import tile_parameters
 from hetfl.plugins.methods.fedconv.tuning import Goals, Upload, group_uploads, make_global_goals, train_compressor, train_dilators
 
-
 TUNED = 1e-4  # Adam's learning rate of fine-tuning models on server data (spec 3)
 
 
@@ -55,7 +54,7 @@ class FedConv(FedConvOptions):
         return CompressedPlan(selection, filters.copy(), self.mlr, self.residual)
 
     def _make_filters(self, server: Server, selection: Selection, purpose: str) -> Filters:
-        """Filters of every parameter that is trained at their start, or as a checkpoint had them; a frozen one is sliced (spec 2.2)."""
+        """Filters of every trained parameter, at their start or as a checkpoint had them; frozen ones are sliced (spec 2.2)."""
         names = [n for n, p in server.builder.model.named_parameters() if n in server.state and p.ndim and p.requires_grad]
         filters = Filters(selection, tile_parameters(selection, server.state, names))
         if self.start == "random":

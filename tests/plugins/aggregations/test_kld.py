@@ -39,7 +39,8 @@ def test_the_rate_is_halved_as_the_filters_rate_is(simulate):
     options = {"form": "weights", "start": "normal", "guard": False, "steps": 20}
     found = [simulate(1, extract="heterofl", aggregate="kld", server_data=0.3, set={"kld": {**options, **more}}).server.state
              for more in ({"lr": 0.1, "halve_every": 1}, {"lr": 0.05}, {"lr": 0.1})]  # fmt: skip
-    assert same(found[0], found[1]) and not same(found[0], found[2])
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
 
 
 @pytest.mark.parametrize(("form", "old"), [("weights", 9.0), ("update", 0.0)])
