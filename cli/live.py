@@ -15,6 +15,7 @@ from rich.text import Text
 from hetfl.cli.console import console, plain_text, say
 from hetfl.cli.render import format_bytes, leaderboard_table, percent, table
 from hetfl.config import RunOptions
+from hetfl.errors import plural
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import TrialResult
@@ -37,7 +38,7 @@ class RoundDisplay:
     def __enter__(self) -> RoundDisplay:
         options = self.options
         pair = f"{options.extract} x {options.aggregate or 'its natural aggregation'} on {options.dataset}"
-        say(f"{pair}, {options.clients} clients, {options.rounds} rounds, seed {options.seed} -> {self.path}")
+        say(f"{pair}, {plural(options.clients, 'client')}, {plural(options.rounds, 'round')}, seed {options.seed} -> {self.path}")
         if self._screen:
             self._screen.start()
         return self

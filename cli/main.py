@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from typing import Annotated, NoReturn
@@ -14,6 +15,8 @@ from hetfl.cli import report as reports
 from hetfl.cli import reproduce, run, show, study
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
+
+TWICE = re.compile(r"(Did you mean [^?]*\?) \(Did you mean [^?]*\?\)$")  # typer's guess, then click's own
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -95,7 +98,7 @@ def report(error: Exception) -> int:
     """Says what went wrong; returns the exit code."""
     if isinstance(error, click.ClickException):
         if sentence := error.format_message():  # none where help was shown, for no command was given
-            complain(sentence)
+            complain(TWICE.sub(r"\1", sentence))
         return 2
     if isinstance(error, UsageError | RunError):
         complain(str(error))

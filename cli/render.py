@@ -11,6 +11,7 @@ import tomli_w
 from rich.table import Table
 
 from hetfl.cli.console import console, say
+from hetfl.errors import plural
 from hetfl.presets import Preset
 from hetfl.registry import Entry
 
@@ -46,9 +47,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = F
 
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """What a run came to."""
-    pair, size = f"{summary['extract']} x {summary['aggregate']} on {summary['dataset']}", f"{summary['clients']} clients"
+    pair, size = f"{summary['extract']} x {summary['aggregate']} on {summary['dataset']}", plural(summary["clients"], "client")
     console.print()
-    say(f"{pair}: {summary['rounds']} rounds, {size}, {summary['seconds']:.1f} s", "bold")
+    say(f"{pair}: {plural(summary['rounds'], 'round')}, {size}, {summary['seconds']:.1f} s", "bold")
     console.print(accuracy_table(summary["accuracy"]))
     if "pre-training" in summary:
         say(describe_pretraining(summary["pre-training"], summary["accuracy"].get("global@test")))
@@ -132,14 +133,14 @@ def print_preset(preset: Preset) -> None:
 
 def print_model_report(report: ModelReport) -> None:
     """What `hfl inspect` found."""
-    widths, inputs = report.widths, report.inputs
+    widths, inputs, groups = report.widths, report.inputs, plural(len(report.widths.groups), "width group")
     kind = f"{inputs.vocab} token ids" if inputs.vocab else "x".join(map(str, inputs.shape))
     say(
-        f"{report.model} for {kind}, {inputs.classes} classes: {len(widths.groups)} width groups, {widths.elastic():.1%} of its "
+        f"{report.model} for {kind}, {inputs.classes} classes: {groups}, {widths.elastic():.1%} of its "
         f"entries can be cut (traced and proven in {report.seconds:.1f} s)", "bold",
     )  # fmt: skip
-    groups = [(g.name, str(g.size), list_some(report.members[g.name])) for g in widths.groups]
-    console.print(table(("group", "units", "cuts"), groups))
+    cuts = [(g.name, str(g.size), list_some(report.members[g.name])) for g in widths.groups]
+    console.print(table(("group", "units", "cuts"), cuts))
     console.print(table(("frozen", "why"), list(widths.frozen.items())))
     rows = [
         (f"{level.ratio:g}", f"{level.cost.parameters:,}", f"{level.cost.macs:,}", format_bytes(level.cost.memory),
@@ -165,7 +166,7 @@ def print_width_reports(model: str, reports: Sequence[WidthReport]) -> None:
     best = max((r.ratio for r in reports if not r.exceeded), default=None)
     verdict = "affords no width of it" if best is None else f"affords width {best:g}"
     next_up = min((r for r in reports if r.exceeded and (best is None or r.ratio > best)), key=lambda r: r.ratio, default=None)
-    why = f"; beyond that binds {next_up.exceeded}" if next_up else ""
+    why = f"; width {next_up.ratio:g} is too much: {next_up.exceeded}" if next_up else ""
     say(f"{model}: this machine {verdict}{why}", "bold")
 
 
@@ -192,6 +193,23 @@ def print_leaderboard(results: Sequence[TrialResult], metric: str, out: Path) ->
     say(f"{metric}, %, mean over seeds and 95 % interval, by mean rank", "bold")
     console.print(leaderboard_table(results, metric))
     say(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)")
+
+
+def print_written_leaderboard(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """A leaderboard as leaderboard.csv has it: a row a pair and point."""
+    from hetfl.runs.leaderboard import HALF
+
+    fixed = ("extract", "aggregate", "mean rank", "metric", "mean", HALF, "seeds", "why")
+    points = [name for name in rows[0] if name not in fixed] if rows else []
+    say(f"{rows[0]['metric']}, %, mean over seeds and 95 % interval, by mean rank" if rows else "no run has ended", "bold")
+    shown = []
+    for row in rows:
+        rank, value = row["mean rank"], row.get("mean")
+        found = format_interval(float(value), float(row[HALF] or "nan"), int(float(row["seeds"]))) if value else ""
+        rank = f"{float(rank):.1f}" if value else ""
+        shown.append((rank, row["extract"], row["aggregate"], *(row[p] or "" for p in points), found, row.get("why") or ""))
+    console.print(table(("rank", "extract", "aggregate", *points, "accuracy", ""), shown))
+    say(f"folder: {path} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)")
 
 
 def print_scaling(rows: Sequence[dict[str, Any]], out: Path) -> None:

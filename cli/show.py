@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -103,19 +104,33 @@ def list_presets(
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="a plugin's name, role.name or package.module:Class, or a run folder")],
+    name: Annotated[str, typer.Argument(help="a plugin's name, role.name or package.module:Class, or a folder of a run or matrix")],
     debug: Debug = False,
 ) -> None:
-    """Show a plugin's options and docs, or a run's summary again."""
+    """Show a plugin's options and docs, or a run's summary or a matrix's leaderboard again."""
     if Path(name).is_dir():
-        from hetfl.runs.folder import RunFolder
-
-        render.print_summary(RunFolder(Path(name)).read("summary.json"), Path(name))
+        show_folder(Path(name))
         return
     from hetfl.hooks.loading import load_class
 
     for entry in find_in_any_role(name):
         render.print_plugin(entry, load_class(entry))
+
+
+def show_folder(path: Path) -> None:
+    """Shows what a run or a matrix came to. Raises UsageError where the folder has no such thing."""
+    from hetfl.runs.folder import RunFolder
+
+    folder = RunFolder(path)
+    if folder.holds("summary.json"):
+        render.print_summary(folder.read("summary.json"), path)
+    elif folder.holds("leaderboard.csv"):
+        with (path / "leaderboard.csv").open(newline="") as file:
+            render.print_written_leaderboard(list(csv.DictReader(file)), path)
+    elif folder.holds("config.toml"):
+        raise UsageError(f"the run in '{path}' has not ended: hfl resume goes on with it")
+    else:
+        raise UsageError(f"'{path}' is no folder of a run or matrix: it holds neither summary.json nor leaderboard.csv")
 
 
 def find_in_any_role(name: str) -> list[Entry]:

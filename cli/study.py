@@ -41,7 +41,9 @@ def matrix(
     """Run many pairs over many settings and seeds, the controls always among them; what is in --out already is not run again."""
     from hetfl.runs import leaderboard
     from hetfl.runs import sweep as sweeps
+    from hetfl.runs.cell import check_metric
 
+    check_metric(metric)
     swept = {} if alpha is None else {"alpha": [parse_value(value) for value in alpha.split(",")]}
     swept |= parse_sweep(sweep or [])
     pairs = sweeps.cross_plugins(extract.split(","), aggregate.split(","))

@@ -141,6 +141,16 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
             raise ValueError("the run folder needs a name")
         return out
 
+    @field_validator("set")
+    @classmethod
+    def _only_plugins(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, value in settings.items():
+            if not isinstance(value, Mapping):
+                field = name.replace("-", "_")
+                instead = f"; {format_flag(field)} {value} is an option of the run" if field in cls.model_fields else ""
+                raise ValueError(f"'{name}={value}' names no plugin: options of plugins are given as plugin.option=value{instead}")
+        return settings
+
     @model_validator(mode="after")
     def _whole_public_count(self) -> RunOptions:
         if self.server_data >= 1 and self.server_data != int(self.server_data):

@@ -50,7 +50,7 @@ def plugin_settings(options: RunOptions, entries: Sequence[Entry]) -> dict[str, 
     if options.levels is not None:
         given = {**given, "levels": {**given.get("levels", {}), "mix": options.levels}}
     for name, values in given.items():
-        for key, value in values.items() if isinstance(values, dict) else [(name, values)]:
+        for key, value in values.items():
             place, option = option_owner(name, key, value, entries)
             found[place].update(option)
     return found

@@ -87,8 +87,9 @@ def measure_widths(
     data, reports = make_examples(inputs), []
     for ratio in levels:
         cost, seconds = meter.width_cost(ratio), meter.step_seconds(data, ratio)
-        exceeded = [f"memory: {allowed / 1e6:,.0f} MB may be used"] if cost.memory > allowed else []
-        exceeded += [f"deadline: {seconds * steps:.3g} of {deadline:g} s"] if seconds * steps > deadline else []
+        used, taken = cost.memory / 1e6, seconds * steps
+        exceeded = [f"it needs {used:,.0f} MB, {allowed / 1e6:,.0f} MB may be used"] if cost.memory > allowed else []
+        exceeded += [f"it takes {taken:.3g} s, the deadline is {deadline:g} s"] if taken > deadline else []
         reports.append(WidthReport(ratio, cost, seconds, "; ".join(exceeded)))
     return reports
 

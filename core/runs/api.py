@@ -11,7 +11,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import UsageError, nearest
 from hetfl.runs import leaderboard, runner
 from hetfl.runs import sweep as sweeps
-from hetfl.runs.cell import Trial, TrialResult
+from hetfl.runs.cell import Trial, TrialResult, check_metric
 from hetfl.runs.folder import MemoryFolder, RunFolder
 from hetfl.runs.given import Given
 from hetfl.runs.observers import Observers, progress_line
@@ -130,6 +130,7 @@ def matrix(
     >>> sorted(found.leaderboard["extract"])
     ['fedrolex', 'heterofl']
     """
+    check_metric(metric)
     given = Given()
     values = gather(given, options, model=model, dataset=data, profile=profile, wrap=wrap)
     extracts, aggregates = ([given.names({role: one})[role] for one in list_values(several)]

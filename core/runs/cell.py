@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from hetfl import registry
 from hetfl.config import RunOptions
 from hetfl.digest import digest_json
+from hetfl.errors import UsageError, nearest
 
 WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
 
@@ -59,6 +61,23 @@ class TrialResult:
     status: str
     row: Row = field(default_factory=dict)
     cached: bool = False
+
+
+METRIC = re.compile(  # the accuracies that a run may measure
+    r"((global|sent|control|pretrained|(level|sent|personal)-[0-9.e-]+)@test"
+    r"|(client|submodel|personal)@own|global@own masked)( p10)?"
+)
+
+EXAMPLES = (
+    "global@test", "sent@test", "level-0.25@test", "sent-0.25@test", "personal-0.25@test", "control@test", "pretrained@test",
+    "client@own", "submodel@own", "personal@own", "global@own masked",
+)  # fmt: skip
+
+
+def check_metric(name: str) -> None:
+    """Raises UsageError, before anything is run, where no run could measure an accuracy of that name."""
+    if not METRIC.fullmatch(name):
+        raise UsageError(f"no run measures the metric '{name}'{nearest(name, EXAMPLES)} ({', '.join(EXAMPLES)})")
 
 
 def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:

@@ -17,6 +17,8 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
      2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
+HALF = "half width of the 95 % interval"
+
 Point = tuple[tuple[str, Any], ...]  # what the sweep varies, as (option, value)
 
 
@@ -91,10 +93,7 @@ def write_tables(results: Sequence[TrialResult], metric: str, out: Path) -> None
 def csv_rows(row: LeaderboardRow, metric: str) -> list[Row]:
     """The lines of leaderboard.csv for one pair: one a point, or one that says why it has no value."""
     base = {"extract": row.extract, "aggregate": row.aggregate, "mean rank": row.rank, "metric": metric}
-    found = [
-        {**base, **dict(point), "mean": mean, "half width of the 95 % interval": half, "seeds": n}
-        for point, (mean, half, n) in row.values.items()
-    ]
+    found = [{**base, **dict(point), "mean": mean, HALF: half, "seeds": n} for point, (mean, half, n) in row.values.items()]
     return found or [{**base, "why": row.why}]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import Examples, FederatedDataset
 from hetfl.data.inputs import Inputs
-from hetfl.errors import UsageError, nearest
+from hetfl.errors import UsageError, nearest, plural
 from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.state import State, load_state
@@ -130,7 +130,8 @@ class Run:
 
     def _title(self) -> str:
         options = self.options
-        return f"{options.extract} x {options.aggregate} on {options.dataset}, {options.clients} clients, seed {options.seed}"
+        clients = plural(options.clients, "client")
+        return f"{options.extract} x {options.aggregate} on {options.dataset}, {clients}, seed {options.seed}"
 
     def _accuracy(self) -> dict[str, float]:
         """The last value of every accuracy."""
@@ -140,13 +141,13 @@ class Run:
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name} {value:.1%}" for name, value in self._accuracy().items())
-        return f"Run({self._title()}: {len(self.metrics)} rounds, {told}; {self.path or 'in memory'})"
+        return f"Run({self._title()}: {plural(len(self.metrics), 'round')}, {told}; {self.path or 'in memory'})"
 
     def _repr_html_(self) -> str:
         cells = "".join(f"<tr><td>{escape(name)}</td><td>{value:.1%}</td></tr>" for name, value in self._accuracy().items())
         notes = "".join(f"<div>{escape(note)}</div>" for note in self.summary["notes"])
-        where = escape(str(self.path or "in memory"))
-        return f"<b>{escape(self._title())}</b> <small>{len(self.metrics)} rounds, {where}</small><table>{cells}</table>{notes}"
+        where = f"{plural(len(self.metrics), 'round')}, {escape(str(self.path or 'in memory'))}"
+        return f"<b>{escape(self._title())}</b> <small>{where}</small><table>{cells}</table>{notes}"
 
 
 class Matrix:

@@ -58,7 +58,10 @@ def set_option(options: dict[str, Any], name: str, value: Any) -> None:
     if "." in plain:
         options["set"] = assign(options.get("set", {}), name.split("."), value)
         return
-    config.check_option(plain)
+    try:
+        config.check_option(plain)
+    except UsageError as error:
+        raise UsageError(f"--sweep {name}: {error}") from error
     options[plain] = value
 
 
@@ -73,7 +76,7 @@ def settings_of_chosen(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in registry.ROLES and isinstance(values, Mapping):
             mine = {n: v for n, v in values.items() if n not in known or any((e.role, e.name) == (name, n) for e in chosen)}
             found |= {name: mine} if mine else {}
-        elif name in names:
+        elif name in names or not isinstance(values, Mapping):  # what names no plugin is refused as in a run
             found[name] = values
         elif name not in known:
             raise unknown("plugin", name, known | names)

@@ -16,6 +16,8 @@ from hetfl.cli.main import main
         (["--set", "heterofl.scalar=true"], "unknown option 'heterofl.scalar'; did you mean 'scaler'?"),
         (["--set", "fedrolex.step=2"], "no chosen plugin is named 'fedrolex'"),
         (["--set", "scaler"], "--set takes name=value"),
+        (["--set", "epochs=3"], "options of plugins are given as plugin.option=value; --epochs 3 is an option of the run"),
+        (["--set", "scaler=true"], "'scaler=True' names no plugin: options of plugins are given as plugin.option=value"),
         (["--dataset", "mnists"], "mnist"),
         (["--model", "cnnn"], "did you mean 'cnn'?"),
         (["--model", "no_such_module:f"], "cannot be imported"),
@@ -82,3 +84,38 @@ def test_more_replies_than_clients_cannot_be_asked_for(capsys, tmp_path):
         main(["run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", str(tmp_path / "a")])
     assert ended.value.code == 2
     assert "--min-clients 5 is more than the 4 clients of a round" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["rum"], "No such command 'rum'. Did you mean 'run', 'resume'?"),
+        (
+            ["matrix", "--sweep", "nonsense=1"],
+            "--sweep nonsense: unknown option 'nonsense'; plugin options are given as plugin.option",
+        ),
+        (["matrix", "--metric", "globl@test"], "no run measures the metric 'globl@test'; did you mean 'global@test'?"),
+        (["matrix", "--set", "epochs=3"], "--epochs 3 is an option of the run"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_run(monkeypatch, tmp_path, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = hfl(capsys, *words)
+    assert (code, out) == (2, "")
+    assert sentence in error
+    assert error.lower().count("did you mean") <= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_round_of_one_client_is_said_in_the_singular(tmp_path, capsys):
+    words = [*QUICK, "--clients", "1", "--rounds", "1", "--partition", "iid", "--no-control", "--model", "mlp"]
+    code, out, _ = hfl(capsys, "run", *words, "--out", tmp_path / "o")
+    assert code == 0
+    assert "1 client, 1 round, seed 0" in out
+    assert "overlap on digits: 1 round, 1 client, " in out
+
+
+def test_the_bare_command_shows_its_help(capsys):
+    code, out, error = hfl(capsys)
+    assert (code, error) == (2, "")
+    assert "Run one experiment" in out
