@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hetfl import registry
 from hetfl.config import RunOptions, explain_validation_error
 from hetfl.errors import NotApplicable, UsageError, nearest
-from hetfl.hooks.base import Plugin
+from hetfl.hooks.base import HOOKS, Plugin
 from hetfl.hooks.manager import PluginManager
 from hetfl.registry import ROLES, Entry
 
@@ -107,12 +107,21 @@ def refuse_wrong_role(entry: Entry, kind: type[Plugin]) -> None:
         raise UsageError(f"'{entry.plugin}' is no {entry.role} plugin: it implements {roles[0]}, so give it with --{roles[0]}")
 
 
+def refuse_unmarked(entry: Entry, kind: type[Plugin]) -> None:
+    """A method that bears a hook's name and is no hook would never be called: the core's default would, under the plugin's name."""
+    for hook in HOOKS:
+        if callable(method := getattr(kind, hook, None)) and not hasattr(method, "hetfl_impl"):
+            has = f"{entry.role} plugin '{entry.name}' has a method '{hook}' that is not marked as a hook"
+            raise UsageError(f"{has}: put @hookimpl before it, or rename it")
+
+
 def configure_plugin(entry: Entry, given: Mapping[str, Any]) -> Plugin:
     """One plugin with its options; of an object that this process was handed a copy, with `given` over the options that it has.
 
     A copy, so that a plugin that keeps something from round to round begins each run afresh.
     """
     kind, object = load_class(entry), entry.local if isinstance(entry.local, Plugin) else None
+    refuse_unmarked(entry, kind)
     refuse_wrong_role(entry, kind)
     if object is not None and not given:
         return object.model_copy(deep=True)

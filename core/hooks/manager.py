@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks import hookspecs
+from hetfl.hooks.answers import find_merge_fault, find_plan_fault, find_type_fault
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
@@ -27,6 +29,12 @@ def intersect(a: Collection[str] | None, b: Collection[str] | None) -> Collectio
     if a is None or b is None:
         return b if a is None else a
     return frozenset(a) & frozenset(b)
+
+
+def say_key(key: str) -> str:
+    """ "role.name" in words: extract plugin 'heterofl'."""
+    role, _, name = key.partition(".")
+    return f"{role} plugin '{name}'"
 
 
 class PluginManager:
@@ -66,15 +74,62 @@ class PluginManager:
             self._answered[hook, role] = any(impl.plugin_name != "core" for impl in impls)
         return self._answered[hook, role]
 
+    def explain(self, error: Exception, hook: str, round: int = 0, client: int | None = None) -> str | None:
+        """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
+        raised = self._find_raiser(error)
+        where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
+        return raised and f"{say_key(raised)} failed in {where}: {type(error).__name__}: {error}"
+
+    def _find_raiser(self, error: Exception) -> str | None:
+        """The key of the plugin in whose code an error was raised: the innermost that the traceback has."""
+        found, step = None, error.__traceback__
+        while step is not None:
+            holder = step.tb_frame.f_locals.get("self")
+            found = None if isinstance(holder, Defaults) else next((k for k, p in self.plugins.items() if p is holder), found)
+            step = step.tb_next
+        return found
+
+    @contextmanager
+    def _naming(self, hook: str, round: int = 0, client: int | None = None) -> Iterator[None]:
+        """Raises RunError, which names the plugin, for what a plugin raises within; sentences of its own stay as they are."""
+        try:
+            yield
+        except (UsageError, RunError):
+            raise
+        except Exception as error:
+            if sentence := self.explain(error, hook, round, client):
+                raise RunError(sentence) from error
+            raise
+
+    def refuse(self, fault: str | None, hook: str, role: str | None = None, round: int = 0, client: int | None = None) -> None:
+        """Raises RunError where the answer to a hook has a fault, with the plugins that answer it."""
+        if fault is None:
+            return
+        bearers = [impl.plugin_name for impl in self._ask(hook, role).get_hookimpls() if impl.plugin_name != "core"]
+        where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
+        raise RunError(f"{' or '.join(map(say_key, bearers)) or 'hetfl'} {fault} ({where})")
+
     def prepare(self, server: Server) -> None:
-        self._manager.hook.prepare(server=server)
+        with self._naming("prepare"):
+            self._manager.hook.prepare(server=server)
 
     def profile(self, node: Node) -> Profile:
-        return cast(Profile, self._ask("profile", "profile")(node=node))
+        try:
+            answer = self._ask("profile", "profile")(node=node)
+        except ValueError:
+            raise  # the profile's own sentence
+        except Exception as error:
+            raise RunError(self.explain(error, "profile", node.round, node.client) or repr(error)) from error
+        self.refuse(find_type_fault(answer, Profile), "profile", "profile", node.round, node.client)
+        return cast(Profile, answer)
 
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
-        adapted = self._manager.hook.adapt_model(model=model, x=x, classes=classes)
-        return model if adapted is None else cast(nn.Module, adapted)
+        with self._naming("adapt_model"):
+            adapted = self._manager.hook.adapt_model(model=model, x=x, classes=classes)
+        if adapted is None:
+            return model
+        self.refuse(find_type_fault(adapted, nn.Module), "adapt_model")
+        return cast(nn.Module, adapted)
 
     @cached_property
     def adapts_model(self) -> bool:
@@ -84,28 +139,44 @@ class PluginManager:
     def base_state(self, server: Server, client: Client) -> State:
         if not self._answers("base_state", "aggregate"):
             return server.state
-        return cast(State, self._ask("base_state", "aggregate")(server=server, client=client))
+        with self._naming("base_state", client=client.id):
+            answer = self._ask("base_state", "aggregate")(server=server, client=client)
+        self.refuse(find_type_fault(answer, dict), "base_state", "aggregate", client=client.id)
+        return cast(State, answer)
 
     def exchange(self, server: Server, client: Client, names: Collection[str]) -> Exchange:
         """What travels under all chosen plugins."""
         if not self._answers("exchange"):
             return Exchange()
         down, up = None, None
-        for said in self._manager.hook.exchange(server=server, client=client, names=names):
+        with self._naming("exchange", client=client.id):
+            answers = self._manager.hook.exchange(server=server, client=client, names=names)
+        for said in answers:
+            self.refuse(find_type_fault(said, Exchange), "exchange", client=client.id)
             down, up = intersect(down, said.down), intersect(up, said.up)
         return Exchange(down, up)
 
     def client_extras(self, server: Server, client: Client, plan: Plan, round: int) -> State:
         if not self._answers("client_extras"):
             return {}
-        said = self._manager.hook.client_extras(server=server, client=client, plan=plan, round=round)
+        with self._naming("client_extras", round, client.id):
+            said = self._manager.hook.client_extras(server=server, client=client, plan=plan, round=round)
+        for extras in said:
+            self.refuse(find_type_fault(extras, dict), "client_extras", None, round, client.id)
         return {name: tensor for extras in reversed(said) for name, tensor in extras.items()}
 
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan | None]:
-        return list(self._ask("extract", "extract")(server=server, clients=clients, round=round))
+        """A plan for each client, None for one that sits out. Raises RunError where the answer is something else."""
+        with self._naming("extract", round):
+            plans = self._ask("extract", "extract")(server=server, clients=clients, round=round)
+            self.refuse(find_plan_fault(plans, clients), "extract", "extract", round)
+        return list(plans)
 
     def fit(self, task: Task) -> Reply:
-        return cast(Reply, self._ask("fit")(task=task))
+        with self._naming("fit", task.round, task.client):
+            reply = self._ask("fit")(task=task)
+        self.refuse(find_type_fault(reply, Reply), "fit", None, task.round, task.client)
+        return cast(Reply, reply)
 
     @cached_property
     def plain_fit(self) -> bool:
@@ -121,13 +192,10 @@ class PluginManager:
         if self._answers("aggregate", "aggregate"):
             others = [p for key, p in self._manager.list_name_plugin() if not key.startswith("aggregate.")]
             caller = self._manager.subset_hook_caller("aggregate", remove_plugins=others)
-        merged = caller(server=server, updates=updates, round=round)
-        if not isinstance(merged, Merged):
-            names = [key for key in self.plugins if key.startswith("aggregate.")]
-            raise RunError(
-                f"the aggregation {', '.join(names)} answered {type(merged).__name__} in round {round}, not Merged(state)"
-            )
-        return merged
+        with self._naming("aggregate", round):
+            merged = caller(server=server, updates=updates, round=round)
+        self.refuse(find_merge_fault(merged, server.state), "aggregate", "aggregate", round)
+        return cast(Merged, merged)
 
     @cached_property
     def averages(self) -> bool:
@@ -149,9 +217,12 @@ class PluginManager:
         """What the plugins' last words make of `merged`, each getting what the one before made."""
         for plugin in self.plugins.values():
             others = [p for p in self.plugins.values() if p is not plugin]
-            for changed in self._manager.subset_hook_caller("finalize", remove_plugins=others)(
-                server=server, merged=merged, covered=covered, round=round
-            ):
+            with self._naming("finalize", round):
+                answers = self._manager.subset_hook_caller("finalize", remove_plugins=others)(
+                    server=server, merged=merged, covered=covered, round=round
+                )
+            for changed in answers:
+                self.refuse(find_merge_fault(changed, server.state), "finalize", None, round)
                 merged = changed
         return merged
 

@@ -77,7 +77,6 @@ def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, As
     """What each client is sent: its plan's part of the model, and the extras of the plugins. A client without a plan sits out."""
     run = now.run
     plans = run.plugins.extract(run.server, clients, now.number) if clients else []
-    refuse_unfit(plans, clients)
     refuse_uncut(run.server, clients, plans)
     found = {client.id: assign(now, client, plan) for client, plan in zip(clients, plans, strict=True) if plan is not None}
     for assignment in found.values():
@@ -115,12 +114,6 @@ def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan
     if not server.widths.groups and whole and any(c.profile.width < 1 for c in clients):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(server.widths.frozen.items())[:3])
         raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
-
-
-def refuse_unfit(plans: Sequence[Plan | None], clients: Sequence[Client]) -> None:
-    """A plugin's mistake, said before anything is sent."""
-    if len(plans) != len(clients):
-        raise RunError(f"the extraction gave {len(plans)} plans for {len(clients)} clients")
 
 
 def refuse_too_many(options: RunOptions, clients: int) -> None:

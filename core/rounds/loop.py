@@ -9,6 +9,7 @@ import torch
 
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
+from hetfl.hooks.answers import find_type_fault
 from hetfl.hooks.values import Coverage, ReceivedReply
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
@@ -23,7 +24,7 @@ from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.validation import is_finite
 
 
-class TooFewReplies(Exception):  # noqa: N818 (not an error: the round keeps its model)
+class TooFewReplies(RunError):  # noqa: N818 (not an error: the round keeps its model)
     """A round has fewer valid replies than --min-clients."""
 
     def __init__(self, count: int) -> None:
@@ -56,6 +57,8 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     updates = recover_updates(now, replies)
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
+    if now.assignments:
+        now.row.taken = merged is not None
     if merged is not None:
         server.state, server.branches, now.row.facts = merged.state, dict(merged.branches), dict(merged.facts)
 
@@ -108,18 +111,24 @@ def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterat
                 note_coverage(now, update, pending)
                 yield update
             return
-        except (TooFewReplies, RunError, UsageError):
+        except (RunError, UsageError):
             raise
         except Exception as error:
-            if len(pending) != 1:
-                raise RunError(f"the extraction could not recover the replies of round {now.number}: {error!r}") from error
-            leave_out(now, pending.pop().client.id, f"its reply could not be recovered: {type(error).__name__}: {error}")
+            client = pending[0].client.id if len(pending) == 1 else None
+            why = run.plugins.explain(error, "recover", now.number, client) or f"{type(error).__name__}: {error}"
+            if client is None:
+                raise RunError(f"the replies of round {now.number} could not be recovered: {why}") from error
+            pending.clear()
+            leave_out(now, client, f"its reply could not be recovered: {why}")
 
 
 def next_update(now: RoundState, updates: Iterator[Update]) -> Update | None:
     """The next update; waiting for its reply is not counted as recovery."""
     with now.timed("recover"):
-        return next(updates, None)
+        update = next(updates, None)
+    if update is not None:
+        now.run.plugins.refuse(find_type_fault(update, Update), "recover", "extract", now.number)
+    return update
 
 
 def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply]) -> None:

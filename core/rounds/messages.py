@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from hetfl.training.task import Reply
 
 Kind = Literal["profile", "train", "statistics", "evaluate"]
 ClientState = dict[str, State]  # "memory": what plugins keep with the client; "home": tensors of its model that do not travel
+
+SENTENCE = re.compile(r"^hetfl\.errors\.\w+: ")  # before what says itself which plugin failed
 
 MOST_TEXT, LONGEST_LINE = 20_000, 500  # characters of a traceback, and of a sentence
 
@@ -55,9 +58,9 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """The last line."""
+        """The last line, without the name of an error of hetfl's own."""
         lines = self.text.strip().splitlines()
-        return lines[-1][:LONGEST_LINE] if lines else "no reason given"
+        return SENTENCE.sub("", lines[-1])[:LONGEST_LINE] if lines else "no reason given"
 
     @property
     def details(self) -> str:

@@ -15,6 +15,7 @@ EXAMPLES, CHANGE, FAULT, TRACEBACK = "examples", "change", "fault", "traceback"
 PARAMETERS, MACS, MEMORY = "parameters", "MACs", "memory"
 OWN_ACCURACY, OWN_LOSS, SECONDS = "own accuracy", "own loss", "seconds"  # metrics of a reply
 CLIENTS, LEFT_OUT, CLIENT_SECONDS, ALARMS = "clients", "left out", "client seconds", "alarms"
+TAKEN = "taken"
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
 CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
 RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}
@@ -60,6 +61,7 @@ class RoundRow:
     `server_steps` those on the server's data by their batch size."""
 
     round: int
+    taken: bool | None = None  # whether the clients' replies became the next global model; None: nobody was asked
     facts: dict[str, float] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
     clients: dict[int, ClientRow] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class RoundRow:
         return {
             ROUND: self.round, **self.facts, **self.results,
             BYTES_DOWN: sum(c.bytes_down for c in people), BYTES_UP: sum(c.bytes_up for c in people),
+            **({} if self.taken is None else {TAKEN: int(self.taken)}),
             CLIENTS: len(people), LEFT_OUT: sum(bool(c.fault) for c in people),
             CLIENT_SECONDS: sum(c.metrics.get(SECONDS, 0.0) for c in people), SECONDS: self.seconds,
             SERVER_STEPS: self.server_steps.total(), STEPS_SAVED: self.steps_saved,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ from safetensors.torch import save
 
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
+from hetfl.errors import RunError
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.rows import ROUND, Row
+from hetfl.rounds.rows import ALARMS, CLIENT, FAULT, ROUND, TAKEN, Row
 from hetfl.runs.checkpoint import Checkpoints, Snapshot
 from hetfl.runs.experiment import Experiment, prepare
 from hetfl.runs.folder import RunFolder
@@ -52,7 +54,20 @@ def run(
     folder.write("weights.safetensors", save(to_contiguous(experiment.server.state)))
     summary = summarise(experiment, time.perf_counter() - began)
     folder.json("summary.json", summary)
+    refuse_untaken(experiment.state.rows, experiment.state.client_rows)
     return summary
+
+
+def refuse_untaken(rows: Sequence[Row], people: Sequence[Row]) -> None:
+    """Raises RunError where clients were asked and no round's replies became the next global model."""
+    taken = [row[TAKEN] for row in rows if TAKEN in row]
+    if not taken or any(taken):
+        return
+    faults = [f"client {row[CLIENT]}: {row[FAULT]}" for row in people if FAULT in row]
+    alarms = [row[ALARMS] for row in rows if ALARMS in row]
+    if faults and len(faults) == len(people):
+        raise RunError(f"every client failed in every round, so the global model was never trained; the first, {faults[0]}")
+    raise RunError(f"no round's replies became the global model, which was never trained; the first: {[*alarms, *faults, '?'][0]}")
 
 
 def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, grid: Grid | None = None) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def read_result(out: Path, trial: Trial) -> TrialResult | None:
 
 def read_folder(folder: RunFolder, trial: Trial) -> TrialResult | None:
     """What a trial's folder holds; None where it has not ended."""
-    for name in ("summary.json", "refused.json"):
+    for name in ("refused.json", "summary.json"):
         if folder.holds(name):
             found = folder.read(name)
             return TrialResult(trial, found.get("status", "ok"), result_row(trial, found), cached=True)

@@ -1,0 +1,74 @@
+"""What is wrong with a plugin's answer to a hook, in the words that follow its name; None: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetfl.aggregation.updates import Merged
+from hetfl.hooks.values import Client
+from hetfl.models.state import State
+from hetfl.submodel.plan import Selection
+from hetfl.submodel.widths import Widths
+
+PLAN = ("sizes", "masks", "take", "put", "narrow")  # what a plan has
+
+
+def find_type_fault(answer: Any, wanted: type) -> str | None:
+    """That an answer is no `wanted`."""
+    return None if isinstance(answer, wanted) else f"answered {type(answer).__name__}, not {wanted.__name__}"
+
+
+def find_plan_fault(plans: Any, clients: Sequence[Client]) -> str | None:
+    """That an extraction's answer is not a plan, or None, for each client; or that a plan keeps units that cannot be."""
+    if not isinstance(plans, Sequence) or isinstance(plans, str):
+        return f"answered {type(plans).__name__}, not a list of plans"
+    if len(plans) != len(clients):
+        return f"gave {len(plans)} plans for {len(clients)} clients"
+    seen: dict[int, str | None] = {}
+    for client, plan in zip(clients, plans, strict=True):
+        if plan is not None and id(plan) not in seen:
+            seen[id(plan)] = next(plan_faults(plan), None)
+        if plan is not None and (fault := seen[id(plan)]):
+            return f"gave client {client.id} {fault}"
+    return None
+
+
+def plan_faults(plan: Any) -> Iterator[str]:
+    """What is wrong with one plan."""
+    if lacking := [name for name in PLAN if not hasattr(plan, name)]:
+        yield f"a {type(plan).__name__}, which is no plan: it has no '{lacking[0]}'"
+    elif isinstance(plan, Selection):
+        yield from (f"a plan that {fault}" for fault in unit_faults(plan.widths, plan.kept))
+
+
+def unit_faults(widths: Widths, kept: Any) -> Iterator[str]:
+    """What is wrong with the kept units by group: int64 vectors of numbers below the group's size, none of them twice."""
+    if not isinstance(kept, Mapping):
+        yield f"keeps {type(kept).__name__}, not units by group"
+        return
+    sizes = {group.name: group.size for group in widths.groups}
+    yield from (f"names a group '{name}' that the model does not have" for name in kept if name not in sizes)
+    for name, size in sizes.items():
+        units = kept.get(name)
+        if not isinstance(units, Tensor) or units.dtype != torch.int64 or units.ndim != 1 or not len(units):
+            yield f"does not keep units of group '{name}' as a vector of int64 numbers"
+        elif outside := units[(units < 0) | (units >= size)].tolist():
+            yield f"keeps unit {outside[0]} of group '{name}', whose units are 0 to {size - 1}"
+        elif repeated := (units.bincount() > 1).nonzero().flatten().tolist():
+            yield f"keeps unit {repeated[0]} of group '{name}' more than once"
+
+
+def find_merge_fault(merged: Any, state: State) -> str | None:
+    """That an aggregation's answer is no Merged, or lacks one of the tensors of `state` in its shape."""
+    if fault := find_type_fault(merged, Merged):
+        return fault
+    for name, tensor in state.items():
+        found = merged.state.get(name) if isinstance(merged.state, Mapping) else None
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            shown = f"in shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
+            return f"answered a Merged with tensor '{name}' {shown}, not {tuple(tensor.shape)}"
+    return None
