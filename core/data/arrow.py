@@ -18,6 +18,7 @@ from hetfl.data.catalog import DataLocation
 from hetfl.data.columns import LABELS, OWNERS, Columns, Progress, describe_tensors, first_line, format_shapes, number_values
 from hetfl.data.lazy import import_library, mute_output
 from hetfl.data.tokens import hash_tokens
+from hetfl.data.wide import join_scalars, list_scalars
 from hetfl.errors import UsageError, unknown
 
 
@@ -29,6 +30,9 @@ def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress)
     """
     with mute_output():
         features, readers = _open_splits(source)
+        inputs = [n for n, f in features.items() if _is_image(f) or _is_numeric(f) or (_is_text(f) and n not in LABELS)]
+        scalars = list_scalars(options, features) if not {*inputs} - {options.label_column} and not options.input_column else []
+        features, readers = join_scalars(features, scalars, readers) if len(scalars) > 1 else (features, readers)
         columns = _choose_columns(source, options, features)
         tables = {split: readers[split](columns.to_read(split)) for split in ("train", "test", "validation") if split in readers}
     if not len(tables["train"]):
@@ -44,6 +48,9 @@ def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callab
     if source.files is None:
         splits = _load_hub_splits(source.hub) if source.splits is None else source.splits
         return splits["train"].features, {name: partial(_read_hub, split) for name, split in splits.items()}
+    if source.files["train"][0].suffix == ".csv":
+        tables = {split: datasets.Dataset(datasets.table.InMemoryTable(_read_csv(files))) for split, files in source.files.items()}
+        return tables["train"].features, {name: partial(_read_hub, split) for name, split in tables.items()}
     with _report_unreadable(source.files["train"][0]) as file:
         features = datasets.Features.from_arrow_schema(import_library("pyarrow.parquet").read_schema(file))
     return features, {split: partial(_read_files, files) for split, files in source.files.items()}
@@ -60,7 +67,7 @@ def _report_unreadable(file: Path) -> Iterator[Path]:
     try:
         yield file
     except (OSError, LookupError, TypeError, ValueError, import_library("pyarrow").ArrowException) as error:
-        raise UsageError(f"'{file}' cannot be read as parquet: {first_line(error)}") from error
+        raise UsageError(f"'{file}' cannot be read as {file.suffix.lstrip('.') or 'parquet'}: {first_line(error)}") from error
 
 
 def _read_files(files: list[Path], columns: list[str]) -> Any:
@@ -74,6 +81,17 @@ def _read_files(files: list[Path], columns: list[str]) -> Any:
             tables.append(parquet.read(columns).select(columns))
     with _report_unreadable(files[0].parent):
         return import_library("pyarrow").concat_tables(tables)
+
+
+def _read_csv(files: list[Path]) -> Any:
+    """CSV files with a line of column names as one Arrow table."""
+    csv, pyarrow = import_library("pyarrow.csv"), import_library("pyarrow")
+    tables = []
+    for path in files:
+        with _report_unreadable(path) as file:
+            tables.append(csv.read_csv(file))
+    with _report_unreadable(files[0].parent):
+        return pyarrow.concat_tables(tables)
 
 
 def _load_hub_splits(name: str) -> dict[str, Any]:
@@ -109,7 +127,8 @@ def _choose_columns(source: DataLocation, options: DataOptions, features: dict[s
         return asked or found[0]
 
     inputs = [name for name, feature in features.items() if _is_image(feature) or _is_numeric(feature)]
-    inputs = inputs or [name for name, feature in features.items() if _is_text(feature) and name not in LABELS]
+    others = {*LABELS, options.label_column}
+    inputs = inputs or [name for name, feature in features.items() if _is_text(feature) and name not in others]
     owners = [name for name in features if name.lower() in OWNERS]
     return Columns(
         choose("--input-column", options.input_column, known.input if known else None, "image, numeric or text input", inputs),
@@ -191,7 +210,7 @@ def _decode_inputs(source: DataLocation, column: str, feature: Any, chunks: Any)
     where = f"column '{column}' of {source.name}"
     if _is_image(feature):
         cast = getattr(feature, "cast_storage", lambda storage: storage)
-        return _decode_images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])
+        return decode_images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])
     if not _is_numeric(feature):
         raise UsageError(f"{where} holds neither images nor arrays of numbers")
     arrays = [_decode_numbers(where, chunk) for chunk in chunks.chunks if len(chunk)]
@@ -219,14 +238,17 @@ def _decode_numbers(where: str, array: Any) -> Tensor:
     return (values if values.dtype == torch.uint8 else values.float()).view(shape)
 
 
-def _decode_images(where: str, entries: list[dict[str, Any]]) -> Tensor:
+def decode_images(where: str, entries: list[dict[str, Any]]) -> Tensor:
     """Encoded images of one size as uint8 (N, C, H, W), C 1 where all are grey, else 3. Raises UsageError."""
     numpy, pillow = import_library("numpy"), import_library("PIL.Image")
     pixels = [numpy.asarray(_decode_image(pillow, where, entry)) for entry in entries]
     if len({array.ndim for array in pixels}) > 1:  # grey among coloured ones
         pixels = [array if array.ndim == 3 else numpy.stack([array] * 3, axis=-1) for array in pixels]
     if len(sizes := sorted({array.shape for array in pixels})) > 1:
-        raise UsageError(f"{where} has images of different sizes ({sizes[0][:2]} and {sizes[-1][:2]}): resize them first")
+        raise UsageError(
+            f"{where} has images of different sizes ({sizes[0][:2]} and {sizes[-1][:2]}): resize them first, such as "
+            "with PIL.Image.open(file).resize((64, 64)).save(file) for every one of them"
+        )
     x = torch.from_numpy(numpy.stack(pixels))
     return x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
 

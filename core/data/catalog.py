@@ -148,22 +148,27 @@ def _locate_unlisted(dataset: str) -> DataLocation:
         return _locate_files(name, path, KNOWN.get(name))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset) and not dataset.endswith(FORMATS):
         return DataLocation(dataset, f"hub:{dataset}", hub=dataset)
-    if re.search(r"[/\\]|\.(parquet|npz)$|^[.~]", dataset):
+    if re.search(r"[/\\]|\.(parquet|npz|csv)$|^[.~]", dataset):
         raise UsageError(f"no folder or file '{dataset}' for --dataset{nearest(path.name, KNOWN)}")
     raise unknown("data set", dataset, KNOWN)
 
 
-FORMATS = (".parquet", ".npz")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+FORMATS = (".parquet", ".npz", ".csv")
 
 
 def _locate_files(name: str, path: Path, known: DatasetInfo | None) -> DataLocation:
-    """The parquet files at `path`, a file or a folder, else its npz files, by split. Raises UsageError."""
+    """The parquet files at `path`, a file or a folder, else its npz files, CSV files or pictures, by split. Raises UsageError."""
     if path.is_file() and path.suffix not in FORMATS:
-        raise UsageError(f"'{path}' is neither a parquet nor an npz file: --dataset takes one of these or a folder of them")
+        raise UsageError(f"'{path}' is neither a parquet, an npz nor a CSV file: --dataset takes one of these or a folder of them")
     found = [path] if path.is_file() else next((f for end in FORMATS if (f := sorted(path.rglob(f"*{end}")))), [])
+    if not found:  # pictures lie in a folder for each class
+        found = sorted(file for file in path.glob("*/**/*") if file.suffix.lower() in PICTURES)
     if not found:
         raise UsageError(
-            f"folder '{path}' holds no parquet or npz file (it needs train*.parquet or train.npz, and should have test* too)"
+            f"folder '{path}' holds no parquet, npz or CSV file (it needs train*.parquet or train.npz, and should have test* too) "
+            "and no folders of pictures, one for each class"
         )
     files = _group_by_split(path, found)
     if "train" not in files:

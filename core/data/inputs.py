@@ -22,7 +22,7 @@ class Inputs:
         """The arguments that model factories may have, by hetfl's names for them: classes, channels, size, vocab, length."""
         if self.vocab is not None:
             return {"classes": self.classes, "vocab": self.vocab, "length": self.shape[0]}
-        size = self.shape[1] if len(set(self.shape[1:])) == 1 else tuple(self.shape[1:])
+        size = self.shape[1] if len(self.shape) == 3 and self.shape[1] == self.shape[2] else tuple(self.shape[1:])
         return {"classes": self.classes, "channels": self.shape[0], "size": size}
 
     def batch(self, count: int = 2) -> Tensor:

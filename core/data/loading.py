@@ -12,12 +12,13 @@ from torch import Tensor
 from hetfl.config import DataOptions
 from hetfl.data.arrow import decode_arrow
 from hetfl.data.cache import Stored, load_or_make, uncached
-from hetfl.data.catalog import DataLocation, DatasetInfo, find_dataset
+from hetfl.data.catalog import PICTURES, DataLocation, DatasetInfo, find_dataset
 from hetfl.data.columns import Progress
 from hetfl.data.dataset import ClientData, Examples, FederatedDataset, ServerData
 from hetfl.data.inputs import Inputs, default_model
 from hetfl.data.npz import decode_npz
 from hetfl.data.partition import Split, split_rows
+from hetfl.data.pictures import decode_pictures
 from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError
 
@@ -53,6 +54,8 @@ def _decode(source: DataLocation, options: DataOptions, progress: Progress) -> S
     progress(f"reading {source.name}" if source.files or source.splits else f"asking the Hub for {source.hub}")
     if source.files and source.files["train"][0].suffix == ".npz":
         return decode_npz(source, options)
+    if source.files and source.files["train"][0].suffix.lower() in PICTURES:
+        return decode_pictures(source)
     return decode_arrow(source, options, progress)
 
 

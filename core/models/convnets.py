@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import nn
 
-Shape = int | tuple[int, ...]  # of an image or window: its side, or its height and width
+Shape = int | tuple[int, ...]  # of an image or window: its side, or its height and width; () of a vector
 
 
 def sides(size: Shape) -> tuple[int, ...]:
@@ -16,9 +17,8 @@ def sides(size: Shape) -> tuple[int, ...]:
 
 
 def area(size: Shape) -> int:
-    """The number of positions."""
-    height, width = sides(size)
-    return height * width
+    """The number of positions; 1 for a vector, which has none but its channels."""
+    return math.prod(sides(size))
 
 
 def half(size: Shape) -> Shape:
@@ -27,7 +27,7 @@ def half(size: Shape) -> Shape:
 
 
 class MLP(nn.Sequential):
-    """Fully connected ReLU network over the flattened input (N, channels, height, width)."""
+    """Fully connected ReLU network over the flattened input: images (N, channels, height, width), vectors (N, channels)."""
 
     def __init__(self, classes: int, channels: int, size: Shape, hidden: Sequence[int] = (200, 200)) -> None:
         widths = [channels * area(size), *hidden]

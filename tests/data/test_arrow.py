@@ -79,7 +79,7 @@ def test_folders_that_cannot_be_used(tmp_path, columns, features, sentence):
 def test_files_that_cannot_be_used(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
-    refused({"dataset": str(folder)}, r"^folder '.*d' holds no parquet or npz file")
+    refused({"dataset": str(folder)}, r"^folder '.*d' holds no parquet, npz or CSV file")
     write(folder, PLAIN, "test")
     refused({"dataset": str(folder)}, r"has no train split: name its files train")
     (folder / "train.parquet").write_bytes(b"PAR1 not really")

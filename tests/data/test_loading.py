@@ -169,7 +169,7 @@ def test_unknown_data_are_normalised_by_channel_of_the_train_split(tmp_path):
         ({"dataset": ""}, r"^unknown data set ''"),
         ({"dataset": "./no/mnist"}, r"^no folder or file './no/mnist' for --dataset; did you mean 'mnist'\?$"),
         ({"dataset": "no.parquet"}, r"^no folder or file 'no.parquet'"),
-        ({"dataset": __file__}, r"test_loading.py' is neither a parquet nor an npz file"),
+        ({"dataset": __file__}, r"test_loading.py' is neither a parquet, an npz nor a CSV file"),
         ({"clients": 1366}, r"^--clients 1366 is more than the 1365 training examples"),
         (
             {"alpha": 1e-6},
