@@ -67,11 +67,17 @@ Everything that was found is spelt out in the run folder's `config.toml`, and a 
 Parquet files (Hugging Face features are read), named by split: `train*.parquet`, `test*.parquet`. Without a test split a
 class-stratified fifth of the train split is set apart; a validation split serves as test where there is no other.
 
+A parquet or CSV file with a column for each feature is read as vectors of all its columns of single numbers but the label's and
+owner's; a CSV file with one column of text as text. `--label-column` names a label that has no usual name.
+
+A folder with a folder of pictures for each class (`cat/1.png`, or `train/cat/1.png` and `test/cat/2.png`; png, jpg, bmp, webp) is
+read too; the pictures must be of one size: `PIL.Image.open(file).resize((64, 64)).save(file)` makes them so.
+
 npz files, for data that cannot be downloaded by anyone (`dcd`, `harbox`, `wiar`, or your own): `train.npz` and `test.npz` with
 
 | array | shape | what |
 |---|---|---|
-| `x` | (N, ...) | inputs: uint8 or any number; (N, H, W) gets one channel |
+| `x` | (N, ...) | inputs: uint8 or any number; (N, F) are vectors, (N, H, W) gets one channel, (N, C, H, W) has channels first |
 | `y` | (N,) | class labels, whole numbers or strings |
 | `user` | (N,) | optional: who owns the example, for `--partition natural` |
 | `classes` | (classes,) | optional: names of the labels in sorted order |

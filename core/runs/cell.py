@@ -13,6 +13,8 @@ from hetfl.config import RunOptions
 from hetfl.digest import digest_json
 from hetfl.errors import UsageError, nearest
 
+NOT_APPLICABLE = "not applicable"  # in a summary: why accuracies of the global model are none of the run's
+
 WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
 
 
@@ -92,5 +94,5 @@ def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
     levels = summary["levels"]
     costs = {n: statistics.fmean(level[n] for level in levels) for n in ("parameters", "MACs", "memory") if levels}
     totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
-    why = {"why": summary["not applicable"]} if "not applicable" in summary else {}
+    why = {"why": summary[NOT_APPLICABLE]} if NOT_APPLICABLE in summary else {}
     return base | {"status": "ok", **why, **accuracies, **deciles, **costs, **totals, "config": trial.key}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hetfl.errors import UsageError
-from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, EXAMPLES, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS
+from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, EXAMPLES, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS, is_of_global
+from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.folder import RunFolder
 
 AXES = ("round", "MB", "training GMACs", "seconds")  # what a curve is drawn over: each cumulative but the first
@@ -162,6 +163,8 @@ def join_runs(pair: str, point: str, folders: Sequence[RunFolder]) -> Curve:
     x = {axis: [statistics.fmean(one[axis][i] for one in axes) for i in measured] for axis in AXES}
     names = [n for n in runs[0][0] if "@" in n and not n.endswith((" loss", " p10")) and not n.startswith("sent")]
     y = {name: [spread(100 * float(run[i][name]) for run in runs if run[i].get(name)) for i in measured] for name in names}
+    if NOT_APPLICABLE in folders[0].read("summary.json"):
+        y |= {name: [None for _ in measured] for name in names if is_of_global(name)}
     own = [100 * float(r[OWN_ACCURACY]) for those in people for r in those if r[ROUND] == those[-1][ROUND] and r.get(OWN_ACCURACY)]
     trained = any(float(row.get(BYTES_UP) or 0) > 0 for run in runs for row in run)
     return Curve(pair, point, len(folders), not trained, x, y, measure_levels(y, people), own)

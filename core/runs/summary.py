@@ -30,6 +30,7 @@ from hetfl.rounds.rows import (
     Row,
     is_of_global,
 )  # fmt: skip
+from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.experiment import Experiment
 from hetfl.runs.given import object_facts
 
@@ -82,7 +83,7 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
         "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
         "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
         "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(experiment), "seconds": seconds,
-        **({} if trains_global else {"not applicable": WITHOUT_GLOBAL}),
+        **({} if trains_global else {NOT_APPLICABLE: WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
         BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hetfl
-from hetfl.runs import summary
+from hetfl.cli.report import render_page
+from hetfl.runs import report, summary
 
 SMALL = {"model": "mlp", "rounds": 3, "epochs": 1, "pretrain_steps": 10, "clients": 3, "limit": 200, "progress": False}
 
@@ -42,3 +43,12 @@ def test_a_global_model_that_nobody_trains_is_not_ranked():
     assert row["personal@own"] > 0
     assert made.rank("personal@own").set_index("extract").loc["standalone", "mean"] > 0
     assert made.rank("pretrained@test").set_index("extract")["mean"].nunique() == 1
+
+
+def test_a_report_shows_no_accuracy_of_a_global_model_that_nobody_trains(tmp_path):
+    hetfl.run(extract="standalone", out=tmp_path / "r", **SMALL)
+    found = report.read_report(tmp_path / "r")
+    (curve,) = found.curves
+    assert not any(curve.y["global@test"])
+    assert all(curve.y["client@own"])
+    assert "standalone" in render_page(found, tmp_path / "r")
