@@ -15,7 +15,7 @@ DILATORS = {**FILTERS, "dilator_steps": 5, "dilator_lr": 0.1}
 WEIGHTS = {"form": "weights", "start": "normal", "guard": False, "steps": 20, "lr": 0.1}
 
 WHO = {
-    "fedconv x kld": {"extract": "fedconv", "aggregate": "kld", "set": {"fedconv": FILTERS, "kld": WEIGHTS}},
+    "fedconv x kld": {"extract": "fedconv", "aggregate": "kld", "server_data": 0.3, "set": {"fedconv": FILTERS, "kld": WEIGHTS}},
     "fedconv x overlap": {"extract": "fedconv", "aggregate": "overlap", "set": {"fedconv": DILATORS}},
     "lotteryfl": {"extract": "lotteryfl", "aggregate": "overlap", "set": {"lotteryfl": {"threshold": 0.0}}},
     "hermes": {"extract": "hermes", "aggregate": "hermes", "set": {"extract": {"hermes": {"threshold": 0.0}}}},
