@@ -14,7 +14,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, Merged, PresetPlugin, Server, State, Update, Updates, hookimpl, mean
+from hetfl import Field, Merged, PresetPlugin, Selection, Server, State, Update, Updates, hookimpl, mean, prefix
 from hetfl.training.tuning import halve_rate
 
 FEW = 250  # labelled tune images, below which fewer steps are taken
@@ -50,6 +50,10 @@ class KLD(PresetPlugin):
     start: Literal["one", "normal"] = Field("one", description="start of the weights: 1, or N(0, 1)")
     kld: float = Field(1.0, ge=0, description="coefficient of the KLD term (0: cross entropy alone)")
     kld_on: Literal["outputs", "parameters"] = Field("outputs", description="compare the models' outputs or their parameters")
+    levels: Literal["global", "fleet", "worst"] = Field(
+        "global", description="whose loss counts: the whole model's, the mean over the fleet's levels, or the worst level's"
+    )
+    distill: float = Field(0.0, ge=0, description="coefficient of KL(whole model || level), mean over the levels below it")
     steps: int | None = Field(None, ge=0, description="steps a round (none: 20 below 250 labelled tune images, else 60)")
     epochs: int | None = Field(None, ge=0, description="epochs a round over the server's data, in place of steps")
     lr: float = Field(1e-2, gt=0, description="Adam learning rate of the weights")
@@ -116,6 +120,7 @@ class KLD(PresetPlugin):
     def _tune(self, server: Server, plain: State, base: State, terms: State, w: State, steps: int, round: int) -> None:
         """mean CE(f(x; A(w)), y) + lambda KLD towards the previous global model; the best step by hold-out CE (findings 6.7)."""
         (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
+        levels = self._find_levels(server)
         with torch.no_grad():
             before = server.logits(server.state, x).log_softmax(1)
 
@@ -124,11 +129,13 @@ class KLD(PresetPlugin):
 
         def loss(rows: Tensor) -> Tensor:
             now = model(w)
-            logits = server.logits(now, x[rows])
-            return F.cross_entropy(logits, y[rows]) + self.kld * self._divergence(server, now, logits, before[rows])
+            logits = [server.logits(level.take(now), x[rows], level.sizes) for level in levels]
+            drift = self.kld * self._divergence(server, now, logits[0], before[rows])
+            return self._level_loss(logits, y[rows]) + drift + self._teach_levels(logits)
 
         def judge(weights: State = w) -> float:
-            return float(F.cross_entropy(server.logits(model(weights), hx), hy))
+            now = model(weights)
+            return float(self._level_loss([server.logits(level.take(now), hx, level.sizes) for level in levels], hy))
 
         with torch.no_grad():
             if self.guard and judge() > judge({n: torch.ones_like(t) for n, t in w.items()}):
@@ -136,6 +143,24 @@ class KLD(PresetPlugin):
         weights = [t.requires_grad_() for t in w.values()]
         lr = halve_rate(self.lr, round, self.halve_every)
         server.tune(weights, loss, judge, "kld", round, steps=steps, lr=lr, batch=self.batch_size)
+
+    def _find_levels(self, server: Server) -> list[Selection]:
+        """The whole model first, then the leading slices of the fleet's other widths, where their losses count."""
+        fleet = {client.profile.width for client in server.clients.values()} if self.levels != "global" else set()
+        return [server.select(prefix(width)) for width in sorted({1.0, *fleet}, reverse=True)]
+
+    def _level_loss(self, logits: list[Tensor], y: Tensor) -> Tensor:
+        """The mean, or the largest, of the levels' cross entropies."""
+        losses = torch.stack([F.cross_entropy(out, y) for out in logits])
+        return losses.max() if self.levels == "worst" else losses.mean()
+
+    def _teach_levels(self, logits: list[Tensor]) -> Tensor:
+        """KL(whole || level) of the outputs on a batch, mean over the levels below the whole model, times its coefficient."""
+        if not self.distill or len(logits) < 2:
+            return torch.zeros(())
+        teacher = logits[0].detach().log_softmax(1)
+        terms = [F.kl_div(out.log_softmax(1), teacher, reduction="batchmean", log_target=True) for out in logits[1:]]
+        return self.distill * torch.stack(terms).mean()
 
     def _divergence(self, server: Server, now: State, logits: Tensor, before: Tensor) -> Tensor:
         """KL(previous || new) of the outputs on a batch, or KL(new || previous) of every parameter tensor as a softmax over its
