@@ -30,8 +30,8 @@ KINDS = [
 def test_kld(simulate, form, on, shape, guard, levels, distill):
     """spec fedconv 2.5, 2.6 in our reading: w is tuned on CE + 2 KLD, the best by hold-out CE, and goes on from round to round
 
-    With levels = fleet or worst the CE is the mean, or the largest, over the leading slices of all widths; with `distill` they learn
-    from the whole model.
+    With levels = fleet or worst the CE is the mean, or the largest, over the leading slices of all widths; with `distill` they
+    learn from the whole model.
     """
     settings = {"form": form, "kld_on": on, "shape": shape, "kld": 2.0, "steps": 25, "lr": 0.05, "batch_size": 8, "guard": guard}
     options = {"kld": {**settings, "levels": levels, "distill": distill}}
