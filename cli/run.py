@@ -19,12 +19,15 @@ from hetfl.errors import RunError, UsageError
 if TYPE_CHECKING:
     from hetfl.runs.folder import RunFolder
 
+Track = Annotated[list[str] | None, typer.Option(help="also tell a tracker: tensorboard, mlflow, wandb, trackio; may be repeated")]
+
 FEDERATION = "federation.json"  # in a run folder: what hfl federate was asked for
 
 
 @with_run_options
 def run(
     file: Annotated[Path | None, typer.Argument(help="run file (TOML) with any of the options below")] = None,
+    track: Track = None,
     debug: Debug = False,
     **given: Any,
 ) -> None:
@@ -36,10 +39,7 @@ def run(
     folder = RunFolder(run_path(options)).open(options.overwrite)
     try:
         folder.write("config.toml", config.format_run_file(options))
-        with RoundDisplay(options, folder.path) as display:
-            from hetfl.runs import runner
-
-            summary = runner.run(options, folder, display)
+        summary = watch_run("run", options, folder, track or [])
         draw_pictures(folder)
     except (UsageError, ImportError):
         folder.discard()
@@ -47,6 +47,19 @@ def run(
     finally:
         folder.release()
     render.print_summary(summary, folder.path)
+
+
+def watch_run(job: str, options: RunOptions, folder: RunFolder, track: list[str]) -> dict[str, Any]:
+    """Does `job` of the runner with its rounds on the screen, and tells the trackers; returns the summary."""
+    with RoundDisplay(options, folder.path) as display:
+        from hetfl.runs import runner
+        from hetfl.runs.observers import Tee
+        from hetfl.runs.trackers import tracking
+
+        with tracking(track, options, folder.path) as watch:
+            summary: dict[str, Any] = getattr(runner, job)(options, folder, Tee(display, watch))
+            watch.tell("on_run_end", summary)
+    return summary
 
 
 def draw_pictures(folder: RunFolder) -> None:
@@ -58,6 +71,7 @@ def draw_pictures(folder: RunFolder) -> None:
 
 def resume(
     path: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
+    track: Track = None,
     debug: Debug = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint; the result is that of a run never stopped."""
@@ -79,10 +93,7 @@ def resume(
     options = config.resolve({**values, "out": path})
     folder.lock()
     try:
-        with RoundDisplay(options, path) as display:
-            from hetfl.runs import runner
-
-            summary = runner.resume_run(options, folder, display)
+        summary = watch_run("resume_run", options, folder, track or [])
         draw_pictures(folder)
     finally:
         folder.release()

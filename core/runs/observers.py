@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hetfl.errors import UsageError, nearest
+from hetfl.rounds.reporting import Callback
 
 METHODS = (
     "on_run_start", "on_round_start", "on_phase", "on_round_end", "on_fact", "on_note", "on_alarm", "on_run_end",
@@ -61,6 +62,29 @@ class Observers:
 
     def alarm(self, text: str) -> None:
         self.tell("on_alarm", text)
+
+
+class Tee:
+    """A Callback that tells several."""
+
+    def __init__(self, *callbacks: Callback) -> None:
+        self._callbacks = callbacks
+
+    def phase(self, round: int, name: str) -> None:
+        for one in self._callbacks:
+            one.phase(round, name)
+
+    def done(self, row: dict[str, Any]) -> None:
+        for one in self._callbacks:
+            one.done(row)
+
+    def note(self, text: str) -> None:
+        for one in self._callbacks:
+            one.note(text)
+
+    def alarm(self, text: str) -> None:
+        for one in self._callbacks:
+            one.alarm(text)
 
 
 class Progress:
