@@ -78,6 +78,10 @@ class Tee:
         for one in self._callbacks:
             one.done(row)
 
+    def fact(self, text: str) -> None:
+        for one in self._callbacks:
+            one.fact(text)
+
     def note(self, text: str) -> None:
         for one in self._callbacks:
             one.note(text)
