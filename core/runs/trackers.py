@@ -45,7 +45,7 @@ class Tracker:
         self._log(numbers, int(row["round"]))
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
-        means = {f"summary {name}": float(values["last three"]) for name, values in summary["accuracy"].items()}
+        means = {f"summary {name}": float(values.get("last three", values["last"])) for name, values in summary["accuracy"].items()}
         self._log(means, int(summary["rounds"]))
         self.close()
 
