@@ -89,7 +89,7 @@ class Server:
         Equal selections are one object. Mask it or give it a depth with `dataclasses.replace`.
         """
         kept = self.widths.select(choose) if callable(choose) else choose
-        key = tuple(tuple(units.tolist()) for units in kept.values())
+        key = tuple(tuple(units.flatten().tolist()) for units in kept.values())
         if key not in self._selections:
             if len(self._selections) > 64:
                 self._selections.clear()

@@ -62,8 +62,13 @@ class Index(dict[int, Tensor]):
 
 
 def is_leading(positions: Tensor) -> bool:
-    """Whether `positions` are 0, 1, 2, …"""
-    return bool(len(positions)) and int(positions[0]) == 0 and bool((positions == torch.arange(len(positions))).all())
+    """Whether `positions` are 0, 1, 2, …; those of heads that keep different units (positions, heads) are not."""
+    return (
+        positions.ndim == 1
+        and bool(len(positions))
+        and int(positions[0]) == 0
+        and bool((positions == torch.arange(len(positions))).all())
+    )
 
 
 def take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:

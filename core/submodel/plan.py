@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetfl.models.state import State
 from hetfl.submodel.blocks import Index, cells, is_leading, take_blocks
-from hetfl.submodel.widths import DEPTH, Kept, Widths, unit_count, within
+from hetfl.submodel.widths import DEPTH, Group, Kept, Widths, unit_count, within
 
 WHOLE = Index()  # the index of a tensor that is not cut
 
@@ -171,6 +171,12 @@ def prefix(ratio: float) -> Callable[[int], Tensor]:
     return lambda size: torch.arange(unit_count(size, ratio))
 
 
-def window(ratio: float, start: int) -> Callable[[int], Tensor]:
-    """For `Server.select`: `ceil(ratio * size)` units from `start` on, wrapping around (spec fedrolex 2.1)."""
-    return lambda size: (start + torch.arange(unit_count(size, ratio))) % size
+def window(group: Group, ratio: float, start: int) -> Tensor:
+    """For `Server.select`: of the units of `group` `ceil(ratio * size)` from `start` on, wrapping around (spec fedrolex 2.1).
+
+    In attention the roll goes on from one head to the next: all channels are rolled, and each head keeps the first of what has come
+    to its place, (kept, heads). Of 2 heads of 4 rolled to 7 0 1 2 3 4 5 6, two of each are 7 0 and 3 4 (spec 2.2).
+    """
+    channels = (start + torch.arange(group.heads * group.size)) % (group.heads * group.size)
+    kept = channels.view(group.heads, group.size)[:, : unit_count(group.size, ratio)].T
+    return kept.squeeze(1) if group.heads == 1 else kept

@@ -16,7 +16,7 @@ Json = dict[str, Any]
 def to_json(widths: Widths) -> Json:
     """`widths` as lists, dicts, numbers and strings."""
     return {
-        "groups": [[g.name, g.size] for g in widths.groups],
+        "groups": [[g.name, g.size, g.heads] for g in widths.groups],
         "axes": {name: {str(dim): axis_to_json(axis) for dim, axis in dims.items()} for name, dims in widths.axes.items()},
         "shapes": {name: list(shape) for name, shape in widths.shapes.items()},
         "frozen": widths.frozen,
@@ -28,7 +28,7 @@ def to_json(widths: Widths) -> Json:
 def from_json(plain: Json) -> Widths:
     """The inverse of `to_json`."""
     return Widths(
-        tuple(Group(name, size) for name, size in plain["groups"]),
+        tuple(Group(*group) for group in plain["groups"]),
         {name: {int(dim): axis_from_json(axis) for dim, axis in dims.items()} for name, dims in plain["axes"].items()},
         {name: tuple(shape) for name, shape in plain["shapes"].items()},
         plain["frozen"], plain["draws"],

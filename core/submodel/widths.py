@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hetfl.submodel.blocks import Index
 
-Kept = Mapping[str, Tensor]  # for each group the units that a submodel keeps, in its own order
+# For each group the units (kept,) that a submodel keeps, in its own order; or (kept, heads), where its heads keep different units:
+# number head * size + unit is the unit of that head.
+Kept = Mapping[str, Tensor]
 
 Attribute = tuple[str, str]  # a module's name and one of its attributes
 
@@ -27,10 +29,14 @@ def unit_count(size: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be cut together, as the ordered units 0 … size - 1 (a pruning library's "dependency group")."""
+    """Channels that can only be cut together, as the ordered units 0 … size - 1 (a pruning library's "dependency group").
+
+    `heads`: how often each unit lies side by side in every tensor, where attention has it in each of its heads; else 1.
+    """
 
     name: str
     size: int
+    heads: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +75,20 @@ class Axis:
 
         Example: rows that hold 4 units twice (queries, keys), units 0 1 2 3 0 1 2 3, of which `kept` = [3, 1] remain. The smaller
         tensor's rows are then units 0 1 0 1, as this one's are when units 2 and 3 are left out: positions 0 1 4 5. Its unit 0 is
-        unit 3 here, its unit 1 is unit 1, so the answer is 3 1 7 5.
+        unit 3 here, its unit 1 is unit 1, so the answer is 3 1 7 5. Were the two halves heads, and `kept` = [[7, 3], [0, 4]], then the
+        first head would have 7 0, unit 3 of the second head and 0 of the first, and the second 3 4: the answer is 7 0 3 4.
         """
         counts = torch.tensor([*(len(kept[name]) for name in self.groups), len(self.group) + 1])  # the last is for group -1
         prefix = ((self.unit < counts[self.group]) | (self.group < 0)).nonzero().squeeze(1)
         index = prefix.clone()
         for g, positions in self.positions.items():
             ours = self.group[prefix] == g
-            index[ours] = positions[kept[self.groups[g]][self.unit[prefix[ours]]], self.occurrence[prefix[ours]]]
+            unit, occurrence = kept[self.groups[g]][self.unit[prefix[ours]]], self.occurrence[prefix[ours]]
+            if unit.ndim == 2:
+                head = occurrence % unit.shape[1]
+                number = unit.gather(1, head[:, None]).squeeze(1)
+                unit, occurrence = number % len(positions), occurrence - head + number // len(positions)
+            index[ours] = positions[unit, occurrence]
         return index
 
 

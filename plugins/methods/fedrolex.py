@@ -17,4 +17,7 @@ class FedRolex(Plugin):
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
         start = (round - 1) * (self.step if self.direction == "forward" else -self.step)
-        return [server.select(window(client.profile.width, start)) for client in clients]
+        return [self._plan(server, client.profile.width, start) for client in clients]
+
+    def _plan(self, server: Server, width: float, start: int) -> Plan:
+        return server.select({group.name: window(group, width, start) for group in server.widths.groups})

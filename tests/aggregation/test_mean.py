@@ -16,6 +16,7 @@ from hetfl.aggregation.updates import Update, Updates
 from hetfl.hooks.loading import load_class
 from hetfl.hooks.manager import PluginManager
 from hetfl.submodel.plan import Patch, window
+from hetfl.submodel.widths import Group
 
 
 def covering(client, values, index=None, weight=1.0, coverage=None):
@@ -55,7 +56,7 @@ def test_means_do_not_depend_on_client_order_and_stay_inside(clients):
     old = {"v": torch.full((12,), 0.5)}
     ups = []
     for i, (ratio, n, start) in enumerate(clients):
-        where = window(ratio, start)(12)
+        where = window(Group("", 12), ratio, start)
         ups.append(Update(i, {"v": Patch(torch.rand(len(where), generator=torch.Generator().manual_seed(i)), {0: where})}, n))
     for merge in (mean, mean_with_absent):
         forward, backward = Updates(ups, old), Updates(ups[::-1], old)

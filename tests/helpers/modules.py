@@ -141,3 +141,16 @@ def traced(name):
         return MODULES[name](), torch.randn(2, 1, 8, 8)
     make, shape = ZOO[name]
     return make(), torch.randn(2, *shape)
+
+
+class SplitAttention(nn.Module):
+    """Attention of `heads` heads with a projection each for queries, keys and values."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, q, k, v):
+        split = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f, x in ((self.q, q), (self.k, k), (self.v, v)))
+        return self.out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))

@@ -89,7 +89,7 @@ def form_widths(table: ChannelTable, model: nn.Module) -> Widths:
     lines = resolve_axes(table, model, shapes)
     occurrences, reasons = count_occurrences(lines), collect_reasons(table)
     cut = {channel: found for channel, found in occurrences.items() if channel not in reasons}
-    groups, numbers = form_groups(cut)
+    groups, numbers = form_groups(cut, read_heads(table, cut))
     names = tuple(g.name for g in groups)
 
     def to_axis(line: Tensor) -> Axis | None:
@@ -159,7 +159,22 @@ def collect_reasons(table: ChannelTable) -> dict[int, str]:
     return reasons
 
 
-def form_groups(occurrences: Occurrences) -> tuple[list[Group], dict[int, tuple[int, int]]]:
+def read_heads(table: ChannelTable, occurrences: Occurrences) -> dict[int, int]:
+    """For each channel that attention has in several heads their number, where every tensor has it once a head, and a packed one
+    once a head of queries, keys and values; layouts that mix these otherwise are not known, nor are fewer heads of keys."""
+    found: dict[int, set[int]] = {}
+    for ids, heads in table.split:
+        for channel in table.find(ids).unique().tolist():
+            found.setdefault(channel, set()).add(heads)
+
+    def fits(channel: int, heads: int) -> bool:
+        return all(n == heads * (3 if dim == 0 and name in table.packed else 1) for (name, dim), n in occurrences[channel].items())
+
+    numbers = {channel: heads.pop() for channel, heads in found.items() if channel in occurrences and len(heads) == 1}
+    return {channel: heads for channel, heads in numbers.items() if fits(channel, heads)}
+
+
+def form_groups(occurrences: Occurrences, heads: Mapping[int, int]) -> tuple[list[Group], dict[int, tuple[int, int]]]:
     """The groups, and (group, unit) for each channel."""
     alike: dict[tuple[tuple[Key, int], ...], list[int]] = {}
     for channel in sorted(occurrences):
@@ -169,7 +184,9 @@ def form_groups(occurrences: Occurrences) -> tuple[list[Group], dict[int, tuple[
     for signature, channels in alike.items():
         if len(channels) > 1:
             numbers.update({channel: (len(groups), unit) for unit, channel in enumerate(channels)})
-            groups.append(Group(make_unique_name(signature[0][0][0], groups), len(channels)))
+            shared = {heads.get(channel, 1) for channel in channels}
+            name = make_unique_name(signature[0][0][0], groups)
+            groups.append(Group(name, len(channels), shared.pop() if len(shared) == 1 else 1))
     return groups, numbers
 
 

@@ -24,8 +24,10 @@ def trace_attention(table: ChannelTable, out: Tensor, args: Any, kwargs: Any) ->
             table.tie(lines[2], line)
         table.assign(out, place_along(lines[2], out.ndim, heads))
         return
-    table.tie(table.along(every[0], -1, q.shape[-1]), table.along(every[1], -1, k.shape[-1]))
-    table.assign(out, place_along(table.along(every[2], -1, v.shape[-1]), out.ndim, out.ndim - 1))
+    lines = [table.along(roots, -1, x.shape[-1]) for roots, x in zip(every, (q, k, v), strict=True)]
+    table.tie(lines[0], lines[1])
+    table.split += [(line, x.shape[-3]) for line, x in zip(lines, (q, k, v), strict=True) if x.ndim > 3]
+    table.assign(out, place_along(lines[2], out.ndim, out.ndim - 1))
 
 
 def trace_multi_head_attention(table: ChannelTable, out: Any, args: Any, kwargs: Any) -> None:
@@ -41,7 +43,10 @@ def trace_multi_head_attention(table: ChannelTable, out: Any, args: Any, kwargs:
     inner = ids.repeat_interleave(width) if whole else ids.repeat(heads)
     lines = [table.along(table.ids_of(x), -1, x.shape[-1]) for x in (q, k, v)]
     table.tie(lines[0], inner)
+    if not whole:
+        table.split.append((ids, int(heads)))
     if packed is not None:
+        table.packed |= {table.names[id(t)] for t in (packed, packed_bias) if id(t) in table.names}
         for line in lines[1:]:
             table.tie(lines[0], line)
         table.own(packed, 0, inner.repeat(3))

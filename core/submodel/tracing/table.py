@@ -53,6 +53,8 @@ class ChannelTable:
         self.op: int | None = None  # the number of the op at work in the evaluation pass
         self.frozen: list[tuple[Tensor, str]] = []
         self.claims: list[Claim] = []
+        self.split: list[tuple[Tensor, int]] = []  # channels that attention has in each of so many heads
+        self.packed: set[str] = set()  # tensors with queries, keys and values one after the other
         self.draws = False  # whether an op drew random numbers
         self.stack: list[str] = []  # names of the modules at work, the innermost last
         self._parent = torch.empty(0, dtype=torch.long)
