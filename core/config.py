@@ -79,9 +79,9 @@ class ServerOptions(Options):
     server_finetune_steps: int = Field(0, ge=0, description="steps on server data after each aggregation (every method alike)")
     server_lr: float = Field(1e-3, gt=0, description="Adam learning rate of pre-training and fine-tuning")
     server_batch_size: int = Field(32, ge=1, description="batch size of pre-training and fine-tuning")
-    norm_policy: Literal["auto", "aggregate", "local", "static", "recalibrate", "none", "instance", "layer", "group"] = Field(
-        "auto", description="batch norm: where its statistics come from, or what stands in its place (docs/norms.md)"
-    )
+    norm_policy: Literal[
+        "auto", "aggregate", "local", "static", "static-slices", "recalibrate", "none", "instance", "layer", "group"
+    ] = Field("auto", description="batch norm: where its statistics come from, or what stands in its place (docs/norms.md)")
     control: bool = Field(True, description="also train the server-only control, where the run uses server data")
 
 
@@ -97,6 +97,12 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     wrap: tuple[str, ...] = Field((), description="plugins around local training, from the outside in")
     model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
     model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")
+    global_width: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="width of the run's own model: the leading channels of each layer; levels are shares of the whole",
+    )
     levels: str | None = Field(None, description="short for --set levels.mix, e.g. 1:4,0.5:8,0.25:8")
     rounds: int = Field(10, ge=1, description="communication rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")

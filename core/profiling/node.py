@@ -28,6 +28,7 @@ class Node:
     cost              cost(ratio): the Cost of the submodel of width `ratio`
     probe             probe(ratio): seconds of one training step of that submodel, timed on this machine
     examples, steps   training examples and steps of a round, all epochs together
+    global_width      the width of the run's own model, as a share of the model's (--global-width)
     """
 
     client: int
@@ -38,6 +39,7 @@ class Node:
     probe: Callable[[float], float] = refuse_measuring
     examples: int = 0
     steps: int = 0
+    global_width: float = 1.0
 
     def stream(self, purpose: str, each_round: bool = True) -> torch.Generator:
         """The client's own random stream for `purpose`: of this round, or the same in every round."""

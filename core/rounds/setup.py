@@ -28,6 +28,7 @@ from hetfl.rounds.client import ClientRuntime, Pack, round_reply
 from hetfl.rounds.norm_statistics import choose_norm_policy
 from hetfl.rounds.reporting import Callback
 from hetfl.submodel.builder import SubmodelBuilder, is_fully_named
+from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.widths import Widths
 from hetfl.training import device, vectorized
@@ -69,7 +70,7 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
     with torch.device("meta" if zoo.in_zoo(model_of(options)) and not plugins.adapts_model else "cpu"):
         model = build_model(options, federation, model_of(options))
     whole = partial(adapt_model, options, federation, plugins)
-    if plugins.adapts_model or not is_fully_named(model):
+    if plugins.adapts_model or options.global_width < 1 or not is_fully_named(model):
         model = whole()
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device, whole)
     return Setup(options, federation, plugins, builder, Meter(options, builder, federation.test, len(federation.classes)))
@@ -134,8 +135,7 @@ def build_model(options: RunOptions, federation: FederatedDataset, name: str) ->
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
     name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
-    with all_exits(model):
-        widths = trace(model, x, heads=options.heads)
+    widths = trace_all_exits(options, federation, model)
     with torch.no_grad():
         out = model.eval()(x)
     shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
@@ -146,11 +146,23 @@ def trace_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
 
 
 def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> nn.Module:
-    """The run's model as its plugins want it, untrained."""
+    """The run's model as its plugins want it, untrained, of the width that the run gives it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapt"))
         model = build_model(options, federation, model_of(options))
-        return plugins.adapt_model(model, sample(federation), len(federation.classes))
+        model = plugins.adapt_model(model, sample(federation), len(federation.classes))
+    if options.global_width == 1:
+        return model
+    widths = trace_all_exits(options, federation, model)
+    if not widths.groups:
+        raise UsageError(f"no width of model '{model_of(options)}' can be cut, so only --global-width 1 is possible with it")
+    return build_submodel(widths, model, widths.prefix(options.global_width))
+
+
+def trace_all_exits(options: RunOptions, federation: FederatedDataset, model: nn.Module) -> Widths:
+    """The width groups of `model`, whose exits count alike where it has several."""
+    with all_exits(model):
+        return trace(model, sample(federation), heads=options.heads)
 
 
 def sample(federation: FederatedDataset) -> Tensor:

@@ -18,7 +18,8 @@ class Levels(Plugin):
 
     Shares that sum to the clients are counts. The papers' letters serve as well: a6-b10-c11-d18-e55, where a is 1, b 1/2, c 1/4,
     d 1/8 and e 1/16. The widest ratio is held by one client at least, however few clients there are: what nobody holds, nobody
-    trains.
+    trains. Where the run's own model is narrower (--global-width), a ratio is still a share of the whole model: with b, 1/2, there a
+    client of level b has all of it, one of level e 1/8 of it, and one of level a all of it too.
     """
 
     mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
@@ -41,8 +42,10 @@ class Levels(Plugin):
             levels = parse_mix(expand_letters(self.mix), parse_ratio)
             shares = torch.tensor([float(share) for _, share in levels])
             number = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
-            return Profile(levels[number][0])
-        return Profile(assign_mix(expand_letters(self.mix), parse_ratio, node.clients, max)[node.client])
+            share = levels[number][0]
+        else:
+            share = assign_mix(expand_letters(self.mix), parse_ratio, node.clients, max)[node.client]
+        return Profile(min(1.0, share / node.global_width))
 
 
 def expand_letters(text: str) -> str:
