@@ -110,7 +110,7 @@ SMALL = {"widths": [16, 32], "hidden": 128, "kernel": 3}
 
 HETERO = {
     "extract": "heterofl", "aggregate": "overlap", "levels": "1:2,0.5:2,0.25:2,0.125:2,0.0625:2", "eval_every": 1,
-    "set": {"heterofl": {"static_bn": True}},
+    "norm_policy": "static-slices",
 }  # fmt: skip
 
 WORKS = {

@@ -48,8 +48,8 @@ class PluginManager:
         order = ("extract", "aggregate", "profile", "wrap")
         for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):  # noqa: C414 (the sort is stable)
             self._register(key)
-        self._callers: dict[tuple[str, str | None], Any] = {}
-        self._answered: dict[tuple[str, str | None], bool] = {}
+        self._callers: dict[tuple[str, ...], Any] = {}
+        self._answered: dict[tuple[str, ...], bool] = {}
 
     def _register(self, key: str) -> None:
         try:
@@ -58,21 +58,21 @@ class PluginManager:
         except pluggy.PluginValidationError as error:
             raise UsageError(f"plugin '{key}' does not fit the hooks: {' '.join(str(error).split())}") from error
 
-    def _ask(self, hook: str, role: str | None = None) -> Any:
-        """The caller of `hook` for the plugins of `role` (None: all) that have something to do in it."""
-        if (hook, role) not in self._callers:
+    def _ask(self, hook: str, *roles: str) -> Any:
+        """The caller of `hook` for the plugins of `roles` (none: all) that have something to do in it."""
+        if (hook, *roles) not in self._callers:
             out: list[object] = [
-                p for key, p in self.plugins.items() if hook in p.inactive_hooks or role not in (None, key.split(".")[0])
+                p for key, p in self.plugins.items() if hook in p.inactive_hooks or (roles and key.split(".")[0] not in roles)
             ]
-            self._callers[hook, role] = self._manager.subset_hook_caller(hook, remove_plugins=out)
-        return self._callers[hook, role]
+            self._callers[hook, *roles] = self._manager.subset_hook_caller(hook, remove_plugins=out)
+        return self._callers[hook, *roles]
 
-    def _answers(self, hook: str, role: str | None = None) -> bool:
+    def _answers(self, hook: str, *roles: str) -> bool:
         """Whether a plugin, and not just the core, answers `hook`."""
-        if (hook, role) not in self._answered:
-            impls = self._ask(hook, role).get_hookimpls()
-            self._answered[hook, role] = any(impl.plugin_name != "core" for impl in impls)
-        return self._answered[hook, role]
+        if (hook, *roles) not in self._answered:
+            impls = self._ask(hook, *roles).get_hookimpls()
+            self._answered[hook, *roles] = any(impl.plugin_name != "core" for impl in impls)
+        return self._answered[hook, *roles]
 
     def explain(self, error: Exception, hook: str, round: int = 0, client: int | None = None) -> str | None:
         """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
@@ -184,7 +184,7 @@ class PluginManager:
         return not self._answers("fit")
 
     def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update]:
-        return cast(Iterable[Update], self._ask("recover", "extract")(server=server, replies=replies, round=round))
+        return cast(Iterable[Update], self._ask("recover", "extract", "wrap")(server=server, replies=replies, round=round))
 
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
         """The next global model. Raises RunError where the aggregation gives none."""
@@ -201,7 +201,7 @@ class PluginManager:
     def averages(self) -> bool:
         """Whether the aggregation is a mean over the clients that cover an entry, and the recovery the core's own."""
         aggregations = [p for key, p in self.plugins.items() if key.startswith("aggregate.")]
-        return not self._answers("recover", "extract") and all(p.mean for p in aggregations)
+        return not self._answers("recover", "extract", "wrap") and all(p.mean for p in aggregations)
 
     @property
     def trains_global(self) -> bool:

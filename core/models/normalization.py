@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from hetfl.models.state import State, copy_state, move_state
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+STATIC = ("static", "static-slices")  # what training tracks is not used: every network gets its statistics from a pass
 
 REPLACEMENTS: dict[str, Callable[[int], nn.Module]] = {  # HeteroFL's ablation (spec heterofl 2.4)
     "none": lambda channels: nn.Identity(),
@@ -47,17 +50,46 @@ def find_tracking_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._Bat
     return {name: m for name, m in layers.items() if m.track_running_stats}
 
 
-def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[State, int]:
-    """Sets the running statistics of `model` to those of one pass over `batches` of (x, y): the plain mean of each batch's mean and
-    unbiased variance (spec heterofl 2.4; oracle 6.7). Dropout is off; a batch of one example is left out, for it has no variance.
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and variance (channels,) of `count` values of each channel, float64."""
 
-    Returns the model's tensors with these statistics, and the number of batches.
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Those of x (N, channels, …)."""
+        variance, mean = torch.var_mean(x.detach().double(), [d for d in range(x.ndim) if d != 1], correction=0)
+        return cls(x.numel() // x.shape[1], mean, variance)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Those of both together: the law of total variance."""
+        count = self.count + other.count
+        share, apart = other.count / count, other.mean - self.mean
+        within = (1 - share) * self.variance + share * other.variance
+        return Moments(count, self.mean + share * apart, within + share * (1 - share) * apart.square())
+
+
+def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[State, int]:
+    """Sets the running statistics of `model` to the mean and variance of all that its batch norms are given in one pass over
+    `batches` of (x, y), each normalised by its own statistics as in training (spec heterofl 2.4).
+
+    The authors take the plain mean of the batches' means and of their unbiased variances, which leaves out how far batches are
+    apart. Dropout is off; a batch of one example is left out, for it has no variance. Returns the statistics, and the number of
+    examples that they are of.
     """
-    layers, count = find_tracking_norms(model), 0
-    momenta = {name: layer.momentum for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None
+    layers, found, examples = find_tracking_norms(model), dict[str, Moments](), 0
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            now = Moments.of(inputs[0])
+            found[name] = found[name] + now if name in found else now
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     model.eval()
     for layer in layers.values():
         layer.train()
@@ -65,10 +97,14 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
         for x, y in batches:
             if len(y) > 1:
                 model(x)
-                count += 1
-    for name, layer in layers.items():
-        layer.momentum = momenta[name]
-    return move_state(copy_state(model), "cpu"), count
+                examples += len(y)
+        for hook in hooks:
+            hook.remove()
+        for name, m in found.items():
+            layers[name].running_mean.copy_(m.mean)  # type: ignore[union-attr]
+            layers[name].running_var.copy_(m.variance)  # type: ignore[union-attr]
+    names = running_names(model)
+    return move_state({name: tensor for name, tensor in copy_state(model).items() if name in names}, "cpu"), examples
 
 
 def running_names(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
+from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import Assignment, Failure, exchange
 from hetfl.rounds.receiving import leave_out
@@ -103,9 +104,9 @@ def renew_assignments(now: RoundState) -> None:
     now.assignments = {i: assign(now, a.client, a.plan) for i, a in now.assignments.items()}
 
 
-def passing(now: RoundState, assignment: Assignment) -> Assignment:
-    """The same plan's part of the global model as it is now, whatever the client was sent."""
-    return replace(assignment, travels=now.take(assignment.plan, now.run.server.state))
+def passing(now: RoundState, assignment: Assignment, source: State) -> Assignment:
+    """The same plan's part of `source`, whatever the client was sent."""
+    return replace(assignment, source=source, travels=now.take(assignment.plan, source))
 
 
 def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan | None]) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
-from hetfl.models.normalization import drop_statistics, initial_statistics, measure_statistics
+from hetfl.models.normalization import STATIC, drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, move_state, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
+from hetfl.rng import stream
 from hetfl.rounds.messages import Answer, ClientState, Content, Instruction, Kind
 from hetfl.rounds.rows import OWN_ACCURACY, OWN_LOSS, SECONDS
 from hetfl.submodel import encoding
@@ -78,7 +79,7 @@ class ClientRuntime:
         cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, data)
         node = Node(
             client, len(self.federation.clients), round, options.seed, cost, probe,
-            *count_work(options, len(data)),
+            *count_work(options, len(data)), options.global_width,
         )  # fmt: skip
         return self.plugins.profile(node)
 
@@ -91,7 +92,8 @@ class ClientRuntime:
         own = self.federation.clients[client].test
         if len(own) and reply.state:
             sizes = {**sent.sizes, **{name: len(units) for name, units in reply.kept.items()}} if sent.sizes else sent.sizes
-            model = self.builder.load(reply.state, sizes, sent.model)
+            tested = self._as_tested(client, sent.round, reply.state, sizes, sent.model)
+            model = self.builder.load(tested, sizes, sent.model)
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}
@@ -118,17 +120,16 @@ class ClientRuntime:
         replies = [Reply(t.state, len(m.train), {"loss": t.loss, SECONDS: seconds}) for t, m in zip(trained, group, strict=True)]
         having = [k for k, i in enumerate(clients) if len(self.federation.clients[i].test)]
         if having:
-            states, tests = [trained[k].state for k in having], [self.federation.clients[clients[k]].test for k in having]
+            states = [self._as_tested(clients[k], sent[k].round, trained[k].state, sent[k].sizes) for k in having]
+            tests = [self.federation.clients[clients[k]].test for k in having]
             model = self.builder.module(sent[0].sizes)
             for k, score in zip(having, vectorized.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
                 replies[k].metrics |= own_metrics(score)
         return [self._send_home(reply) for reply in replies]
 
     def statistics(self, client: int, sent: Instruction, state: ClientState) -> Reply:
-        """Normalisation statistics of the sent submodel on this client's examples (spec heterofl 2.4)."""
-        data = self.federation.clients[client].train
-        found, batches = measure_statistics(self._model(sent, state), data.batches(self.options.eval_batch_size, None))
-        return Reply(found, batches)
+        """Normalisation statistics of the sent model on this client's examples (spec heterofl 2.4)."""
+        return Reply(*self._measure(client, sent.round, self._model(sent, state)))
 
     def evaluate(self, client: int, sent: Instruction, state: ClientState) -> dict[str, float]:
         """Accuracy and loss of the sent submodel on this client's own test data; empty where it has none."""
@@ -137,9 +138,22 @@ class ClientRuntime:
             return {}
         model = self._model(sent, state)
         if sent.local:
-            measure_statistics(model, own.train.batches(size, None))
+            self._measure(client, sent.round, model)
         score = evaluate(model, own.test, size, own.held_classes if sent.held else None)
         return {"accuracy": score.accuracy, "loss": score.loss, "examples": float(score.examples)}
+
+    def _as_tested(self, client: int, round: int, state: State, sizes: Mapping[str, int] | None, name: str | None = None) -> State:
+        """What a client has trained, with the statistics of its examples where those that training tracks are not used."""
+        if self.options.norm_policy not in STATIC:
+            return state
+        return {**state, **self._measure(client, round, self.builder.load(state, sizes, name))[0]}
+
+    def _measure(self, client: int, round: int, model: nn.Module) -> tuple[State, int]:
+        """Gives `model` its normalisation statistics on this client's examples, in batches that mix them."""
+        batches = self.federation.clients[client].train.batches(
+            self.options.eval_batch_size, stream(self.options.seed, "statistics", round, client)
+        )
+        return measure_statistics(model, batches)
 
     def _task(self, client: int, sent: Instruction, state: ClientState) -> Task:
         full, public = self.builder.full, self.federation.public

@@ -8,6 +8,7 @@ from functools import partial
 from hetfl.rounds.assignment import renew_assignments
 from hetfl.rounds.evaluator import EvalJob
 from hetfl.rounds.messages import Instruction, exchange
+from hetfl.rounds.norm_statistics import needs_own_statistics, own_statistics
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_scores
 
@@ -37,11 +38,11 @@ def list_jobs(now: RoundState) -> dict[str, EvalJob]:
     for level, sent in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
         source = run.plugins.base_state(run.server, sent.client)
         if sent.plan.model is None:
-            found[f"level-{level}@test"] = EvalJob(now.aggregated, sent.plan)
+            found[f"level-{level}@test"] = EvalJob(own_statistics(now, sent.plan, now.aggregated), sent.plan)
         if source is not run.server.state:
             found[f"personal-{level}@test"] = EvalJob(source, sent.plan)
         elif not sent.personal:
-            found[f"sent-{level}@test"] = EvalJob(sent.source, sent.plan)
+            found[f"sent-{level}@test"] = EvalJob(own_statistics(now, sent.plan, sent.source), sent.plan)
     return dict(sorted(found.items(), key=lambda item: order_of(item[0])))
 
 
@@ -64,10 +65,14 @@ def train_control(now: RoundState) -> None:
 
 
 def evaluate_on_clients(now: RoundState) -> None:
-    """Each client of the round tests its plan's part of the new global model, or its own model, on its own test data."""
+    """Each client of the round tests its plan's part of the new global model, or its own model, on its own test data.
+
+    Where that part needs statistics of its own, they are those of the client's examples.
+    """
     run = now.run
     renew_assignments(now)
-    asked = {i: a.instruction(now.number, run.local_norms, run.state_versions.get(i, 0)) for i, a in now.assignments.items()}
+    local = {i: run.local_norms or (not a.personal and needs_own_statistics(now, a.plan)) for i, a in now.assignments.items()}
+    asked = {i: a.instruction(now.number, local[i], run.state_versions.get(i, 0)) for i, a in now.assignments.items()}
     answers = [(now.assignments[i].personal, check_scores(answer)) for i, answer in exchange(now.engine, "evaluate", asked)]
     for personal, name in ((False, "submodel@own"), (True, "personal@own")):
         now.row.add_mean_and_decile(name, [s["accuracy"] for own, s in answers if s and own == personal])

@@ -1,17 +1,27 @@
-"""The global model's normalisation statistics after aggregation, where the policy is not to average them (spec heterofl 2.4)."""
+"""Batch norm's statistics after aggregation, where the policy is not to average them (docs/norms.md; spec heterofl 2.4)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
 from hetfl.aggregation.mean import mean
-from hetfl.aggregation.updates import Updates
+from hetfl.aggregation.updates import Update, Updates
 from hetfl.errors import UsageError
 from hetfl.hooks.values import ReceivedReply
-from hetfl.models.normalization import measure_statistics, running_names
+from hetfl.models.normalization import STATIC, measure_statistics, running_names
 from hetfl.models.state import State
 from hetfl.rounds.assignment import passing
-from hetfl.rounds.messages import exchange
+from hetfl.rounds.messages import Assignment, Failure, exchange
+from hetfl.rounds.rows import STATISTICS_BYTES
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_statistics
+from hetfl.submodel import encoding
+from hetfl.submodel.plan import Plan, Selection, is_whole
+
+MEAN, VARIANCE = "running_mean", "running_var"
 
 
 def choose_norm_policy(given: str, wanted: str | None, public: bool) -> str:
@@ -35,26 +45,77 @@ def renew_statistics(now: RoundState) -> None:
     if not names or run.norm_policy == "aggregate":
         return
     with now.phase("statistics"):
-        found = average_passes(now) if run.norm_policy == "static" else measure_on_server(now)
+        found = pool_passes(now) if run.norm_policy in STATIC else measure_on_server(now)
     run.server.state = {**run.server.state, **{name: found[name] for name in names if name in found}}
 
 
-def average_passes(now: RoundState) -> State:
-    """The mean over clients of the statistics that each measures with its part of the new global model on its own examples."""
-    run = now.run
-    asked = {i: passing(now, a) for i, a in now.assignments.items() if a.plan.model is None}
-    instructions = {i: a.instruction(now.number, run.local_norms, run.state_versions.get(i, 0)) for i, a in asked.items()}
-    received = []
+def pool_passes(now: RoundState) -> State:
+    """The global model's statistics on the data of the round's clients: each passes its examples through the whole network, which
+    it is sent for that, or under "static-slices" through its own part of it. What travels is counted."""
+    server, slices = now.run.server, now.run.norm_policy == "static-slices"
+    whole = server.select(torch.arange)
+    ours = {i: a if slices else replace(a, plan=whole) for i, a in now.assignments.items() if a.plan.model is None}
+    asked = {i: passing(now, a, server.state) for i, a in ours.items()}
+    replies = collect_statistics(now, asked)
+    sent = {i: encoding.payload_bytes(a.travels, a.plan.masks) for i, a in asked.items()}
+    received = {r.client.id: encoding.payload_bytes(r.reply.state) for r in replies}
+    for client, row in now.row.clients.items():
+        row.bytes_down += sent.get(client, 0)
+        row.bytes_up += received.get(client, 0)
+    now.row.facts[STATISTICS_BYTES] = sum(sent.values()) + sum(received.values())
+    return pool_statistics(replies, server.state)
+
+
+def needs_own_statistics(now: RoundState, plan: Plan) -> bool:
+    """Whether the submodel of `plan` is a network of its own under the policies STATIC: fewer channels feed each of its own, so the
+    global network's statistics are far off for it."""
+    slices = now.run.norm_policy in STATIC and isinstance(plan, Selection) and not is_whole(plan)
+    return slices and bool(running_names(now.run.server.builder.module()))
+
+
+def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
+    """`source`, with statistics of the very submodel that `plan` takes of it where `needs_own_statistics`, pooled over the clients
+    of the round that have this plan. This is for evaluation, so it is not counted as bytes."""
+    if not needs_own_statistics(now, plan):
+        return source
+    with now.timed("statistics"):
+        asked = {i: passing(now, a, source) for i, a in now.assignments.items() if a.plan is plan}
+        return pool_statistics(collect_statistics(now, asked), source)
+
+
+def collect_statistics(now: RoundState, asked: Mapping[int, Assignment]) -> list[ReceivedReply]:
+    """The clients' statistics of what they are `asked`; a client that gives none, for lack of memory say, is left out of them."""
+    versions, received = now.run.state_versions, list[ReceivedReply]()
+    names = set(running_names(now.run.server.builder.module()))
+    instructions = {i: a.instruction(now.number, now.run.local_norms, versions.get(i, 0)) for i, a in asked.items()}
     for client, answer in exchange(now.engine, "statistics", instructions):
-        reply = check_statistics(asked[client].travels, answer)
-        if reply is not None and reply.examples:
-            received.append(ReceivedReply(asked[client].client, asked[client].plan, {}, reply))
-    updates = Updates([r.update() for r in received], run.server.state)
-    return mean(updates, updates.weights) if received else run.server.state
+        sent = asked[client]
+        reply = check_statistics({name: t for name, t in sent.travels.items() if name in names}, answer)
+        if reply is None:
+            why = answer.reason if isinstance(answer, Failure) else "they are not what was asked for"
+            now.run.callback.note(f"round {now.number}: client {client} left out of the statistics: {why}")
+        elif reply.examples:
+            received.append(ReceivedReply(sent.client, sent.plan, {}, reply))
+    return received
+
+
+def pool_statistics(replies: Sequence[ReceivedReply], old: State) -> State:
+    """`old` with the mean and variance of all clients' examples together, channel by channel over the clients that have it.
+
+    The law of total variance: the mean of the clients' variances, and of their means' squared distances from the common mean.
+    """
+    updates = Updates([r.update() for r in replies], old)
+    means, spread = mean(updates, updates.weights), list[Update]()
+    for r in replies:
+        found, center = r.reply.state, r.plan.take({name: means[name] for name in r.reply.state})
+        apart = {name: found[name] - center[name] for name in found if name.endswith(MEAN)}
+        total = {(n := name.removesuffix(MEAN) + VARIANCE): found[n] + d.square() for name, d in apart.items()}
+        spread.append(replace(r, reply=replace(r.reply, state={**found, **total})).update())
+    return mean(Updates(spread, old), updates.weights)
 
 
 def measure_on_server(now: RoundState) -> State:
     """The statistics of the global model on the server's own examples."""
     server = now.run.server
-    model = server.builder.load(server.state)
-    return measure_statistics(model, server.public.tune.batches(server.options.eval_batch_size, None))[0]
+    batches = server.public.tune.batches(server.options.eval_batch_size, server.stream("statistics", now.number))
+    return measure_statistics(server.builder.load(server.state), batches)[0]

@@ -16,6 +16,7 @@ PARAMETERS, MACS, MEMORY = "parameters", "MACs", "memory"
 OWN_ACCURACY, OWN_LOSS, SECONDS = "own accuracy", "own loss", "seconds"  # metrics of a reply
 CLIENTS, LEFT_OUT, CLIENT_SECONDS, ALARMS = "clients", "left out", "client seconds", "alarms"
 TAKEN = "taken"
+STATISTICS_BYTES = "statistics bytes"  # of both ways' bytes, those of --norm-policy static
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
 CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
 RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}

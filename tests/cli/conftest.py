@@ -13,7 +13,7 @@ from hetfl.cli.main import main
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
     with pytest.raises(SystemExit) as ended:
-        main(["run", *QUICK, "--out", str(out), "--set", "heterofl.scaler=true"])
+        main(["run", *QUICK, "--out", str(out), "--set", "overlap.weighting=samples"])
     assert ended.value.code == 0
     return out
 

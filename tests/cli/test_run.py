@@ -37,7 +37,7 @@ def test_resolved_config_runs_again_to_the_same_bits(finished, tmp_path, capsys)
     assert (finished / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
     first, second = (json.loads((p / "summary.json").read_text())["accuracy"] for p in (finished, tmp_path / "b"))
     assert first == second
-    assert "scaler = true" in (tmp_path / "b" / "config.toml").read_text()
+    assert 'weighting = "samples"' in (tmp_path / "b" / "config.toml").read_text()
 
 
 @pytest.mark.parametrize(

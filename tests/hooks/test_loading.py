@@ -12,5 +12,5 @@ from hetfl.hooks.loading import load_plugins
 def test_ambiguous_and_foreign_options():
     with pytest.raises(UsageError, match="no chosen plugin is named 'fedconv'"):
         load_plugins(resolve({"extract": "heterofl", "set": {"fedconv": {"steps": 1}}}))
-    roles = load_plugins(resolve({"extract": "heterofl", "set": {"extract": {"heterofl": {"scaler": True}}}}))
-    assert roles.plugins["extract.heterofl"].scaler
+    roles = load_plugins(resolve({"extract": "fedrolex", "set": {"extract": {"fedrolex": {"step": 2}}}}))
+    assert roles.plugins["extract.fedrolex"].step == 2

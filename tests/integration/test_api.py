@@ -198,7 +198,7 @@ def test_threads_get_the_same_and_the_process_keeps_its_settings(first):
     [
         ({"rouns": 3}, "unknown option 'rouns'; did you mean 'rounds'"),
         ({"fedconv.epochs": 3}, 'set={"fedconv": {"epochs": …}}'),
-        ({"set": {"heterofl.scaler": True}}, 'set={"heterofl": {"scaler": …}}'),
+        ({"set": {"overlap.weighting": "samples"}}, 'set={"overlap": {"weighting": …}}'),
         ({"rounds": 0}, "rounds: "),
         ({"data": "digits", "dataset": "digits"}, "one option"),
         ({"model": "mpl"}, "did you mean 'mlp'"),

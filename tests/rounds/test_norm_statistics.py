@@ -2,14 +2,89 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from helpers.runs import NORMED, run
 from hetfl.errors import UsageError
+from hetfl.models.state import load_state
+from hetfl.rounds.loop import run_round
+from hetfl.rounds.messages import Failure
+from hetfl.submodel.encoding import payload_bytes
 
 
-@pytest.mark.parametrize("policy", ["static", "recalibrate"])
+CNN = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}}
+
+
+NORMS = ("1", "5")
+
+
+def norm_inputs(net, state, data):
+    """What enters each batch norm of the chain `net` in training mode, one batch of all of a client's examples: (channels, values)."""
+    found, x = {}, data.train.all()[0]
+    with torch.no_grad():
+        for name, layer in load_state(copy.deepcopy(net), state).train().named_children():
+            found[name] = x.transpose(0, 1).flatten(1)
+            x = layer(x)
+    return found
+
+
+def test_static_pools_the_whole_network_over_the_examples_of_all_clients(simulate):
+    """spec heterofl 2.4: one pass of the clients' data through the GLOBAL network, not through each client's slice of it."""
+    made = simulate(1, **CNN, norm_policy="static", levels="1,0.25,0.25", clients=3, eval_batch_size=512, vmap="off")
+    state, net = made.server.state, made.server.builder.build()
+    seen = [norm_inputs(net, state, c) for c in made.federation.clients]
+    for n in NORMS:
+        together = torch.cat([s[n] for s in seen], 1)
+        assert torch.allclose(state[f"{n}.running_mean"], together.mean(1), atol=1e-5), n
+        assert torch.allclose(state[f"{n}.running_var"], together.var(1, correction=0), rtol=1e-4), n
+
+
+def test_static_counts_the_whole_model_down_and_the_statistics_up(simulate):
+    cheap, whole = (
+        simulate(1, **CNN, norm_policy=policy, levels="1,0.25,0.25", clients=3).state.rows[-1] for policy in ("aggregate", "static")
+    )
+    made = simulate(0, **CNN, clients=3)
+    size = payload_bytes(made.server.state)
+    statistics = payload_bytes({n: t for n, t in made.server.state.items() if n.endswith(("_mean", "_var"))})
+    assert whole["bytes down"] - cheap["bytes down"] == 3 * size
+    assert whole["bytes up"] - cheap["bytes up"] == 3 * statistics
+    assert whole["statistics bytes"] == 3 * (size + statistics)
+
+
+def test_a_slice_is_tested_with_statistics_of_its_own(simulate):
+    """Its channels are fed by fewer others than in the global network, whose statistics are far off."""
+    made = simulate(1, **CNN, norm_policy="static", levels="1,0.25,0.25", clients=3, eval_batch_size=512, vmap="off")
+    server, plan = made.server, made.last.assignments[1].plan
+    small, tested = server.builder.build(plan.sizes), dict(plan.take(server.state))
+    seen = [norm_inputs(small, tested, made.federation.clients[i]) for i in (1, 2)]
+    for n in NORMS:
+        together = torch.cat([s[n] for s in seen], 1)
+        tested |= {f"{n}.running_mean": together.mean(1), f"{n}.running_var": together.var(1, correction=0)}
+    expected = server.score(tested, made.federation.test, plan.sizes)
+    assert made.state.rows[-1]["level-0.25@test"] == pytest.approx(expected.accuracy, abs=1e-9)
+    assert made.state.rows[-1]["level-0.25@test loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert server.score(plan.take(server.state), made.federation.test, plan.sizes).loss != pytest.approx(expected.loss, rel=3e-4)
+
+
+def test_a_client_that_cannot_hold_the_whole_model_is_left_out_of_its_statistics(simulate, monkeypatch):
+    made = simulate(0, **CNN, norm_policy="static", levels="1,0.25,0.25", clients=3, workers=1)
+    measure = made.engine.__class__.ask
+
+    def ask(engine, kind, contents):
+        for client, answer in measure(engine, kind, contents):
+            yield client, Failure("MemoryError: too large") if kind == "statistics" and client == 2 else answer
+
+    notes = []
+    monkeypatch.setattr(made.engine.__class__, "ask", ask)
+    monkeypatch.setattr(made.state.callback, "note", notes.append, raising=False)
+    run_round(made.state, 1, made.engine)
+    assert notes[0] == "round 1: client 2 left out of the statistics: MemoryError: too large"
+
+
+@pytest.mark.parametrize("policy", ["static", "static-slices", "recalibrate"])
 def test_statistics_policies(tmp_path, policy):
     """spec heterofl 2.4: statistics come from passes, not from the mean of what clients tracked."""
     values = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}, "rounds": 1}

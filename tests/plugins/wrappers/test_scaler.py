@@ -1,42 +1,53 @@
-"""HeteroFL's masked cross entropy and scaler."""
+"""HeteroFL's scaler."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from hetfl.plugins.methods.heterofl import mask_absent_classes, scale_activations
-
-
-def test_masked_cross_entropy():
-    """spec heterofl 6.5"""
-    z = torch.tensor([[2.0, 1.0, -1.0]], requires_grad=True)
-    loss = mask_absent_classes(torch.tensor([True, False, True]))(z, torch.tensor([0]))
-    loss.backward()
-    assert loss.item() == pytest.approx(0.169846, abs=1e-6)
-    assert z.grad[0, 1] == 0
+from hetfl.plugins.wrappers.scaler import scale_activations
 
 
 def test_scaler_acts_in_training_only():
-    """spec heterofl 6.6: s = .25, x = 1: train 4, eval 1"""
-    seen = []
-
-    class Probe(nn.LayerNorm):
-        def forward(self, x):
-            seen.append(x.flatten()[0].item())
-            return x
-
-    model = nn.Sequential(Probe(1))
-    with scale_activations(model, 0.25):
-        model.train()(torch.ones(1, 1))
-        model.eval()(torch.ones(1, 1))
-    model.train()(torch.ones(1, 1))
-    assert seen == [4, 1, 1]
-
-
-def test_scaler_without_norms_scales_hidden_outputs():
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).train()
+    """spec heterofl 6.6: s = .25, x = 1: train 4, eval 1; after every weighted layer but the last"""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     nn.init.ones_(model[0].weight), nn.init.ones_(model[1].weight)
-    with scale_activations(model, 0.5):
-        assert model(torch.ones(1, 1)).item() == 2
+    with scale_activations(model, 0.25):
+        assert model.train()(torch.ones(1, 1)).item() == 4
+        assert model.eval()(torch.ones(1, 1)).item() == 1
+    assert model.train()(torch.ones(1, 1)).item() == 1
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)])
+def test_a_norm_trains_on_x_over_s_and_tracks_x(norm):
+    """spec heterofl 2.3: y = sBN(x / s) in training; evaluation uses x, so the running statistics must be those of x"""
+    s, x = 0.25, (1e-3 * torch.randn(32, 6, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    plain, weights = copy.deepcopy(norm).train(), torch.randn(32, 6)
+    with scale_activations(nn.Sequential(norm).train(), s):
+        ours = norm(x)
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), x)
+        at_rest = norm.eval()(x)
+    scaled = plain(x / s)
+    (expected,) = torch.autograd.grad((scaled * weights).sum(), x)
+    assert torch.allclose(ours, scaled, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours, copy.deepcopy(plain)(x), rtol=1e-2)
+    if isinstance(norm, nn.BatchNorm1d):
+        assert torch.allclose(norm.running_var, 0.9 + 0.1 * x.var(0), atol=1e-6)
+        assert torch.allclose(norm.running_mean, 0.1 * x.mean(0), atol=1e-6)
+    untouched = copy.deepcopy(norm)
+    untouched.eps = plain.eps
+    assert torch.equal(at_rest, untouched.eval()(x))
+    assert norm.eps == plain.eps
+
+
+def test_scaler_leaves_no_trace_in_the_statistics(simulate):
+    """Issue 14.1: the means that clients track are of the size that the global model sees, whatever their width."""
+    more = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}, "levels": "1/4:1"}
+    bare, scaled = (simulate(1, **more, wrap=wrap).server.state for wrap in ((), ("scaler",)))
+    covered = slice(0, 2)
+    ratio = scaled["1.running_var"][covered] / bare["1.running_var"][covered]
+    assert ratio.max() < 2

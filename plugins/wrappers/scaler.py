@@ -1,0 +1,55 @@
+"""HeteroFL's scaler (Diao et al., ICLR 2021; spec heterofl 2.3): in training, a submodel's activations over its width ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hetfl import Plugin, Reply, Task, hookimpl
+from hetfl.models.normalization import NORMS
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class Scaler(Plugin):
+    """x / s at the input of every norm, or after each hidden layer of a model without norms; s: the share of units a client has."""
+
+    @hookimpl(wrapper=True, trylast=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        with scale_activations(task.model, width_ratio(task)):
+            return (yield)
+
+
+def width_ratio(task: Task) -> float:
+    """The width ratio that the client really has: kept units over all units; 1 with an architecture of its own."""
+    kept = sum(task.plan_sizes.get(name, 0) for name in task.full_sizes)
+    return kept / sum(task.full_sizes.values()) if kept else 1.0
+
+
+@contextmanager
+def scale_activations(model: nn.Module, s: float) -> Generator[None, None, None]:
+    """In training, x / s at the input of every norm; without norms, at the output of all weighted layers but the last (2.3).
+
+    (x / s - m / s) / sqrt(v / s^2 + eps) = (x - m) / sqrt(v + s^2 eps): a norm gets s^2 eps instead of x / s, and so the running
+    statistics that it tracks in training are those of x, which evaluation needs.
+    """
+    norms = {m: m.eps for m in model.modules() if isinstance(m, NORMS)}
+    layers = [] if norms else [m for m in model.modules() if isinstance(m, WEIGHTED)][:-1]
+
+    def set_eps(m: Any, x: object) -> None:
+        eps = torch.finfo(torch.float32).eps if norms[m] is None else norms[m]
+        m.eps = s * s * eps if m.training else norms[m]
+
+    hooks = [m.register_forward_pre_hook(set_eps) for m in norms]
+    hooks += [m.register_forward_hook(lambda m, _, out: out / s if m.training else None) for m in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, eps in norms.items():
+            norm.eps = eps
