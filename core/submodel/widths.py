@@ -75,8 +75,8 @@ class Axis:
 
         Example: rows that hold 4 units twice (queries, keys), units 0 1 2 3 0 1 2 3, of which `kept` = [3, 1] remain. The smaller
         tensor's rows are then units 0 1 0 1, as this one's are when units 2 and 3 are left out: positions 0 1 4 5. Its unit 0 is
-        unit 3 here, its unit 1 is unit 1, so the answer is 3 1 7 5. Were the two halves heads, and `kept` = [[7, 3], [0, 4]], then the
-        first head would have 7 0, unit 3 of the second head and 0 of the first, and the second 3 4: the answer is 7 0 3 4.
+        unit 3 here, its unit 1 is unit 1, so the answer is 3 1 7 5. Were the halves two heads, and `kept` = [[7, 3], [0, 4]], the
+        first head would have 7 0, unit 3 of the second head and 0 of the first, the second head 3 4: the answer is 7 0 3 4.
         """
         counts = torch.tensor([*(len(kept[name]) for name in self.groups), len(self.group) + 1])  # the last is for group -1
         prefix = ((self.unit < counts[self.group]) | (self.group < 0)).nonzero().squeeze(1)

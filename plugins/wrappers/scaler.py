@@ -41,8 +41,9 @@ def scale_activations(model: nn.Module, s: float) -> Generator[None, None, None]
     layers = [] if norms else [m for m in model.modules() if isinstance(m, WEIGHTED)][:-1]
 
     def set_eps(m: Any, x: object) -> None:
-        eps = torch.finfo(torch.float32).eps if norms[m] is None else norms[m]
-        m.eps = s * s * eps if m.training else norms[m]
+        eps = norms[m]
+        scaled = s * s * (torch.finfo(torch.float32).eps if eps is None else eps)
+        m.eps = scaled if m.training else eps
 
     hooks = [m.register_forward_pre_hook(set_eps) for m in norms]
     hooks += [m.register_forward_hook(lambda m, _, out: out / s if m.training else None) for m in layers]

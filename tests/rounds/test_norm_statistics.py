@@ -14,7 +14,6 @@ from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Failure
 from hetfl.submodel.encoding import payload_bytes
 
-
 CNN = {"extract": "heterofl", "aggregate": "overlap", "model": "cnn", "model_args": {"widths": [8, 8]}}
 
 
@@ -22,7 +21,7 @@ NORMS = ("1", "5")
 
 
 def norm_inputs(net, state, data):
-    """What enters each batch norm of the chain `net` in training mode, one batch of all of a client's examples: (channels, values)."""
+    """What enters each layer of the chain `net` in training mode, in one batch of a client's examples: (channels, values)."""
     found, x = {}, data.train.all()[0]
     with torch.no_grad():
         for name, layer in load_state(copy.deepcopy(net), state).train().named_children():
