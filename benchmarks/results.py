@@ -1,66 +1,130 @@
-"""The table of docs/results.md from a matrix: `python benchmarks/results.py m/matrix.csv`."""
+"""The strategy tables of docs/results.md by one command: `python benchmarks/results.py --out m [option=value …]`.
+
+Every extraction with its natural aggregation and the controls, at each --alphas (10000 is IID) with each seed. A method whose paper
+has more to it than the extraction runs as published, with the wraps and the policy for batch norm of its preset, and once more bare,
+as an ablation. Options after the script's own are those of a run, such as dataset=mnist rounds=30. What is in --out already is not
+run again; every run is a line of its results.csv.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
+import os
 import statistics
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from hetfl.presets import find_preset
+from hetfl.runs.cell import Row, Trial
 from hetfl.runs.leaderboard import interval
+from hetfl.runs.sweep import cross_plugins, plan_trials, run_trials
 
-Row = Mapping[str, str]
+PRESETS = {  # the preset that says what belongs to an extraction in its paper
+    "heterofl": "heterofl/cifar10-noniid-a-e",
+    "fedrolex": "fedrolex/cifar10-noniid-a-e",
+    "fiarse": "fiarse/cifar10-four",
+    "hermes": "hermes/cifar10",
+    "scalefl": "scalefl/cifar10",
+}
+
+PARTS = ("wrap", "norm_policy")  # of a preset; its other options are those of the experiment
+
+ACCURACIES = ("global@test", "level-0.25@test", "sent-0.25@test")
+
+LEVELS = "1:2,0.75:3,0.5:3,0.25:2"
 
 
-def text(values: Iterable[str]) -> str:
+def published(extract: str) -> dict[str, Any]:
+    """What goes with an extraction in its paper."""
+    values = find_preset(PRESETS[extract]).values if extract in PRESETS else {}
+    return {name: values[name] for name in PARTS if name in values}
+
+
+def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[float], seeds: int) -> list[tuple[str, Trial]]:
+    """Every run with the name of its row."""
+    found = []
+    for extract, aggregate in cross_plugins(extracts, ["natural"]):
+        parts = published(extract)
+        variants = {f"as published: {describe(parts)}": parts, "bare": {}} if parts else {"": {}}
+        for variant, more in variants.items():
+            name = f"`{extract}` x `{aggregate}`" + (f" ({variant})" if variant else "")
+            trials = plan_trials({**base, **more}, [(extract, aggregate)], {"alpha": list(alphas)}, range(seeds))
+            found += [(name, trial) for trial in trials]
+    return found
+
+
+def describe(parts: dict[str, Any]) -> str:
+    return ", ".join([*(f"`{wrap}`" for wrap in parts.get("wrap", ())), *(f"`{p}`" for k, p in parts.items() if k != "wrap")])
+
+
+def text(values: Iterable[Any]) -> str:
     """Mean and half width of the 95 % interval over seeds, in per cent."""
-    found = [100 * float(v) for v in values if v]
+    found = [100 * float(v) for v in values if v not in (None, "")]
     if not found:
         return "-"
-    mean, half, _ = interval(found)
-    return f"{mean:.1f} ± {half:.1f}"
+    mean, half, n = interval(found)
+    return f"{mean:.1f} ± {half:.1f}" if n > 1 else f"{mean:.1f}"
 
 
-def own(row: Row) -> str:
+def own(row: Row) -> Any:
     """The accuracy on the clients' own held-out data of what they would now use."""
-    return row.get("personal@own") or row.get("submodel@own", "")
+    return row.get("personal@own") or row.get("submodel@own")
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
-    return statistics.fmean(float(r[name]) for r in rows if r[name])
+    return statistics.fmean([float(r[name]) for r in rows if r.get(name) is not None] or [0.0])
 
 
-def line(rows: Sequence[Row], alphas: Sequence[str]) -> str:
-    cells = [f"`{rows[0]['extract']}` x `{rows[0]['aggregate']}`"]
-    for alpha in alphas:
-        ours = [r for r in rows if r["alpha"] == alpha]
-        cells += [text(r["global@test"] for r in ours), text(own(r) for r in ours)]
-    sent = mean(rows, "bytes down") + mean(rows, "bytes up")
-    costs = [f"{mean(rows, n):,.0f}" for n in ("parameters", "MACs")] if rows[0]["parameters"] else ["-", "-"]
-    return "| " + " | ".join([*cells, f"{sent / 1e6:.2f}", *costs, f"{mean(rows, 'seconds'):.0f}"]) + " |"
+def table(rows: Sequence[Row], alphas: Sequence[float]) -> list[str]:
+    """The lines of the table, the best at the first alpha first."""
+    head = [f"{name}, alpha {alpha:g}" for alpha in alphas for name in (*ACCURACIES, "own")]
+    columns = ["pair", *head, "MB sent", "parameters", "MACs", "seconds a run"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    tables = {name: [r for r in rows if r["name"] == name and r["status"] == "ok"] for name in names}
+    lines = []
+    for name, ours in sorted(tables.items(), key=lambda t: -mean([r for r in t[1] if r["alpha"] == alphas[0]], "global@test")):
+        cells = [name]
+        for alpha in alphas:
+            at = [r for r in ours if r["alpha"] == alpha]
+            cells += [*(text(r.get(a) for r in at) for a in ACCURACIES), text(own(r) for r in at)]
+        sent = mean(ours, "bytes down") + mean(ours, "bytes up")
+        cells += [f"{sent / 1e6:.2f}", *(f"{mean(ours, n):,.0f}" for n in ("parameters", "MACs")), f"{mean(ours, 'seconds'):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    control = [{r["seed"]: r["control@test"] for r in rows if r["alpha"] == alpha and r.get("control@test")} for alpha in alphas]
+    lines.append("| control (server data alone) | " + " | ".join(f"{text(c.values())} | - | - | -" for c in control) + " | | | | |")
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]
 
 
 def main() -> None:
-    rows = list(csv.DictReader(Path(sys.argv[1]).read_text().splitlines()))
-    alphas = sorted({r["alpha"] for r in rows}, key=float)
-    pairs = sorted({(r["extract"], r["aggregate"]) for r in rows})
-    tables = [[r for r in rows if (r["extract"], r["aggregate"]) == pair and r["status"] == "ok"] for pair in pairs]
-    tables.sort(key=lambda t: -mean([r for r in t if r["alpha"] == alphas[0]], "global@test"))
-    head = [name for alpha in alphas for name in (f"global, alpha {alpha}", f"own, alpha {alpha}")]
-    columns = ["pair", *head, "MB sent", "parameters", "MACs", "seconds a run"]
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for table in tables:
-        print(line(table, alphas))
-    control = [r for r in rows if r.get("control@test")]
-    print(
-        "| control (server data alone) | "
-        + " | ".join(
-            text(r["control@test"] for r in control if r["alpha"] == a and r["extract"] == "heterofl") + " | -" for a in alphas
-        )
-        + " | | | | |"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--extract", default="all", help="extractions with commas, or all; the controls run too")
+    parser.add_argument("--alphas", default="0.1,10000")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("options", nargs="*", metavar="option=value")
+    given = parser.parse_args()
+    base: dict[str, Any] = {"levels": LEVELS}
+    for word in given.options:
+        name, _, value = word.partition("=")
+        base[name] = json.loads(value) if value[:1] in "[{" else value
+    alphas = [float(a) for a in given.alphas.split(",")]
+    runs = plan_runs(given.extract.split(","), base, alphas, given.seeds)
+    names = {trial.key: name for name, trial in runs}
+    (given.out / "cells").mkdir(parents=True, exist_ok=True)
+    rows = [{"name": names[r.trial.key], **r.row} for r in run_trials([t for _, t in runs], given.out, given.jobs)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(given.out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n".join(table(rows, alphas)))
+    for row in (r for r in rows if r["status"] != "ok"):
+        print(f"{row['name']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
+    print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
 
 
 if __name__ == "__main__":
