@@ -1,9 +1,9 @@
 """The strategy tables of docs/results.md by one command: `python benchmarks/results.py --out m [option=value …]`.
 
 Every extraction with its natural aggregation and the controls, at each --alphas (10000 is IID) with each seed. A method whose paper
-has more to it than the extraction runs as published, with the wraps and the policy for batch norm of its preset, and once more bare,
-as an ablation. Options after the script's own are those of a run, such as dataset=mnist rounds=30. What is in --out already is not
-run again; every run is a line of its results.csv.
+has more to it than the extraction runs as published, with the wraps and the policy for batch norm of its preset, and again bare, as
+an ablation. Options after the script's own are those of a run, such as dataset=mnist rounds=30. What is in --out already is not run
+again; every run is a line of its results.csv.
 """
 
 from __future__ import annotations
