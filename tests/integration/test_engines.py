@@ -43,6 +43,7 @@ def test_processes_give_the_bits_of_threads():
         {"extract": "hermes"},
         {"extract": "lgfedavg"},
         {"extract": "heterofl", "norm_policy": "local", "model": "cnn", "model_args": {"widths": [8, 16]}},
+        {"extract": "heterofl", "norm_policy": "static", "model": "cnn", "model_args": {"widths": [8, 16]}, "wrap": ("scaler",)},
     ],
 )
 def test_every_kind_of_strategy_gives_the_same_in_processes(values):

@@ -41,6 +41,8 @@ def test_a_norm_trains_on_x_over_s_and_tracks_x(norm):
     untouched = copy.deepcopy(norm)
     untouched.eps = plain.eps
     assert torch.equal(at_rest, untouched.eval()(x))
+    with scale_activations(nn.Sequential(norm).train(), s):
+        norm(x)
     assert norm.eps == plain.eps
 
 
