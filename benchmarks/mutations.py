@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 0.1  # share of mutations that may survive
-LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "runs", "build", "*.egg-info")
+MADE = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,11 @@ MUTATIONS = [
 
 def copy_tree(to: Path) -> Path:
     """The tree without what it has made, links as links."""
-    return Path(shutil.copytree(ROOT, to / "tree", symlinks=True, ignore=LEFT_OUT))
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return MADE(folder, names) | ({"runs"} if Path(folder) == ROOT else set())  # core/runs is source
+
+    return Path(shutil.copytree(ROOT, to / "tree", symlinks=True, ignore=left_out))
 
 
 def passes(tree: Path, tests: str) -> bool:
