@@ -46,19 +46,24 @@ def plan_faults(plan: Any) -> Iterator[str]:
 
 
 def unit_faults(widths: Widths, kept: Any) -> Iterator[str]:
-    """What is wrong with the kept units by group: int64 vectors of numbers below the group's size, none of them twice."""
+    """What is wrong with the kept units by group: int64 vectors of numbers below the group's size, none of them twice.
+
+    Of a group that attention has in each of several heads also (kept, heads), with numbers below heads * size.
+    """
     if not isinstance(kept, Mapping):
         yield f"keeps {type(kept).__name__}, not units by group"
         return
-    sizes = {group.name: group.size for group in widths.groups}
-    yield from (f"names a group '{name}' that the model does not have" for name in kept if name not in sizes)
-    for name, size in sizes.items():
+    groups = {group.name: group for group in widths.groups}
+    yield from (f"names a group '{name}' that the model does not have" for name in kept if name not in groups)
+    for name, group in groups.items():
         units = kept.get(name)
-        if not isinstance(units, Tensor) or units.dtype != torch.int64 or units.ndim != 1 or not len(units):
+        by_head = isinstance(units, Tensor) and units.ndim == 2 and units.shape[1] == group.heads > 1
+        size = group.size * (group.heads if by_head else 1)
+        if not isinstance(units, Tensor) or units.dtype != torch.int64 or not (units.ndim == 1 or by_head) or not len(units):
             yield f"does not keep units of group '{name}' as a vector of int64 numbers"
         elif outside := units[(units < 0) | (units >= size)].tolist():
             yield f"keeps unit {outside[0]} of group '{name}', whose units are 0 to {size - 1}"
-        elif repeated := (units.bincount() > 1).nonzero().flatten().tolist():
+        elif repeated := (units.flatten().bincount() > 1).nonzero().flatten().tolist():
             yield f"keeps unit {repeated[0]} of group '{name}' more than once"
 
 

@@ -105,7 +105,9 @@ class PluginManager:
         """Raises RunError where the answer to a hook has a fault, with the plugins that answer it."""
         if fault is None:
             return
-        bearers = [impl.plugin_name for impl in self._ask(hook, role).get_hookimpls() if impl.plugin_name != "core"]
+        bearers = [
+            impl.plugin_name for impl in self._ask(hook, *([role] if role else [])).get_hookimpls() if impl.plugin_name != "core"
+        ]
         where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
         raise RunError(f"{' or '.join(map(say_key, bearers)) or 'hetfl'} {fault} ({where})")
 
