@@ -18,8 +18,8 @@ class Levels(Plugin):
 
     Shares that sum to the clients are counts. The papers' letters serve as well: a6-b10-c11-d18-e55, where a is 1, b 1/2, c 1/4,
     d 1/8 and e 1/16. The widest ratio is held by one client at least, however few there are: what nobody holds, nobody trains.
-    Where the run's own model is narrower (--global-width), ratios stay shares of the whole: of one of width b, 1/2, a client of level
-    e has 1/8, and one of level b or a everything.
+    Where the run's own model is narrower (--global-width), ratios stay shares of the whole: of one of width b, 1/2, a client of
+    level e has 1/8, and one of level b or a everything.
     """
 
     mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
