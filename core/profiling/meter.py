@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +16,10 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.early_exit import all_exits
 from hetfl.profiling.cost import Cost, measure_cost
-from hetfl.submodel.builder import SubmodelBuilder
+from hetfl.submodel.builder import SubmodelBuilder, to_fast_layout
+from hetfl.training.clipping import clip_gradients
+from hetfl.training.device import autocast
+from hetfl.training.local import make_optimizer
 
 
 class Meter:
@@ -50,24 +53,41 @@ class Meter:
 
     def step_seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on a batch of `data`, timed now, on its device."""
-        model = self.builder.build(self._sizes(ratio)).to(data.x.device)
+        model = to_fast_layout(self.builder.build(self._sizes(ratio))).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
-        return time_step(model, data.x[rows], data.y[rows], repeats)
+        return time_step(model, data.x[rows], data.y[rows], self._options, repeats)
 
     def _sizes(self, ratio: float) -> dict[str, int]:
         return {name: len(units) for name, units in self.builder.widths.prefix(ratio).items()}
 
 
-def time_step(model: nn.Module, x: Tensor, y: Tensor, repeats: int = 3) -> float:
-    """The median seconds of a forward and backward pass on x (N, *shape), y (N,) in training, after one to warm up."""
-    model, times = model.train(), []
+def time_step(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions, repeats: int = 3) -> float:
+    """The median seconds of a local training step of `options` on x (N, *shape), y (N,), after one to warm up.
+
+    A step is forward and backward pass, clipping and the optimiser's step; on a GPU it has ended when all its work has.
+    """
+    optimizer, model, times = make_optimizer(model, options, 1), model.train(), []
     for _ in range(repeats + 1):
+        wait_for(x.device)
         started = time.perf_counter()
-        F.cross_entropy(model(x), y).backward()
+        optimizer.zero_grad()
+        with autocast(options):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if options.clip:
+            clip_gradients(model.parameters(), options.clip)
+        optimizer.step()
+        wait_for(x.device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until `device` has done all that it was given; a CPU has when it answers."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def free_memory() -> float:
-    """Bytes of memory that are free on this machine now."""
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    """Bytes of memory that programs on this machine can still have, what the page cache would give up included."""
+    return float(psutil.virtual_memory().available)

@@ -1,0 +1,55 @@
+"""What a width costs on this machine: a timed step is a whole one, and memory that the page cache holds is free."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hetfl.config import resolve
+from hetfl.models.state import tensors
+from hetfl.profiling import meter
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_timed_step_is_one_of_local_training(optimizer):
+    """The optimiser's step is part of it: the model that was timed has taken four, the first to warm up."""
+    torch.manual_seed(0)
+    model, again = nn.Linear(4, 3), nn.Linear(4, 3)
+    again.load_state_dict(model.state_dict())
+    x, y, options = torch.randn(6, 4), torch.arange(6) % 3, resolve({"optimizer": optimizer, "lr": 0.1, "clip": 0.5})
+    assert meter.time_step(model, x, y, options) > 0
+    by_hand = torch.optim.Adam(again.parameters(), 0.1) if optimizer == "adam" else torch.optim.SGD(again.parameters(), 0.1, 0.9)
+    for _ in range(4):
+        by_hand.zero_grad()
+        nn.functional.cross_entropy(again(x), y).backward()
+        nn.utils.clip_grad_norm_(again.parameters(), 0.5)
+        by_hand.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tensors(model).values(), tensors(again).values(), strict=True))
+
+
+def test_a_step_has_ended_when_its_device_has(monkeypatch):
+    """A GPU is given work and does it later: what it still has to do is waited for within the time that is taken."""
+    monkeypatch.setattr(meter, "wait_for", lambda device: time.sleep(0.02))
+    model, options = nn.Linear(2, 2), resolve({})
+    assert meter.time_step(model, torch.randn(2, 2), torch.tensor([0, 1]), options) >= 0.02
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        meter.wait_for(torch.device(name))
+    assert waited == [torch.device("cuda"), torch.device("cuda:1")]
+
+
+def test_what_the_page_cache_holds_is_free():
+    """The system's own estimate of what programs can have, which is more than what lies idle."""
+    if not (info := Path("/proc/meminfo")).exists():
+        pytest.skip("no /proc/meminfo on this system")
+    lines = dict(line.split(":") for line in info.read_text().splitlines())
+    available, idle = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemFree"))
+    assert abs(meter.free_memory() - available) < max(abs(meter.free_memory() - idle), 0.05 * available)
