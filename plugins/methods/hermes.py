@@ -32,7 +32,15 @@ from hetfl import (
     unit_count,
 )
 from hetfl.models.normalization import list_prunable
-from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
+from hetfl.plugins.methods.pruning import (
+    BUDGET,
+    hold_out_and_score,
+    next_share,
+    note_remaining,
+    remaining_share,
+    send_budget,
+    target_share,
+)
 from hetfl.submodel.blocks import take
 from hetfl.submodel.units import select_largest, sum_powers
 
@@ -43,7 +51,7 @@ class Hermes(Plugin):
     The remaining share is one of parameters, so of every group its square root remains. Clients start with the whole model.
     """
 
-    extras_down: ClassVar[dict[str, ExtraSpec]] = {"budget": ExtraSpec(1)}
+    extras_down: ClassVar[dict[str, ExtraSpec]] = {"budget": BUDGET}
 
     rate: float = Field(0.2, gt=0, lt=1, description="share of the parameters that a pruning removes (r_p)")
     threshold: float = Field(0.5, ge=0, le=1, description="accuracy on held-back training data above which a client prunes")
@@ -60,15 +68,15 @@ class Hermes(Plugin):
 
     @hookimpl
     def client_extras(self, client: Client) -> State:
-        return {"budget": torch.tensor(client.profile.parameters)}
+        return send_budget(client)
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         accuracy, target, kept = hold_out_and_score(task), target_share(self.target, task.extras["budget"]), dict[str, Tensor]()
-        if accuracy > self.threshold and remaining_share(task) > target:
-            after = prune_share(remaining_share(task), self.rate, target, self.clamp)
+        after = next_share(remaining_share(task), self.rate, target, self.clamp)
+        if accuracy > self.threshold and after is not None:
             kept = choose_strongest(task, after**0.5)
-            task.client_state["remaining"] = torch.tensor(after)
+            note_remaining(task, after)
             task.cut(kept)
         if self.lasso:
             task.penalties.append(lambda model: self.lasso * group_lasso(model))

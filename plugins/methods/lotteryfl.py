@@ -29,7 +29,15 @@ from hetfl import (
 )
 from hetfl.models.normalization import list_prunable
 from hetfl.models.state import load_state, tensors
-from hetfl.plugins.methods.pruning import hold_out_and_score, prune_share, remaining_share, target_share
+from hetfl.plugins.methods.pruning import (
+    BUDGET,
+    hold_out_and_score,
+    next_share,
+    note_remaining,
+    remaining_share,
+    send_budget,
+    target_share,
+)
 from hetfl.submodel.encoding import pack_bits, unpack_bits
 
 INITIAL = "initial/"
@@ -41,7 +49,7 @@ class LotteryFL(Plugin):
     Weights only: neither biases nor norm layers are pruned. Clients start dense, whatever they can afford.
     """
 
-    extras_down: ClassVar[dict[str, ExtraSpec]] = {"budget": ExtraSpec(1), "first": ExtraSpec(1 << 32)}
+    extras_down: ClassVar[dict[str, ExtraSpec]] = {"budget": BUDGET, "first": ExtraSpec(1 << 32)}
 
     rate: float = Field(0.2, gt=0, lt=1, description="share of each layer's living weights that a pruning removes (r_p)")
     threshold: float = Field(0.2, ge=0, le=1, description="accuracy on held-back training data above which a client prunes")
@@ -67,7 +75,7 @@ class LotteryFL(Plugin):
     def client_extras(self, client: Client, round: int) -> State:
         """The budget; a client that first takes part after round 1 also gets the first model, to which it will rewind."""
         late = not client.last_round and round > 1
-        return {"budget": torch.tensor(client.profile.parameters), **({"first": to_vector(self._first)} if late else {})}
+        return send_budget(client) | ({"first": to_vector(self._first)} if late else {})
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -76,19 +84,19 @@ class LotteryFL(Plugin):
             first = from_vector(task.extras["first"], now) if "first" in task.extras else now
             task.client_state |= {INITIAL + name: tensor.clone() for name, tensor in first.items()}
         accuracy, target = hold_out_and_score(task), target_share(self.target, task.extras["budget"])
-        if accuracy > self.threshold and remaining_share(task) > target:
-            self._prune(task, target)
+        after = next_share(remaining_share(task), self.rate, target, self.clamp)
+        if accuracy > self.threshold and after is not None:
+            self._prune(task, after)
         reply = yield
         reply.masks = dict(task.masks)
         return reply
 
-    def _prune(self, task: Task, target: float) -> None:
-        """New masks for the task, and its model rewound to the first one under them (spec 1)."""
+    def _prune(self, task: Task, after: float) -> None:
+        """New masks for the task, of which the share `after` nominally remains, and its model rewound to the first one (spec 1)."""
         state, now = tensors(task.model), remaining_share(task)
-        after = prune_share(now, self.rate, target, self.clamp)
         weights = {name: state[name] for name in list_prunable(task.model) if state[name].ndim > 1}
         task.masks = {name: prune_smallest(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
-        task.client_state["remaining"] = torch.tensor(after)
+        note_remaining(task, after)
         first = {name: task.client_state[INITIAL + name] for name in state}
         load_state(task.model, {name: t * task.masks[name] if name in task.masks else t for name, t in first.items()})
 

@@ -7,8 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hetfl import Task
+from hetfl import Client, ExtraSpec, State, Task
 from hetfl.training.evaluation import evaluate
+
+TOLERANCE = 1e-9  # of shares, relative
+
+BUDGET = ExtraSpec(1, torch.float64)
+
+
+def send_budget(client: Client) -> State:
+    """The client's parameter budget as an extra."""
+    return {"budget": torch.tensor(client.profile.parameters, dtype=torch.float64)}
 
 
 def hold_out_and_score(task: Task) -> float:
@@ -23,9 +32,19 @@ def remaining_share(task: Task) -> float:
     return float(task.client_state.get("remaining", torch.ones(())))
 
 
-def prune_share(now: float, rate: float, target: float, clamp: bool) -> float:
-    """What remains after one more pruning by `rate`; with `clamp` never below `target`."""
+def next_share(now: float, rate: float, target: float, clamp: bool) -> float | None:
+    """What remains after one more pruning by `rate`, with `clamp` never below `target`; None where no more than that is left.
+
+    Shares are products of rates, so one that equals the target but for rounding has reached it: (1 - 0.2)^2 is not above 0.64.
+    """
+    if now <= target * (1 + TOLERANCE):
+        return None
     return max(now * (1 - rate), target) if clamp else now * (1 - rate)
+
+
+def note_remaining(task: Task, share: float) -> None:
+    """Has the client remember the share that remains, in float64: in float32 it would lie beside a target that it reached."""
+    task.client_state["remaining"] = torch.tensor(share, dtype=torch.float64)
 
 
 def target_share(target: float | None, budget: Tensor) -> float:

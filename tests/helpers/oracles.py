@@ -11,7 +11,6 @@ from hetfl.aggregation.updates import Update, Updates
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
-from hetfl.plugins.methods.pruning import prune_share
 from hetfl.profiling.node import Profile
 from hetfl.submodel.plan import Patch
 
@@ -49,11 +48,3 @@ def merged(plugin, updates, server=None):
     server = server or server_with()
     server.state = updates.old
     return PluginManager({"aggregate.it": plugin}).aggregate(server, updates, 1)
-
-
-def schedule(rate, target, clamp=False):
-    """The nominal remaining shares of a client that prunes while more than `target` remains."""
-    now = 1.0
-    while now > target:
-        now = prune_share(now, rate, target, clamp)
-        yield now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.oracles import T, close, over, schedule, server_with, update
+from helpers.oracles import T, close, over, server_with, update
 from helpers.oracles import merged as merged_by
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.plugins.methods import hermes
@@ -44,10 +44,31 @@ def test_hermes_lasso():
     assert zero.grad.eq(0).all()
 
 
-def test_hermes_schedule():
-    """spec hermes O4"""
-    assert list(schedule(0.2, 0.3, clamp=True)) == pytest.approx([0.8, 0.64, 0.512, 0.4096, 0.32768, 0.3])
-    assert list(schedule(0.2, 0.3))[-1] == pytest.approx(0.262144)
+@pytest.mark.parametrize(
+    ("target", "clamp", "shares"),
+    [
+        (0.3, True, [0.8, 0.64, 0.512, 0.4096, 0.32768, 0.3]),
+        (0.3, False, [0.8, 0.64, 0.512, 0.4096, 0.32768, 0.262144]),
+        (0.6, True, [0.8, 0.64, 0.6]),
+        (0.8, False, [0.8]),
+        (None, False, [0.8, 0.64]),
+    ],
+)
+def test_hermes_schedule(simulate, monkeypatch, target, clamp, shares):
+    """spec hermes O4, round by round: a client that has reached its target does not say again what it keeps"""
+    said = []
+
+    def choose(task, ratio):
+        said.append((task.round, ratio**2))
+        return choose_strongest(task, ratio)
+
+    choose_strongest = hermes.choose_strongest
+    monkeypatch.setattr(hermes, "choose_strongest", choose)
+    monkeypatch.setattr(hermes, "hold_out_and_score", lambda task: 1.0)
+    options = {"extract": {"hermes": {"target": target, "clamp": clamp}}}
+    simulate(len(shares) + 3, extract="hermes", aggregate="hermes", set=options, clients=1, levels="0.8")
+    assert [round for round, _ in said] == list(range(1, len(shares) + 1))
+    assert [share for _, share in said] == pytest.approx(shares)
 
 
 def test_hermes_disjoint_and_identical_masks():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.oracles import T, over, schedule, update
+from helpers.oracles import T, over, update
 from helpers.states import sent_and_got
 from hetfl.aggregation.mean import mean
 from hetfl.plugins.methods import lotteryfl
@@ -24,12 +24,27 @@ def test_lottery_ties_survive():
     assert lotteryfl.prune_smallest(torch.ones(10), None, 0.2).all()
 
 
-def test_lottery_schedule():
-    """spec lotteryfl O2"""
-    for target, prunes, end in ((0.1, 11, 0.085899), (0.5, 4, 0.4096), (0.3, 6, 0.262144)):
-        left = list(schedule(0.2, target))
-        assert len(left) == prunes
-        assert left[-1] == pytest.approx(end, abs=1e-6)
+@pytest.mark.parametrize(
+    ("target", "clamp", "prunes", "end"),
+    [
+        (0.1, False, 11, 0.085899), (0.5, False, 4, 0.4096), (0.3, False, 6, 0.262144), (0.8, False, 1, 0.8), (0.64, False, 2, 0.64),
+        (0.1, True, 11, 0.1), (0.3, True, 6, 0.3), (0.6, True, 3, 0.6), (None, True, 2, 0.64),
+    ],
+)  # fmt: skip
+def test_lottery_schedule(simulate, monkeypatch, target, clamp, prunes, end):
+    """spec lotteryfl O2, round by round: a client that has reached its target neither prunes nor rewinds any more"""
+    seen = sent_and_got(monkeypatch)
+    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 1.0)
+    options = {"lotteryfl": {"target": target, "clamp": clamp}}
+    made = simulate(prunes + 3, extract="lotteryfl", aggregate="overlap", set=options, clients=1, levels="0.8")
+    first, entries, rewound = made.initial["1.weight"], 512, []
+    for _, round, before, _, masks in seen:
+        left = int(masks["1.weight"].sum())
+        assert left < entries if round <= prunes else left == entries
+        entries = left
+        rewound.append(torch.equal(before["1.weight"], first * masks["1.weight"]))
+    assert rewound == [True] * prunes + [False] * 3
+    assert made.engine.client_states()[0]["memory"]["remaining"].item() == pytest.approx(end, abs=1e-6)
 
 
 def test_lottery_aggregation():
