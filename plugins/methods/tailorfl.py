@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -161,7 +161,8 @@ class TailorFL(Plugin):
             if "importance" in r.reply.extras and r.reply.extras["importance"].numel() == sum(sizes):
                 parts = r.reply.extras["importance"].split(sizes)
                 self._importance[r.client.id] = {g.name: p for g, p in zip(server.widths.groups, parts, strict=True)}
-            yield r.update()
+            p = {"p": torch.tensor(r.plan.p, dtype=torch.float64)} if isinstance(r.plan, ScaledSelection) else {}
+            yield replace(update := r.update(), extras={**update.extras, **p})
 
     def state_dict(self) -> State:
         return flatten_state(importance=self._importance, lists=self._lists)
@@ -171,19 +172,26 @@ class TailorFL(Plugin):
 
 
 class TailorFLMean(Plugin):
-    """Per entry the mean of the covering clients, weighted by n / p: a smaller client's entries are fewer, and count more."""
+    """Per entry the mean of the covering clients, weighted by n / p: a smaller client's entries are fewer, and count more.
 
-    step: float = Field(0.0625, gt=0, lt=1, description="grid of the ratios p, as in the extraction")
+    p is the ratio that the extraction kept, which `tailorfl` says with each update; with any other it is the client's width.
+    """
 
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
-        weight = lambda u: u.weight / ratio(server.clients[u.client].profile.width, self.step)  # noqa: E731
-        return Merged(running_mean(server.state, updates, weight))
+        def weigh(u: Update) -> float:
+            return u.weight / float(u.extras.get("p", server.clients[u.client].profile.width))
+
+        return Merged(running_mean(server.state, updates, weigh))
 
 
 def ratio(width: float, step: float) -> float:
-    """The largest of 1, 1 - step, 1 - 2 step, … with p^2 <= the capacity, the width squared; at least `step`."""
-    return max(step, 1 - step * math.ceil((1 - width) / step - 1e-9))
+    """The largest of 1, 1 - step, 1 - 2 step, … with p^2 <= the capacity, the width squared.
+
+    Where not even the smallest of them that is above 0 is, the width itself: ratio(0.75, 0.3) is 0.7, ratio(0.05, 0.3) 0.05.
+    """
+    p = 1 - step * math.ceil((1 - width) / step - 1e-9)
+    return p if p > 1e-9 else width
 
 
 def filter_count(size: int, p: float) -> int:

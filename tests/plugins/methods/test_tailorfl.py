@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,16 @@ def test_tailor_ratio():
     """spec tailorfl O1: capacity is the width squared"""
     found = [tailorfl.ratio(capacity**0.5, 1 / 16) for capacity in (1, 0.5, 0.25, 0.1, 1 / 64)]
     assert found == [1, 0.6875, 0.5, 0.3125, 0.125]
+
+
+def test_tailor_ratio_never_exceeds_the_capacity():
+    for step in (1 / 16, 0.25, 0.3, 0.7):
+        grid = [1 - k * step for k in range(17)]
+        for width in (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.01):
+            p = tailorfl.ratio(width, step)
+            assert p == pytest.approx(max((g for g in grid if 1e-9 < g <= width + 1e-9), default=width))
+            assert 0 < p <= width + 1e-9
+    assert tailorfl.ratio(0.2, 0.3) == pytest.approx(0.1)
 
 
 def test_tailor_similarity():
@@ -43,6 +55,18 @@ def test_tailor_weighted_overlap():
     server = server_with(c1=0.5, c2=1.0)
     a, b = update(1, [2.0, 2, 0], 10.0, mask=[1, 1, 0]), update(2, [5.0, 0, 0], 20.0, mask=[1, 0, 0])
     assert merged(tailorfl.TailorFLMean(), over([9.0, 9, 9], a, b), server).state["v"].tolist() == [3.5, 2, 9]
+
+
+def test_tailor_counts_a_client_by_the_ratio_that_it_was_sent(simulate):
+    """The step of the grid is one option, the extraction's; with another extraction a client counts by its width"""
+    made = simulate(extract="tailorfl", aggregate="tailorfl", levels="1,0.6,0.6", set={"extract": {"tailorfl": {"step": 0.25}}})
+    assert [sent.plan.p for sent in made.last.assignments.values()] == [1, 0.5, 0.5]
+    assert "step" not in tailorfl.TailorFLMean.model_fields
+    for says, mean in ((True, (10 / 0.25 * 2 + 20 / 0.5 * 5) / 80), (False, (10 / 0.5 * 2 + 20 * 5) / 40)):
+        both = [(update(1, [2.0], 10.0), 0.25), (update(2, [5.0], 20.0), 0.5)]
+        updates = [replace(u, extras={"p": T(p)} if says else {}) for u, p in both]
+        got = merged(tailorfl.TailorFLMean(), over([9.0], *updates), server_with(c1=0.5, c2=1.0))
+        assert got.state["v"].item() == pytest.approx(mean)
 
 
 def test_tailor_swap():

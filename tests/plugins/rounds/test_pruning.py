@@ -168,8 +168,8 @@ def test_hermes(simulate, overlap, weighting):
 
 def test_tailorfl(simulate):
     """spec tailorfl 2: importance in round 1, then slices over p, weighted by n / p, their personal filters swapped"""
-    values = {**UNEQUAL, "levels": "1,0.5,0.5"}
-    options = {"extract": {"tailorfl": {"steps": 12, "importance_lr": 2.0, "tune": 0.4}}}
+    values = {**UNEQUAL, "levels": "1,0.6,0.6"}
+    options = {"extract": {"tailorfl": {"steps": 12, "importance_lr": 2.0, "tune": 0.4, "step": 0.25}}}
     made = simulate(0, extract="tailorfl", aggregate="tailorfl", set=options, rounds=4, **values)
     plain, ratios, importance, lists, swaps = Federation(made), (1.0, 0.5, 0.5), [], [], []
 
