@@ -173,6 +173,7 @@ MUTATIONS = [
         ("fedmd without public training", 'if task.client_state.get("started") != size:', "if False:"),
         ("fedmd trains on public data every round", 'task.client_state["started"] = size', "pass"),
         ("fedmd's digest is always mae", "LOSSES[self.loss](task.model(a), b)", 'LOSSES["mae"](task.model(a), b)'),
+        ("fedmd digests with a new Adam every round", "task.client_state |= list_moments(task.model, optimizer)", "pass"),
         ("fedmd scores the same rows every round", 'server.stream("align", round))', 'server.stream("align", 1))'),
         ("fedmd scores the whole public set", 'in x[task.extras["rows"]].split(512)', "in x.split(512)"),
         ("fedmd's server learns nothing", "        if not self.distill_steps:", "        if True:"),

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetfl import (
@@ -31,6 +31,8 @@ from hetfl.training.local import descend, kl_divergence
 from hetfl.training.tuning import cycle_batches
 
 MOST = 1 << 24  # elements of an extra
+
+MOMENTS = "digest/"  # in a client's memory: what Adam knows of each tensor from earlier digests
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mae": F.l1_loss,
@@ -62,8 +64,9 @@ class FedMD(Plugin):
 class Consensus(Plugin):
     """Only scores travel: every client digests the mean of all clients' logits, then revisits its own data.
 
-    A round digests the consensus of the round before, which is the paper's order seen from the other end. The clients' models stay
-    with them; what an extraction says of values counts for nothing here, only its sizes and masks do.
+    A round is one exchange, so its scores are for the next: round 1 is the paper's preparation, and each later one digests the
+    consensus of who took part in the round before. The clients' models stay with them; what an extraction says of values counts for
+    nothing here, only its sizes and masks do.
     """
 
     extras_down: ClassVar[dict[str, ExtraSpec]] = {
@@ -109,17 +112,20 @@ class Consensus(Plugin):
         public = task.public
         assert public is not None
         x, y = public.all()
-        optimizer = torch.optim.Adam(task.model.parameters(), self.lr)
         size = torch.tensor(sum(p.numel() for p in task.model.parameters()))
         if task.client_state.get("started") != size:
             batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
-            descend(task, optimizer, batches, lambda a, b: F.cross_entropy(task.model(a), b), "public dropout")
+            first = torch.optim.Adam(task.model.parameters(), self.lr)
+            descend(task, first, batches, lambda a, b: F.cross_entropy(task.model(a), b), "public dropout")
+            task.client_state = {name: t for name, t in task.client_state.items() if not name.startswith(MOMENTS)}
             task.client_state["started"] = size
         if "consensus" in task.extras:
             batches = shuffle_batches(
                 x[task.extras["aligned"]], task.extras["consensus"], self.digest_batch, self.digest_epochs, task.stream("digest")
             )
+            optimizer = recall_adam(task.model, self.lr, task.client_state)
             descend(task, optimizer, batches, lambda a, b: LOSSES[self.loss](task.model(a), b), "digest dropout")
+            task.client_state |= list_moments(task.model, optimizer)
         reply = yield
         with torch.no_grad():
             reply.extras["scores"] = torch.cat([task.model.eval()(part) for part in x[task.extras["rows"]].split(512)])
@@ -159,6 +165,22 @@ class Consensus(Plugin):
 
     def load_state_dict(self, state: State) -> None:
         self._aligned, self._consensus = state["aligned"], state["consensus"]
+
+
+def recall_adam(model: nn.Module, lr: float, memory: State) -> torch.optim.Adam:
+    """Adam of all parameters of `model`, with the moments that `memory` has of them: the code keeps one for all digests (spec 5.4)."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for name, parameter in model.named_parameters():
+        start = f"{MOMENTS}{name}/"
+        if known := {key.removeprefix(start): t for key, t in memory.items() if key.startswith(start)}:
+            optimizer.state[parameter] = {kind: t if kind == "step" else t.to(parameter.device) for kind, t in known.items()}
+    return optimizer
+
+
+def list_moments(model: nn.Module, optimizer: torch.optim.Adam) -> State:
+    """What `optimizer` knows of each parameter of `model`, for the client's memory."""
+    known = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    return {f"{MOMENTS}{name}/{kind}": t for name, moments in known.items() for kind, t in moments.items()}
 
 
 def average_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
