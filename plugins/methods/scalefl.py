@@ -18,6 +18,8 @@ from hetfl.training.local import kl_divergence
 
 Split = tuple[int, float]  # exits, width ratio
 
+GRID = 1 / 128  # of the widths that are tried
+
 
 class ScaleFL(Plugin):
     """The leading channels of the layers up to an exit; all exits train, the early ones also towards the deepest.
@@ -31,6 +33,7 @@ class ScaleFL(Plugin):
     temperature: float = Field(3.0, gt=0, description="temperature of that divergence (tau)")
     form: Literal["code", "paper"] = Field("code", description="the loss as in the official code, or as in the paper's eq. 5")
     detach: bool = Field(True, description="no gradient into the deepest exit as a teacher")
+    slack: float = Field(0.1, ge=0, lt=1, description="how far a submodel's parameters may be from the budget, as a share of it")
     warm: float = Field(0.25, ge=0, le=1, description="share of the rounds before exits are distilled")
     _plans: dict[float, Plan] = PrivateAttr(default_factory=dict)
 
@@ -45,7 +48,8 @@ class ScaleFL(Plugin):
     def _plan(self, server: Server, width: float, budget: float) -> Plan:
         if width not in self._plans:
             model = server.builder.model
-            depth, ratio = split_budget(budget, int(model.depth), lambda h, s: parameter_share(server, h, s))  # type: ignore[arg-type]
+            exits: int = model.depth  # type: ignore[assignment]
+            depth, ratio = split_budget(budget, exits, lambda h, s: parameter_share(server, h, s), self.slack)
             names = frozenset(model.names(depth))  # type: ignore[operator]
             self._plans[width] = replace(server.select(prefix(ratio)), depth=depth, names=names)
         return self._plans[width]
@@ -83,26 +87,29 @@ def parameter_share(server: Server, depth: int, ratio: float) -> float:
     return small / sum(t.numel() for name, t in server.state.items() if name in own)
 
 
-def split_budget(budget: float, exits: int, cost: Callable[[int, float], float], eps: float = 0.1) -> Split:
-    """(exits, width) whose cost is within `eps` of the budget, with the least |depth - width| (spec 1 d; oracle O6).
+def split_budget(budget: float, exits: int, cost: Callable[[int, float], float], slack: float = 0.1) -> Split:
+    """(exits, width) of the least |depth - width| among all whose cost is within `slack` of the budget (spec 1 d; oracle O6).
 
+    Cost grows with width, so for each depth these widths are an interval, and its point nearest to the depth is the best of them.
     The whole model is (all, 1). Where no split comes so close, the one nearest below the budget.
     """
     if budget >= 1:
         return exits, 1.0
-    splits = [(h, s, cost(h, s)) for h in range(1, exits + 1) for s in [find_widest(partial(cost, h), budget)]]
-    feasible = [f for f in splits if abs(f[2] / budget - 1) <= eps]
-    if feasible:
-        return min(feasible, key=lambda f: abs(f[0] / exits - f[1]))[:2]
-    return min(splits, key=lambda f: (f[2] > budget, abs(f[2] - budget)))[:2]
+    depths = range(1, exits + 1)
+    widest = {h: find_widest(partial(cost, h), budget * (1 + slack)) for h in depths}
+    narrowest = {h: find_widest(partial(cost, h), budget * (1 - slack), below=True) + GRID for h in depths}
+    splits = [(h, min(max(h / exits, narrowest[h]), widest[h])) for h in depths if narrowest[h] <= widest[h]]
+    if feasible := [(h, s) for h, s in splits if abs(cost(h, s) / budget - 1) <= slack]:
+        return min(feasible, key=lambda split: abs(split[0] / exits - split[1]))
+    below = [(h, find_widest(partial(cost, h), budget) or GRID) for h in depths]
+    return min(below, key=lambda split: (cost(*split) > budget, abs(cost(*split) - budget)))
 
 
-def find_widest(cost: Callable[[float], float], budget: float) -> float:
-    """The largest width in (0, 1] at or below the budget, to 1/128; by halving, for cost grows with width."""
-    low, high = 0.0, 1.0
-    if cost(1.0) <= budget:
-        return 1.0
-    for _ in range(7):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    return low or 1 / 128
+def find_widest(cost: Callable[[float], float], most: float, below: bool = False) -> float:
+    """The largest multiple of GRID in [0, 1] that costs at most `most`, or `below` it; by halving, for cost grows with width."""
+    low, high = 0, round(1 / GRID) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = cost(middle * GRID) < most if below else cost(middle * GRID) <= most
+        low, high = (middle, high) if fits else (low, middle)
+    return low * GRID

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -57,14 +58,25 @@ def test_scale_aggregation():
     assert mean(deep, [1.0])["exit3"].tolist() == [4]
 
 
-def test_scale_split():
-    """spec scalefl O6"""
+@pytest.mark.parametrize("budget", [0.02, 0.06, 0.1, 0.25, 0.5, 0.81, 0.97])
+@pytest.mark.parametrize("price", [lambda h, s: h / 4 * s * s, lambda h, s: (h / 4) ** 2 * (0.2 * s + 0.8 * s * s)])
+def test_scale_split(budget, price):
+    """spec scalefl O6: of all splits within a tenth of the budget, that of the least |depth - width|"""
+    assert scalefl.split_budget(1.0, 4, price) == (4, 1.0)
+    depth, width = scalefl.split_budget(budget, 4, price)
+    assert abs(price(depth, width) / budget - 1) <= 0.1
+    tried = [(h, k / 10_000) for h in (1, 2, 3, 4) for k in range(1, 10_001)]
+    near = [abs(h / 4 - s) for h, s in tried if abs(price(h, s) / budget - 1) <= 0.1]
+    assert abs(depth / 4 - width) <= min(near) + 1 / 128
+
+
+def test_scale_split_without_slack_stays_below_the_budget():
     cost = lambda h, s: h / 4 * s * s  # noqa: E731
-    assert scalefl.split_budget(1.0, 4, cost) == (4, 1.0)
-    depth, width = scalefl.split_budget(0.25, 4, cost)
-    assert abs(cost(depth, width) / 0.25 - 1) <= 0.1
-    others = [(h, (0.25 * 4 / h) ** 0.5) for h in (1, 2, 3, 4)]
-    assert abs(depth / 4 - width) <= min(abs(h / 4 - s) for h, s in others if s <= 1) + 0.02
+    for budget in (0.03, 0.25, 0.6):
+        found = scalefl.split_budget(budget, 4, cost, slack=0)
+        nearest = max(cost(h, k / 128) for h in (1, 2, 3, 4) for k in range(1, 129) if cost(h, k / 128) <= budget)
+        assert cost(*found) == nearest
+    assert scalefl.split_budget(1e-9, 4, cost) == (1, 1 / 128)
 
 
 def test_deep_exits_stay_when_only_shallow_clients_train(simulate):

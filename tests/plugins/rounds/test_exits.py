@@ -33,13 +33,9 @@ def split(state, budget):
 
     if budget >= 1:
         return 3, 1.0
-    found = []
-    for depth in (1, 2, 3):
-        width = max((k / 128 for k in range(1, 129) if cost(depth, k / 128) <= budget), default=1 / 128)
-        found.append((abs(depth / 3 - width), depth, width, cost(depth, width)))
-    near = [f for f in found if abs(f[3] / budget - 1) <= 0.1]
-    best = min(near) if near else min(found, key=lambda f: (f[3] > budget, abs(f[3] - budget)))
-    return best[1], best[2]
+    tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
+    near = [(abs(depth / 3 - width), depth, width) for depth, width in tried if abs(cost(depth, width) / budget - 1) <= 0.1]
+    return min(near)[1:]
 
 
 def at(dims, width):
