@@ -168,7 +168,7 @@ class Consensus(Plugin):
 
 
 def recall_adam(model: nn.Module, lr: float, memory: State) -> torch.optim.Adam:
-    """Adam of all parameters of `model`, with the moments that `memory` has of them: the code keeps one for all digests (spec 5.4)."""
+    """Adam of all parameters of `model` with the moments that `memory` has of them: the code has one for all digests (spec 5.4)."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for name, parameter in model.named_parameters():
         start = f"{MOMENTS}{name}/"

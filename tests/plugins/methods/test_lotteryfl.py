@@ -27,8 +27,8 @@ def test_lottery_ties_survive():
 @pytest.mark.parametrize(
     ("target", "clamp", "prunes", "end"),
     [
-        (0.1, False, 11, 0.085899), (0.5, False, 4, 0.4096), (0.3, False, 6, 0.262144), (0.8, False, 1, 0.8), (0.64, False, 2, 0.64),
-        (0.1, True, 11, 0.1), (0.3, True, 6, 0.3), (0.6, True, 3, 0.6), (None, True, 2, 0.64),
+        (0.1, False, 11, 0.085899), (0.5, False, 4, 0.4096), (0.3, False, 6, 0.262144), (0.8, False, 1, 0.8),
+        (0.64, False, 2, 0.64), (0.1, True, 11, 0.1), (0.3, True, 6, 0.3), (0.6, True, 3, 0.6), (None, True, 2, 0.64),
     ],
 )  # fmt: skip
 def test_lottery_schedule(simulate, monkeypatch, target, clamp, prunes, end):
