@@ -205,8 +205,8 @@ def test_dac(simulate, start):
 
 @pytest.mark.parametrize("loss", ["mae", "mse", "kl"])
 def test_fedmd(simulate, loss):
-    """spec fedmd 1, 2, 5.4: first public data, then digest and revisit, digests with one Adam for the run; here the server also teaches
-    its model the consensus"""
+    """spec fedmd 1, 2, 5.4: first public data, then digest and revisit, digests with one Adam for the run; here the server
+    teaches its model the consensus too"""
     options = {"aggregate": {"fedmd": {
         "align": 12, "loss": loss, "digest_epochs": 2, "digest_batch": 5, "lr": 0.02, "public_epochs": 6, "public_batch": 7,
         "distill_steps": 25, "distill_lr": 0.01,
