@@ -33,7 +33,7 @@ def tuned(extract, aggregate, steps):
     options = {
         ("extract", "fedconv"): {"steps": steps, "first_steps": steps},
         ("extract", "serveralone"): {"epochs": 1},
-        ("extract", "dac"): {"epochs": 1, "stall": 0.3},
+        ("extract", "dac"): {"epochs": 1, "patience": 1, "stall": 0.3, "tune": 5},
         ("extract", "lotteryfl"): {"threshold": 0.0},
         ("extract", "hermes"): {"threshold": 0.0},
         ("extract", "tailorfl"): {"steps": 2},

@@ -18,7 +18,11 @@ BRIEF = "--limit 120 --rounds 2 --epochs 1 --server-data 0.2 --pretrain-steps 4 
 FEW = ["--clients", "4", "--alpha", "10"]
 
 
-OPTIONS = {"dac": ["dac.epochs=1", "dac.stall=0.3"], "lotteryfl": ["lotteryfl.threshold=0"], "hermes": ["hermes.threshold=0"]}
+OPTIONS = {
+    "dac": ["dac.epochs=1", "dac.patience=1", "dac.stall=0.3"],
+    "lotteryfl": ["lotteryfl.threshold=0"],
+    "hermes": ["hermes.threshold=0"],
+}
 
 
 OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and e.name not in ("heterofl", "fedconv")]
