@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 0.1  # share of mutations that may survive
-MADE = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,12 @@ MUTATIONS = [
 
 
 def copy_tree(to: Path) -> Path:
-    """The tree without what it has made, links as links."""
+    """The tree without what it has made, links as links. The folder of runs is left out, the package `runs` is not."""
 
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        return MADE(folder, names) | ({"runs"} if Path(folder) == ROOT else set())  # core/runs is source
+    def leave_out(folder: str, names: list[str]) -> set[str]:
+        return LEFT_OUT(folder, names) | ({"runs"} if Path(folder) == ROOT else set())
 
-    return Path(shutil.copytree(ROOT, to / "tree", symlinks=True, ignore=left_out))
+    return Path(shutil.copytree(ROOT, to / "tree", symlinks=True, ignore=leave_out))
 
 
 def passes(tree: Path, tests: str) -> bool:
