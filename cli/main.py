@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
+import time
 from typing import Annotated, NoReturn
 
 import click
 import typer
 
 from hetfl.cli import report as reports
-from hetfl.cli import reproduce, run, show, study
+from hetfl.cli import reproduce, run, show, stopping, study
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
 
@@ -68,29 +68,32 @@ export.command("flower")(run.export_flower)
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: one sentence and exit code 2 (usage) or 1 (a failed run) in place of a traceback."""
     words = sys.argv[1:] if arguments is None else arguments
+    stopping.begin(listen=arguments is None)
     try:
         code = app(words, standalone_mode=False) or 0
-    except Exception as error:
+    except BaseException as error:
+        if stopping.was_stopped():  # whatever that became on the way out
+            stopping.leave()
+        if not isinstance(error, Exception):
+            raise
         if "--debug" in words:
             raise
         code = report(error)
-    if code == INTERRUPTED:
-        complain("stopped; the rounds that had ended are in the run folder, and hfl resume goes on from there")
+    if code == INTERRUPTED:  # a program that handles Ctrl-C by itself
+        complain(stopping.farewell())
     if arguments is None:
         leave(code)
     sys.exit(code)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. Python's own way out would abort in torch where clients were in training: after Ctrl-C, or where a worker
-    thread waits for one that is late."""
-    workers = [thread for thread in threading.enumerate() if thread.daemon and thread.name == "hetfl"]
+    """Ends the process. Python's own way out would abort in torch where a client is still in training: one that is late, or one of
+    a run that ended for another client's fault."""
+    workers, until = [thread for thread in threading.enumerate() if thread.daemon and thread.name == "hetfl"], time.monotonic() + 1
     for worker in workers:
-        worker.join(1.0)
-    if code == INTERRUPTED or any(worker.is_alive() for worker in workers):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        worker.join(max(0.0, until - time.monotonic()))
+    if any(worker.is_alive() for worker in workers):
+        stopping.end_now(code)
     sys.exit(code)
 
 

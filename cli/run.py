@@ -13,6 +13,7 @@ from hetfl.cli import render
 from hetfl.cli.console import say
 from hetfl.cli.live import RoundDisplay
 from hetfl.cli.options import ClientMod, Debug, check, gather, run_path, with_run_options
+from hetfl.cli.stopping import resumable, tell_resume
 from hetfl.config import RunOptions
 from hetfl.errors import RunError, UsageError
 
@@ -51,7 +52,7 @@ def run(
 
 def watch_run(job: str, options: RunOptions, folder: RunFolder, track: list[str]) -> dict[str, Any]:
     """Does `job` of the runner with its rounds on the screen, and tells the trackers; returns the summary."""
-    with RoundDisplay(options, folder.path) as display:
+    with resumable(tell_resume(folder.path)), RoundDisplay(options, folder.path) as display:
         from hetfl.runs import runner
         from hetfl.runs.observers import Tee
         from hetfl.runs.trackers import tracking
@@ -163,6 +164,7 @@ def run_federation(options: RunOptions, folder: RunFolder) -> None:
 
     asked = folder.read(FEDERATION)
     with (
+        resumable(tell_resume(folder.path)),
         LocalFederation(folder.path / "flower", asked["nodes"], asked["tls"], asked["allow"]) as federation,
         RoundDisplay(options, folder.path) as display,
     ):

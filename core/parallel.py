@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -26,6 +27,23 @@ Value = TypeVar("Value")
 def cores() -> int:
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_interrupts_off() -> None:
+    """Has this thread, and the processes begun in it, get no SIGINT: Ctrl-C is the main thread's, which ends the others."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def end_with_parent() -> None:
+    """Has this process end soon after the one that began it, however that ended: nobody else would end it."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 class Job:
@@ -75,6 +93,7 @@ class Pool:
         threading.Thread(target=self._run_jobs, name="hetfl", daemon=True).start()
 
     def _run_jobs(self) -> None:
+        keep_interrupts_off()
         torch.set_num_threads(1)
         while (job := self._jobs.get()) is not None:
             job.run()

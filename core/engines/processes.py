@@ -9,13 +9,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import threading
-import time
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as LateError
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from hetfl.config import resolve
 from hetfl.engines.local import Call
+from hetfl.parallel import end_with_parent
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import Answer, Failure, Instruction
 from hetfl.rounds.reporting import NoCallback
@@ -43,6 +42,7 @@ class ProcessWorkers:
 
     def __init__(self, config: str, workers: int, timeout: float | None) -> None:
         self._timeout = timeout
+        resource_tracker.ensure_running()  # of spawn; where a worker thread begins it, that thread hears SIGINT from then on
         self._pool = ProcessPool(workers, context=get_context("spawn"), initializer=begin, initargs=(config, os.getpid()))
 
     def split(self, calls: Sequence[Call]) -> list[Job]:
@@ -95,7 +95,9 @@ RUNTIME: list[ClientRuntime] = []
 
 def begin(config: str, parent: int) -> None:
     """Builds the client runtime of the run, once a process."""
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+    end_with_parent()
     torch.set_num_threads(1)
     RUNTIME.append(build_setup(resolve(tomllib.loads(config)), NoCallback()).runtime())
 
@@ -109,10 +111,3 @@ def answer(data: bytes) -> bytes:
     except (Exception, SystemExit) as error:
         found = Failure.of(error)
     return to_bytes((found, state))
-
-
-def end_with(parent: int) -> None:
-    """Ends this process when its parent has: nobody else would."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from hetfl.config import RunOptions, resolve
 from hetfl.engines.flower.manifest import EVENTS, RUN
+from hetfl.parallel import end_with_parent
 from hetfl.runs.checkpoint import Checkpoints
 from hetfl.runs.folder import RunFolder
 from hetfl.runs.runner import CHECKPOINTS, run
@@ -49,6 +50,7 @@ def server_app(home: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        end_with_parent()  # a SuperLink that is killed leaves its ServerApp behind, which would hold the run folder
         out = Path(str(context.run_config.get("out") or "runs/flower")).absolute()
         out.mkdir(parents=True, exist_ok=True)
         log = EventLog(out / EVENTS)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Group
@@ -134,22 +132,3 @@ def test_the_shell_completes(line, wanted):
     env = {**os.environ, "_HFL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert wanted in done.stdout.split()
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    words = ["run", *TINY, "--rounds", "100000", "--out", str(tmp_path / "r")]
-    with open(tmp_path / "err.txt", "wb") as err:
-        process = subprocess.Popen([sys.executable, "-m", "hetfl.cli.main", *words], stderr=err, stdout=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 60
-        while not (tmp_path / "r" / "metrics.csv").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    finally:
-        process.kill()
-    assert (
-        (tmp_path / "err.txt")
-        .read_text()
-        .startswith("hfl: stopped; the rounds that had ended are in the run folder, and hfl resume")
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from hetfl import Plugin, hookimpl
 
@@ -15,4 +16,15 @@ class Deadly(Plugin):
     def fit(self, task):
         if (task.client, task.round) == (1, 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        return (yield)
+
+
+class Failing(Plugin):
+    """Client 1 of round 1 raises while the others train."""
+
+    @hookimpl(wrapper=True)
+    def fit(self, task):
+        if (task.client, task.round) == (1, 1):
+            time.sleep(1)
+            raise ValueError("not today")
         return (yield)
