@@ -8,7 +8,8 @@ from hetfl.registry import ROLES, Entry, builtins
 
 PAGE = Path(__file__).with_name("strategies.md")
 
-BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean")
+BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean",
+             "krum", "geomedian")  # fmt: skip
 
 PAGES = {"cluster": "dac", **dict.fromkeys(BASELINES, "baselines")}  # names without a page of their own
 

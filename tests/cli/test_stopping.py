@@ -16,8 +16,8 @@ from hetfl.cli import stopping
 from hetfl.cli.main import main
 from hetfl.files import write_file
 
-LONG = ["--extract", "heterofl", "--limit", "600", "--clients", "4", "--rounds", "100000", "--epochs", "20", "--pretrain-steps", "3",
-        "--no-control", "--vmap", "off"]  # fmt: skip
+LONG = ["--extract", "heterofl", "--limit", "600", "--clients", "4", "--rounds", "100000", "--epochs", "20",
+        "--pretrain-steps", "3", "--no-control", "--vmap", "off"]  # fmt: skip
 SOON = 3.0  # seconds, on a loaded machine
 
 
@@ -104,7 +104,8 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 def test_a_main_thread_that_does_not_end_is_ended():
     code = (
         "import signal, threading\nfrom hetfl.cli import stopping\nstopping.begin(True)\n"
-        "signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray puts its own\nprint('ready', flush=True)\nthreading.Event().wait()"
+        "signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray puts its own\n"
+        "print('ready', flush=True)\nthreading.Event().wait()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

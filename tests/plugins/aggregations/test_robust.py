@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.oracles import close, over, quick, update
 from hetfl.aggregation.mean import mean
-from hetfl.plugins.aggregations import robust
+from hetfl.plugins.aggregations import geomedian, krum, robust
 
 
 @quick
@@ -20,12 +20,64 @@ def test_robust_means_stay_within_the_covering_clients(clients, seed):
     values, masks = torch.randn(clients, 6, generator=g), torch.rand(clients, 6, generator=g) > 0.4
     updates = over([9.0] * 6, *(update(c, v.tolist(), mask=m.tolist()) for c, (v, m) in enumerate(zip(values, masks, strict=True))))
     for plugin in (robust.Median(), robust.TrimmedMean(trim=0.25), robust.TrimmedMean(trim=0)):
-        new = plugin.aggregate(SimpleNamespace(state=updates.old), updates).state["v"]
+        new = plugin.aggregate(SimpleNamespace(state=updates.old), updates, 2).state["v"]
         for k in range(6):
             held = values[masks[:, k], k]
             assert (held.min() - 1e-6 <= new[k] <= held.max() + 1e-6) if len(held) else new[k] == 9
-    untrimmed = robust.TrimmedMean(trim=0).aggregate(SimpleNamespace(state=updates.old), updates).state["v"]
+    untrimmed = robust.TrimmedMean(trim=0).aggregate(SimpleNamespace(state=updates.old), updates, 2).state["v"]
     assert close(untrimmed, mean(updates, [1.0] * clients)["v"], 1e-5)
     three = over([9.0], *(update(c, [float(v)]) for c, v in enumerate((1, 100, 2))))
-    middle = robust.Median().aggregate(SimpleNamespace(state={"v": torch.tensor([9.0])}), three).state["v"]
+    middle = robust.Median().aggregate(SimpleNamespace(state={"v": torch.tensor([9.0])}), three, 2).state["v"]
     assert middle.item() == 2
+
+
+def server_of(updates):
+    """A server whose model has the one tensor `v`."""
+    model = SimpleNamespace(named_parameters=lambda: [("v", None)])
+    return SimpleNamespace(state=updates.old, builder=SimpleNamespace(model=model), alarms=[])
+
+
+def fleet(attack):
+    """Of 10 clients the first two hold both entries and answer `attack`, the others hold one and answer about 1."""
+    honest = (update(c, [1 + c / 100], index={0: torch.tensor([0])}) for c in range(2, 10))
+    return over([0.0, 0.0], *(update(c, [attack, attack]) for c in range(2)), *honest)
+
+
+def test_with_least_five_a_median_resists_two_attackers_of_any_coverage():
+    attacked = fleet(-100.0)
+    plain, fixed = (robust.Median(least=n).aggregate(server_of(attacked), attacked, 2).state["v"] for n in (1, 5))
+    assert close(plain, [1.045, -100])
+    assert close(fixed, [1.045, 0])
+    trimmed = robust.TrimmedMean(trim=0.4, least=5).aggregate(server_of(attacked), attacked, 2).state["v"]
+    assert close(trimmed, [1.045, 0])  # of the eight values 1.02 … 1.09 and two of -100 four go at either end
+
+
+def test_krum_and_geometric_median_resist_two_attackers_who_alone_cover_an_entry():
+    for attack in (-100.0, 5.0):
+        attacked = fleet(attack)
+        chosen = krum.Krum(attackers=2).aggregate(server_of(attacked), attacked, 1).state["v"]
+        assert close(chosen, [1.055, 0])
+        near, far = geomedian.GeoMedian().aggregate(server_of(attacked), attacked, 1).state["v"]
+        assert 1 <= near <= 1.1
+        assert far == 0
+
+
+def test_what_a_fleet_cannot_resist_is_said_in_the_first_round():
+    updates = fleet(1.0)
+    server = server_of(updates)
+    robust.Median().aggregate(server, updates, 1)
+    robust.TrimmedMean().aggregate(server, updates, 1)
+    krum.Krum(attackers=4).aggregate(server, updates, 1)
+    assert "so few clients cover 50% of the weights that one attacker" in server.alarms[0]
+    assert "50% of the weights" in server.alarms[1]
+    assert "50% resist one but not two" in server.alarms[1]
+    assert server.alarms[2] == "krum: 10 replies resist 3 attackers, not 4"
+    server.alarms.clear()
+    robust.Median(least=5).aggregate(server, updates, 1)
+    robust.Median().aggregate(server, updates, 2)
+    assert server.alarms == []
+
+
+def test_krum_of_clients_that_share_nothing_averages_them():
+    apart = over([0.0, 0.0], *(update(c, [float(c + 1)], index={0: torch.tensor([c])}) for c in range(2)))
+    assert close(krum.Krum().aggregate(server_of(apart), apart, 2).state["v"], [1, 2])

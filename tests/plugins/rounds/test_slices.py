@@ -174,16 +174,19 @@ def test_clusters(simulate, weighting):
     plain.follow(one_round)
 
 
-@pytest.mark.parametrize(("aggregate", "options"), [("median", {}), ("trimmed-mean", {"trim": 0.4})])
+@pytest.mark.parametrize(
+    ("aggregate", "options"),
+    [("median", {}), ("trimmed-mean", {"trim": 0.4}), ("median", {"least": 3}), ("trimmed-mean", {"trim": 0.34, "least": 5})],
+)
 def test_median_and_trimmed_mean(simulate, aggregate, options):
     """Yin et al.: of the n covering clients floor(trim n) are left out at either end, at least one stays."""
     values = {**UNEQUAL, "levels": "1,1,0.5"}
     plain = Federation(simulate(0, extract="heterofl", aggregate=aggregate, set={aggregate: options}, **values))
 
     def middle(old, held):
-        ordered = sorted(held)
-        if not ordered:
+        if not held:
             return old
+        ordered = sorted([*held, *[old] * (options.get("least", 1) - len(held))])
         left_out = min(int(options.get("trim", 0.5) * len(ordered)), (len(ordered) - 1) // 2)
         inner = ordered[left_out : len(ordered) - left_out]
         return sum(inner) / len(inner)
@@ -195,5 +198,57 @@ def test_median_and_trimmed_mean(simulate, aggregate, options):
             new = [middle(before, [v for v, covered in ours if covered]) for before, *ours in entries]
             found[n] = torch.stack(new).reshape(old.shape)
         return found
+
+    plain.follow(one_round)
+
+
+MANY = {**UNEQUAL, "clients": 7, "levels": "1:2,0.5:3,0.25:2", "server_data": 0.2}
+MANY_WIDTHS = (1, 1, 0.5, 0.5, 0.5, 0.25, 0.25)
+
+
+def distance(one, other):
+    """Mean squared difference of two pasted clients where both hold the model."""
+    pairs = [(a[n], b[n], (c[n] * d[n]) > 0) for (a, c), (b, d) in [(one, other)] for n in a]
+    return sum(float((a - b)[both].square().sum()) for a, b, both in pairs) / sum(int(both.sum()) for *_, both in pairs)
+
+
+def test_multi_krum(simulate):
+    """Blanchard et al. 2017: the n - f clients with the lowest sums over their n - f - 2 nearest, distances on common entries."""
+    plain = Federation(simulate(0, extract="heterofl", aggregate="krum", set={"krum": {"attackers": 2}}, **MANY))
+    left_out = []
+
+    def one_round(state, r):
+        pasted = slices(plain, state, r, [leading(w) for w in MANY_WIDTHS])
+        scores = [sum(sorted(distance(p, q) for q in pasted if q is not p)[:3]) for p in pasted]
+        worst = sorted(range(7), key=lambda k: scores[k])[5:]
+        left_out.append(worst)
+        merged = mean(state, [p for k, p in enumerate(pasted) if k not in worst])
+        return {n: torch.where(sum(c[n] for _, c in pasted) > 2, t, state[n]) for n, t in merged.items()}
+
+    plain.follow(one_round)
+    assert all(len(worst) == 2 for worst in left_out)
+
+
+@pytest.mark.parametrize("least", [0, 5])
+def test_geometric_median(simulate, least):
+    """Pillutla et al. 2022: Weiszfeld steps with weights 1 / distance, the distance on what a client holds."""
+    options = {"geomedian": {"steps": 3, "least": least}}
+    plain = Federation(simulate(0, extract="heterofl", aggregate="geomedian", set=options, **MANY))
+
+    def middle(state, pasted, weights):
+        found, floor = {}, least * sum(weights) / 7
+        for n, old in state.items():
+            top = sum(w * c[n] * (v[n] - old) for w, (v, c) in zip(weights, pasted, strict=True))
+            count = sum(w * c[n] for w, (_, c) in zip(weights, pasted, strict=True))
+            found[n] = torch.where(count > floor / 2, old + top / count.clamp(min=max(floor, 1e-12)), old)
+        return found
+
+    def one_round(state, r):
+        pasted, weights = slices(plain, state, r, [leading(w) for w in MANY_WIDTHS]), [1.0] * 7
+        for _ in range(3):
+            now = middle(state, pasted, weights)
+            held = [torch.cat([(v[n] - now[n])[c[n] > 0] for n in now]) for v, c in pasted]
+            weights = [1 / float(t.square().mean().sqrt()) for t in held]
+        return middle(state, pasted, weights)
 
     plain.follow(one_round)
