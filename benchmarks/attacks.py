@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import hetfl
-from hetfl import Field, Plugin, Reply, State, Task, hookimpl
+from hetfl import Field, Plugin, Reply, Task, hookimpl
 from hetfl.data.dataset import Examples
 from hetfl.models.state import copy_state
 

@@ -50,15 +50,15 @@ def run(
     render.print_summary(summary, folder.path)
 
 
-def watch_run(job: str, options: RunOptions, folder: RunFolder, track: list[str]) -> dict[str, Any]:
-    """Does `job` of the runner with its rounds on the screen, and tells the trackers; returns the summary."""
+def watch_run(job: str, options: RunOptions, folder: RunFolder, track: list[str], *more: bool) -> dict[str, Any]:
+    """Does `job` of the runner, given `more`, with its rounds on the screen, and tells the trackers; returns the summary."""
     with resumable(tell_resume(folder.path)), RoundDisplay(options, folder.path) as display:
         from hetfl.runs import runner
         from hetfl.runs.observers import Tee
         from hetfl.runs.trackers import tracking
 
         with tracking(track, options, folder.path) as watch:
-            summary: dict[str, Any] = getattr(runner, job)(options, folder, Tee(display, watch))
+            summary: dict[str, Any] = getattr(runner, job)(options, folder, Tee(display, watch), *more)
             watch.tell("on_run_end", summary)
     return summary
 
@@ -73,6 +73,7 @@ def draw_pictures(folder: RunFolder) -> None:
 def resume(
     path: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
     track: Track = None,
+    force: Annotated[bool, typer.Option(help="go on with options or versions that the run did not begin with")] = False,
     debug: Debug = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint; the result is that of a run never stopped."""
@@ -86,7 +87,16 @@ def resume(
         render.print_summary(folder.read("summary.json"), path)
         return
     if (path / FEDERATION).exists():
-        run_federation(config.resolve({**config.read_run_file(path / "app" / "hetfl_app" / "run.toml"), "out": path}), folder)
+        options = config.resolve({**config.read_run_file(path / "app" / "hetfl_app" / "run.toml"), "out": path})
+        folder.lock()
+        try:
+            from hetfl.rounds.reporting import NoCallback
+            from hetfl.runs import runner
+
+            runner.refuse_changed(runner.load_snapshot(options, folder, NoCallback()), options, folder, force)
+        finally:
+            folder.release()
+        run_federation(options, folder)
         return
     values = config.read_run_file(path / "config.toml")
     if not values:
@@ -94,7 +104,7 @@ def resume(
     options = config.resolve({**values, "out": path})
     folder.lock()
     try:
-        summary = watch_run("resume_run", options, folder, track or [])
+        summary = watch_run("resume_run", options, folder, track or [], force)
         draw_pictures(folder)
     finally:
         folder.release()

@@ -12,7 +12,7 @@ from hetfl import config, presets, registry
 from hetfl.cli import render
 from hetfl.cli.console import say
 from hetfl.cli.options import Debug, ModelArgs, parse_pairs
-from hetfl.errors import UsageError, unknown
+from hetfl.errors import RunError, UsageError, unknown
 from hetfl.registry import Entry
 
 Model = Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")]
@@ -124,6 +124,8 @@ def show_folder(path: Path) -> None:
     folder = RunFolder(path)
     if folder.holds("summary.json"):
         render.print_summary(folder.read("summary.json"), path)
+        if fault := folder.weights_fault():
+            raise RunError(f"{fault}: it was changed or damaged since")
     elif folder.holds("leaderboard.csv"):
         with (path / "leaderboard.csv").open(newline="") as file:
             render.print_written_leaderboard(list(csv.DictReader(file)), path)
@@ -131,6 +133,20 @@ def show_folder(path: Path) -> None:
         raise UsageError(f"the run in '{path}' has not ended: hfl resume goes on with it")
     else:
         raise UsageError(f"'{path}' is no folder of a run or matrix: it holds neither summary.json nor leaderboard.csv")
+
+
+def check_run(
+    path: Annotated[Path, typer.Argument(help="a run folder")],
+    debug: Debug = False,
+) -> None:
+    """Verify the files of a run folder: checkpoints, tables, weights; exit code 1 where one is damaged."""
+    from hetfl.runs.check import check_folder
+
+    found = list(check_folder(path))
+    for name, fault in found:
+        say(f"{name}: {fault or 'ok'}", style="red" if fault else "")
+    if damaged := [name for name, fault in found if fault]:
+        raise RunError(f"{len(damaged)} of {len(found)} things in '{path}' are damaged: {', '.join(damaged)}")
 
 
 def find_in_any_role(name: str) -> list[Entry]:

@@ -13,7 +13,10 @@ from hetfl.cli import render
 from hetfl.cli.console import say
 from hetfl.cli.live import SweepDisplay
 from hetfl.cli.options import Debug, check, gather, parse_pair, parse_value, with_run_options
+from hetfl.cli.stopping import resumable
 from hetfl.errors import RunError, UsageError, nearest
+
+GOES_ON = "stopped; the same command goes on: runs that have ended are kept"
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import TrialResult
@@ -52,7 +55,7 @@ def matrix(
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []
     try:
-        with SweepDisplay(len(trials), metric) as display:
+        with resumable(lambda: GOES_ON), SweepDisplay(len(trials), metric) as display:
             for result in sweeps.run_trials(trials, out, jobs):
                 results.append(result)
                 display.show(results)

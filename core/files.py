@@ -10,10 +10,11 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, named: bool = True) -> Iterator[Path]:
     """Gives the path of a draft to write; when the block ends it is on disk in the place of `path`.
 
     Where the block or the disk fails, `path` stays as it was and the draft is removed. Several processes may write one path.
+    Without `named`, its name in the folder is on disk only after `sync_folder`.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -21,14 +22,27 @@ def replace_file(path: Path) -> Iterator[Path]:
         with open(draft, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+        if named:
+            sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, named: bool = True) -> None:
     """Writes `data` to `path`, whole or not at all. Raises OSError."""
-    with replace_file(path) as draft:
+    with replace_file(path, named) as draft:
         draft.write_bytes(data)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on disk, where the system can: a file's content alone does not survive a power cut."""
+    if os.name != "posix":
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,6 +34,19 @@ def keep_interrupts_off() -> None:
     """Has this thread, and the processes begun in it, get no SIGINT: Ctrl-C is the main thread's, which ends the others."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Has this thread, and the threads and processes begun in it, get no SIGINT meanwhile; one that comes waits for the end."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

@@ -73,6 +73,11 @@ class Plugin(BaseModel):
         return ()
 
     @property
+    def declared_widths(self) -> Collection[float] | None:
+        """Of a profile: the widths that a device may answer, for whoever claims another is left out; None: any."""
+        return None
+
+    @property
     def takes_own_models(self) -> bool:
         return False
 

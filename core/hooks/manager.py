@@ -243,6 +243,11 @@ class PluginManager:
         """The policy that the chosen plugins ask for, if any."""
         return next((p.norm_policy for p in self.plugins.values() if p.norm_policy), None)
 
+    @cached_property
+    def declared_widths(self) -> Collection[float] | None:
+        """The widths that a device may answer; None: any."""
+        return next((p.declared_widths for key, p in self.plugins.items() if key.startswith("profile.")), None)
+
     def options(self) -> dict[str, dict[str, Any]]:
         """All options of the chosen plugins, resolved."""
         return {key: plugin.model_dump(mode="json") for key, plugin in self.plugins.items()}

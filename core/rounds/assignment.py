@@ -47,7 +47,7 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
     """
     run, profiles = now.run, dict[int, Profile]()
     for client, answer in exchange(now.engine, "profile", dict.fromkeys(chosen, now.number)):
-        checked = check_profile(answer)
+        checked = check_profile(answer, run.plugins.declared_widths)
         if isinstance(checked, Failure):
             leave_out(now, client, f"its profile: {checked.reason}", answer)
         else:
@@ -77,7 +77,7 @@ def describe_fleet(now: RoundState, clients: Sequence[Client]) -> None:
 def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, Assignment]:
     """What each client is sent: its plan's part of the model, and the extras of the plugins. A client without a plan sits out."""
     run = now.run
-    plans = run.plugins.extract(run.server, clients, now.number) if clients else []
+    clients, plans = extract_plans(now, clients) if clients else (clients, [])
     refuse_uncut(run.server, clients, plans)
     found = {client.id: assign(now, client, plan) for client, plan in zip(clients, plans, strict=True) if plan is not None}
     for assignment in found.values():
@@ -85,6 +85,33 @@ def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, As
         if fault := extras_fault(assignment.extras, run.plugins.extras_down):
             raise RunError(f"a plugin sends what it did not declare: {fault}")
     return found
+
+
+def extract_plans(now: RoundState, clients: Sequence[Client]) -> tuple[Sequence[Client], list[Plan | None]]:
+    """The clients and their plans; where the extraction fails on what single clients said before, those are left out."""
+    run = now.run
+    try:
+        return clients, run.plugins.extract(run.server, clients, now.number)
+    except Exception as error:
+        if isinstance(error, UsageError) or (isinstance(error, RunError) and error.__cause__ is None):
+            raise  # a sentence of the plugin's own
+        faults = {client.id: fault for client in clients if (fault := extraction_fault(now, client))}
+        good = [client for client in clients if client.id not in faults]
+        if not faults or not good:
+            raise
+    for client, fault in faults.items():
+        leave_out(now, client, f"no submodel could be extracted for it: {fault}")
+    return good, run.plugins.extract(run.server, good, now.number)
+
+
+def extraction_fault(now: RoundState, client: Client) -> str:
+    """What the extraction raises for this client alone; "" where it raises nothing."""
+    try:
+        now.run.plugins.extract(now.run.server, [client], now.number)
+    except Exception as error:
+        cause = error.__cause__ or error
+        return f"{type(cause).__name__}: {cause}"
+    return ""
 
 
 def assign(now: RoundState, client: Client, plan: Plan) -> Assignment:

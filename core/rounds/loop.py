@@ -119,6 +119,7 @@ def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterat
             if client is None:
                 raise RunError(f"the replies of round {now.number} could not be recovered: {why}") from error
             pending.clear()
+            run.extras.pop(client, None)
             leave_out(now, client, f"its reply could not be recovered: {why}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from hetfl.submodel import encoding
 from hetfl.submodel.plan import Plan, Selection, is_whole
 
 MEAN, VARIANCE = "running_mean", "running_var"
+
+EXTREME = 1000.0  # times the middle client's
 
 
 def choose_norm_policy(given: str, wanted: str | None, public: bool) -> str:
@@ -96,7 +99,7 @@ def collect_statistics(now: RoundState, asked: Mapping[int, Assignment]) -> list
             now.run.callback.note(f"round {now.number}: client {client} left out of the statistics: {why}")
         elif reply.examples:
             received.append(ReceivedReply(sent.client, sent.plan, {}, reply))
-    return received
+    return leave_out_extremes(now, received)
 
 
 def pool_statistics(replies: Sequence[ReceivedReply], old: State) -> State:
@@ -119,3 +122,17 @@ def measure_on_server(now: RoundState) -> State:
     server = now.run.server
     batches = server.public.tune.batches(server.options.eval_batch_size, server.stream("statistics", now.number))
     return measure_statistics(server.builder.load(server.state), batches)[0]
+
+
+def leave_out_extremes(now: RoundState, received: list[ReceivedReply]) -> list[ReceivedReply]:
+    """The passes without those whose statistics, or numbers of examples, are far beyond the middle one's, or negative variances."""
+    found = []
+    sizes = [max(float(t.abs().max()) for t in r.reply.state.values()) if r.reply.state else 0.0 for r in received]
+    usual, examples = statistics.median(sizes or [0.0]), statistics.median([r.reply.examples for r in received] or [0])
+    for r, size in zip(received, sizes, strict=True):
+        negative = any(name.endswith("running_var") and bool((t < 0).any()) for name, t in r.reply.state.items())
+        if negative or size > EXTREME * max(usual, 1.0) or r.reply.examples > EXTREME * examples:
+            now.alarm(f"the normalisation statistics of client {r.client.id} are beyond belief and were left out")
+        else:
+            found.append(r)
+    return found

@@ -14,6 +14,8 @@ from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import CheckedReply, ReplyValidator
 from hetfl.training.task import Reply
 
+MOST_NAMES = 128  # of metrics that the clients of a run may use
+
 
 def receive_replies(now: RoundState) -> Iterator[ReceivedReply]:
     """Has the clients train, and gives the replies that can be used, in client order as they come.
@@ -68,10 +70,19 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     run = now.run
     try:
         checked = ReplyValidator(run.server, run.plugins, run.travelling).check(assignment, answer)
-        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.expected)
+        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.expected) or names_fault(now, checked.reply)
     except Exception as error:
         return CheckedReply(assignment, Reply({}, 0), f"its reply cannot be read: {type(error).__name__}: {error}"[:LONGEST_LINE])
     return checked
+
+
+def names_fault(now: RoundState, reply: Reply) -> str | None:
+    """Why its metrics are not taken in: they would make the tables wider than a run's may be; or None."""
+    known = now.run.metric_names | reply.metrics.keys()
+    if len(known) > MOST_NAMES and known > now.run.metric_names:
+        return f"its metrics have new names, and the run's clients have used {len(now.run.metric_names)} of {MOST_NAMES} already"
+    now.run.metric_names = known
+    return None
 
 
 def leave_out(now: RoundState, client: int, fault: str, answer: Any = None) -> None:

@@ -29,7 +29,8 @@ class RunState:
 
     `control` is the server-only control's model, `initial` the global model before round 1. By client: `extras` and `last_round`
     of its last valid reply (round 0: none), `state_versions` the round that its own state is of. `device` is where submodels lie on
-    their way to clients and back, and where they are summed; the server's own tensors are in main memory.
+    their way to clients and back, and where they are summed; the server's own tensors are in main memory. `metric_names`: those
+    that replies have used so far.
     """
 
     server: Server
@@ -47,6 +48,7 @@ class RunState:
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
+    metric_names: set[str] = field(default_factory=set)
     options: RunOptions = field(init=False)
     local_norms: bool = field(init=False)  # whether normalisation statistics stay with the clients
     evaluator: Evaluator = field(init=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ from hetfl.training.task import Reply
 NO_ANSWER = "it is no answer to what was asked"
 MOST_METRICS = 64
 MOST_SECONDS = 1e8
+MOST_NUMBER = 1 << 63
+LEAST_WIDTH = 1e-4
+SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
 
 
 @dataclass(eq=False)
@@ -85,21 +88,25 @@ class ReplyValidator:
         return assignment, None
 
 
-def check_profile(answer: Any) -> Profile | Failure:
-    """What a device can afford, or why that is not known."""
+def check_profile(answer: Any, declared: Collection[float] | None = None) -> Profile | Failure:
+    """What a device can afford, or why that is not known; `declared` are the widths that it may say (None: any)."""
     if isinstance(answer, Failure):
         return answer
     if not isinstance(answer, Profile):
         return Failure(NO_ANSWER)
-    if not 0 < answer.width <= 1:
-        return Failure(f"a width of {answer.width:g} is not in (0, 1]")
+    if not isinstance(answer.width, int | float) or not LEAST_WIDTH <= answer.width <= 1:
+        return Failure(f"a width of {answer.width!s:.20} is not in (0, 1], or too small for any model")
+    if declared is not None and not any(math.isclose(answer.width, width) for width in declared):
+        return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
     return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
 
 
 def check_scores(answer: Any) -> dict[str, float]:
     """What a client measured; empty where it did not or cannot be believed."""
-    usable = isinstance(answer, dict) and "accuracy" in answer and all(math.isfinite(v) for v in answer.values())
-    return dict(answer) if usable else {}
+    if not isinstance(answer, dict) or not {"accuracy"} <= answer.keys() <= SCORES:
+        return {}
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in answer.values())
+    return dict(answer) if numbers and answer["accuracy"] <= 1 else {}
 
 
 def check_statistics(expected: State, answer: Any) -> Reply | None:
@@ -129,6 +136,8 @@ def number_fault(reply: Reply) -> str | None:
 def is_metric(name: Any, value: Any) -> bool:
     """Whether a client may say this of itself: a number under a name of its own, accuracies in [0, 1], seconds that can be."""
     if not isinstance(name, str) or name in RESERVED or len(name) > LONGEST_LINE or not isinstance(value, int | float):
+        return False
+    if isinstance(value, int) and abs(value) > MOST_NUMBER:
         return False
     if name == OWN_ACCURACY:
         return 0 <= value <= 1

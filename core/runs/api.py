@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,13 @@ def load(path: str | Path, **objects: Any) -> Run:
 
 
 @for_programs
-def resume(path: str | Path, *, callback: Any = None, progress: bool | str = "auto", **objects: Any) -> Run:
+def resume(
+    path: str | Path, *, callback: Any = None, progress: bool | str = "auto", force: bool = False, **objects: Any
+) -> Run:  # fmt: skip
     """Goes on with a run that was stopped, from its last checkpoint; the result is that of a run never stopped.
 
-    What the run was given as an object is given again, such as `model=net`. A run that has ended is returned as it is.
+    Where options or versions are others than it began with it is refused, unless `force`, which is noted. What the run was given
+    as an object is given again, such as `model=net`. A run that has ended is returned as it is.
 
     >>> import hetfl
     >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=1, out="runs/b")
@@ -107,7 +111,9 @@ def resume(path: str | Path, *, callback: Any = None, progress: bool | str = "au
         if name != getattr(began, field):
             raise UsageError(f"{field} '{name}' is not what this run began with, '{getattr(began, field)}'")
     folder.lock()
-    carry_out(runner.resume_run, found.options.model_copy(update={"out": folder.path}), folder, callback, progress)
+    carry_out(
+        partial(runner.resume_run, force=force), found.options.model_copy(update={"out": folder.path}), folder, callback, progress
+    )
     return found
 
 

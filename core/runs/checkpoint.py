@@ -1,7 +1,8 @@
 """Checkpoints of a run: after every round the whole state, on disk before the next round begins.
 
 A checkpoint is a small manifest that names its parts. A part is a file named after the SHA-256 of its content (safetensors or JSON,
-never a pickle), so what has not changed is not written again, and what was torn or tampered with is recognised.
+never a pickle), so what has not changed is not written again, and what was torn or tampered with is recognised. A part that two
+checkpoints share has a copy beside it: no damaged file voids both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hetfl.errors import RunError
-from hetfl.files import reason, write_file
+from hetfl.files import reason, sync_folder, write_file
 from hetfl.models.state import State, pack_tensors, unpack_tensors
 
 SUFFIX = {"tensors": ".safetensors", "facts": ".json"}
@@ -37,18 +38,26 @@ class Checkpoints:
     """The checkpoints in `folder`, of which the last `keep` stay."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        self._folder, self._objects, self._keep = folder, folder / "objects", keep
+        self._folder, self._objects, self._copies, self._keep = folder, folder / "objects", folder / "copies", keep
         self._known: dict[str, tuple[Any, tuple[int, ...], str]] = {}  # group -> what it held, its versions, its file
+        self._fresh: set[str] = set()  # files that only the checkpoint under way has
+        self.mended: list[str] = []  # parts that were damaged and are so no more
 
     def save(self, moment: Snapshot) -> None:
         """Writes a checkpoint whole or not at all. Raises RunError where the disk is full; what was written before stays."""
+        self._fresh.clear()
         try:
             self._objects.mkdir(parents=True, exist_ok=True)
+            self._copies.mkdir(exist_ok=True)
             body = {
                 "round": moment.round,
                 "tensors": {name: self._tensors(name, group) for name, group in moment.tensors.items()},
                 "facts": {name: self._facts(name, fact) for name, fact in moment.facts.items()},
             }
+            for part in parts(body):
+                self._copy_shared(part)
+            for folder in (self._objects, self._copies):
+                sync_folder(folder)
             write_file(self._folder / f"round-{moment.round:06d}.json", text({"body": body, "sha256": digest(text(body))}))
         except OSError as error:
             raise RunError(
@@ -77,17 +86,25 @@ class Checkpoints:
     def _put(self, data: bytes, kind: str) -> str:
         name = digest(data)
         if not (path := self._objects / (name + SUFFIX[kind])).exists():
-            write_file(path, data)
+            write_file(path, data, named=False)
+            self._fresh.add(path.name)
         return name
+
+    def _copy_shared(self, part: str) -> None:
+        """Copies a part that was there before this checkpoint, once."""
+        if part not in self._fresh and not (copy := self._copies / part).exists():
+            data = (self._objects / part).read_bytes()
+            if digest(data) == copy.stem:
+                write_file(copy, data, named=False)
 
     def _tidy(self) -> None:
         """Removes what only older checkpoints need."""
         kept = self._manifests()[-self._keep :]
         for path in self._manifests()[: -self._keep]:
             path.unlink(missing_ok=True)
-        needed = {name for path in kept for name in names(path)}
-        for path in self._objects.iterdir():
-            if path.stem not in needed:
+        needed = {part for path in kept for part in named_parts(path)}
+        for path in [*self._objects.iterdir(), *self._copies.iterdir()]:
+            if path.name not in needed:
                 path.unlink(missing_ok=True)
 
     def _manifests(self) -> list[Path]:
@@ -97,10 +114,22 @@ class Checkpoints:
         """The newest checkpoint that is whole; `note` hears of those that are not. None where there is none."""
         for path in reversed(self._manifests()):
             try:
-                return self._read(path)
+                found = self._read(path)
+                if self.mended:
+                    note(f"the checkpoint '{path.name}' had {len(self.mended)} damaged parts, which their copies have mended")
+                return found
             except BrokenError as error:
                 note(f"the checkpoint '{path.name}' is damaged ({error}); going back to the one before")
         return None
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Every checkpoint by its name, the newest first, with what is wrong with it; "" where nothing is."""
+        for path in reversed(self._manifests()):
+            try:
+                self._read(path)
+                yield path.name, ""
+            except BrokenError as error:
+                yield path.name, str(error)
 
     def _read(self, path: Path) -> Snapshot:
         body = manifest(path)
@@ -109,13 +138,20 @@ class Checkpoints:
         return Snapshot(int(body["round"]), tensors, facts)
 
     def _get(self, name: str, kind: str) -> bytes:
-        try:
-            data = (self._objects / (name + SUFFIX[kind])).read_bytes()
-        except OSError as error:
-            raise BrokenError(f"a part is missing: {reason(error)}") from error
-        if digest(data) != name:
-            raise BrokenError("a part is not what was written")
-        return data
+        """A part, from its copy where it is damaged itself: it is then mended."""
+        part, why = name + SUFFIX[kind], "a part is missing"
+        for place in (self._objects / part, self._copies / part):
+            try:
+                data = place.read_bytes()
+            except OSError:
+                continue
+            if digest(data) == name:
+                if place.parent == self._copies:
+                    write_file(self._objects / part, data)
+                    self.mended.append(part)
+                return data
+            why = "a part is not what was written"
+        raise BrokenError(why)
 
 
 def manifest(path: Path) -> dict[str, Any]:
@@ -130,14 +166,17 @@ def manifest(path: Path) -> dict[str, Any]:
     raise BrokenError("its list of parts is not what was written")
 
 
-def names(path: Path) -> Iterator[str]:
+def parts(body: dict[str, Any]) -> set[str]:
+    """The names of the files of a checkpoint's parts."""
+    return {file + SUFFIX[kind] for kind in SUFFIX for file in body[kind].values()}
+
+
+def named_parts(path: Path) -> set[str]:
     """The files that a checkpoint needs; none where it is damaged."""
     try:
-        body = manifest(path)
+        return parts(manifest(path))
     except BrokenError:
-        return
-    yield from body["tensors"].values()
-    yield from body["facts"].values()
+        return set()
 
 
 def text(value: Any) -> bytes:

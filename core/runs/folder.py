@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -19,6 +20,12 @@ from hetfl.errors import RunError, UsageError
 from hetfl.files import reason, write_file
 
 LOCK, MARK = ".lock", ".hetfl"
+
+WEIGHTS, FILE_HASH = "weights.safetensors", "weights.safetensors sha256"  # the file, and its hash in the summary
+
+
+class FolderInUseError(UsageError):
+    """Another process runs what lies in a folder."""
 
 
 class RunFolder:
@@ -83,7 +90,7 @@ class RunFolder:
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise UsageError(f"'{self.path}' is being run by another process") from error
+            raise FolderInUseError(f"'{self.path}' is being run by another process") from error
 
     def release(self) -> None:
         """Lets others have the folder; a run that it was to replace and did not, since it never began, is back in its place."""
@@ -142,6 +149,18 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
 
+    def weights_fault(self) -> str:
+        """Why the final weights are not those that the summary is of; "" where they are."""
+        try:
+            data = self.bytes_of(WEIGHTS)
+        except OSError as error:
+            return f"{WEIGHTS} cannot be read: {reason(error)}"
+        return (
+            ""
+            if hashlib.sha256(data).hexdigest() == self.read("summary.json").get(FILE_HASH)
+            else f"{WEIGHTS} is not what the run left"
+        )
+
     def discard(self) -> None:
         """Removes a folder that holds nothing but its config, for a run refused before it began; what it was to replace is back."""
         if self._replaced is None and self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {"config.toml", LOCK, MARK}:
@@ -188,8 +207,8 @@ class MemoryFolder(RunFolder):
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether hetfl made this folder: it has the mark, or a run.json with hetfl's version."""
-    if (path / MARK).is_file():
+    """Whether hetfl made this folder: it has the mark, or nothing but a lock yet, or a run.json with hetfl's version."""
+    if (path / MARK).is_file() or {file.name for file in path.iterdir()} == {LOCK}:
         return True
     try:
         return "hetfl" in json.loads((path / "run.json").read_text(encoding="utf-8"))["versions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +12,14 @@ from safetensors.torch import save
 
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
-from hetfl.errors import RunError
+from hetfl.errors import RunError, UsageError
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import ALARMS, CLIENT, FAULT, ROUND, TAKEN, Row
 from hetfl.runs.checkpoint import Checkpoints, Snapshot
 from hetfl.runs.experiment import Experiment, prepare
-from hetfl.runs.folder import RunFolder
-from hetfl.runs.snapshot import capture, restore
+from hetfl.runs.folder import FILE_HASH, WEIGHTS, RunFolder
+from hetfl.runs.snapshot import capture, describe_changes, list_rounds, restore
 from hetfl.runs.summary import class_counts, run_facts, summarise, to_contiguous
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ CHECKPOINTS = "checkpoints"
 
 
 def run(
-    options: RunOptions, folder: RunFolder, callback: Callback, snapshot: Snapshot | None = None, grid: Grid | None = None
-) -> dict[str, Any]:
+    options: RunOptions, folder: RunFolder, callback: Callback, snapshot: Snapshot | None = None, grid: Grid | None = None,
+    changed: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Runs an experiment, or the rest of it after `snapshot`, and fills its folder; returns the summary that `hfl show` prints.
 
-    `grid` is the one of the federation that runs it, where it is deployed.
+    `grid` is the one of the federation that runs it, where it is deployed; `changed` is noted of a run that goes on otherwise than
+    it began.
     """
     began = time.perf_counter()
     context = EngineContext(folder.path / "memory", grid)
@@ -46,13 +49,15 @@ def run(
             folder.write("config.toml", format_run_file(experiment.options, experiment.plugins.options()))
         else:
             restore(experiment, snapshot)
+            experiment.server.notes += [f"went on after round {snapshot.round} although {change}" for change in changed]
         folder.commit()
         recorder.begin(snapshot is None)
         experiment.engine.drive(partial(run_rounds, experiment.state, experiment.engine))
     finally:
         experiment.close()
-    folder.write("weights.safetensors", save(to_contiguous(experiment.server.state)))
-    summary = summarise(experiment, time.perf_counter() - began)
+    weights = save(to_contiguous(experiment.server.state))
+    folder.write(WEIGHTS, weights)
+    summary = summarise(experiment, time.perf_counter() - began) | {FILE_HASH: hashlib.sha256(weights).hexdigest()}
     folder.json("summary.json", summary)
     refuse_untaken(experiment.state.rows, experiment.state.client_rows)
     return summary
@@ -70,14 +75,34 @@ def refuse_untaken(rows: Sequence[Row], people: Sequence[Row]) -> None:
     raise RunError(f"no round's replies became the global model, which was never trained; the first: {[*alarms, *faults, '?'][0]}")
 
 
-def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, grid: Grid | None = None) -> dict[str, Any]:
-    """Goes on with the run in `folder` from its last whole checkpoint, or from its config where it has none."""
+def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, force: bool = False) -> dict[str, Any]:
+    """Goes on with the run in `folder` from its last whole checkpoint, or from its config where it has none.
+
+    Raises UsageError where options or versions are others than it began with, unless `force`.
+    """
+    snapshot = load_snapshot(options, folder, callback)
+    changed = refuse_changed(snapshot, options, folder, force)
+    for row, _ in list_rounds(snapshot) if snapshot else ():
+        callback.done(row)
+    return run(options, folder, callback, snapshot, changed=changed)
+
+
+def refuse_changed(snapshot: Snapshot | None, options: RunOptions, folder: RunFolder, force: bool) -> list[str]:
+    """What is not as it was when the run in `folder` began. Raises UsageError where there is anything, unless `force`."""
+    changed = describe_changes(snapshot, options) if snapshot else []
+    if changed and not force:
+        raise UsageError(
+            f"this is not the run that began in '{folder.path}': {'; '.join(changed)}; change that back, or go on all the same "
+            "with --force, which is noted in the summary"
+        )
+    return changed
+
+
+def load_snapshot(options: RunOptions, folder: RunFolder, callback: Callback) -> Snapshot | None:
+    """The last whole checkpoint of a run; None where it has none and begins anew."""
     snapshot = Checkpoints(folder.path / CHECKPOINTS, options.keep_checkpoints).load(callback.note)
     callback.note(f"going on after round {snapshot.round}" if snapshot else "no round had ended: the run begins anew")
-    for round in range(1, snapshot.round + 1 if snapshot else 1):
-        assert snapshot is not None
-        callback.done(snapshot.facts[f"round/{round}"][0])
-    return run(options, folder, callback, snapshot, grid)
+    return snapshot
 
 
 class RunRecorder:

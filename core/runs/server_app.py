@@ -13,9 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from hetfl.config import RunOptions, resolve
 from hetfl.engines.flower.manifest import EVENTS, RUN
 from hetfl.parallel import end_with_parent
-from hetfl.runs.checkpoint import Checkpoints
 from hetfl.runs.folder import RunFolder
-from hetfl.runs.runner import CHECKPOINTS, run
+from hetfl.runs.runner import load_snapshot, run
+from hetfl.runs.snapshot import describe_changes
 
 
 class EventLog:
@@ -70,5 +70,5 @@ def drive(options: RunOptions, out: Path, log: EventLog, grid: Grid) -> None:
     if (out / "summary.json").exists():
         log.tell(ended=folder.read("summary.json"))
         return
-    snapshot = Checkpoints(out / CHECKPOINTS, options.keep_checkpoints).load(log.note)
-    log.tell(ended=run(options, folder, log, snapshot, grid))
+    snapshot = load_snapshot(options, folder, log)
+    log.tell(ended=run(options, folder, log, snapshot, grid, describe_changes(snapshot, options) if snapshot else ()))

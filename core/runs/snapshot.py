@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from importlib.metadata import version
+from typing import Any, cast
 
 from torch import Tensor
 
+from hetfl.config import RunOptions, format_run_file, resolve
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.rows import ROUND
+from hetfl.rounds.rows import RESERVED, ROUND
 from hetfl.rounds.state import RunState
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
 from hetfl.submodel.plan import Patch, Patches
 
+HARMLESS = {"out", "overwrite", "workers", "wait", "timeout", "checkpoint_every", "keep_checkpoints"}  # change no result
+
+BITS = ("hetfl", "torch", "numpy")  # packages on whose versions bits depend
+
 
 def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
-    """The run as it is now, between two rounds; `rounds` has the rows of the finished rounds and grows by those that are new."""
+    """The run as it is now, between two rounds; `rounds` are the blocks of rows of the capture before, and become those of now."""
     run, server = experiment.state, experiment.server
-    append_rounds(run, rounds)
+    renew_blocks(run, rounds)
     tensors = {"pretrained": experiment.pretrained, "server": server.state, "control": run.control, "initial": run.initial}
     tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
     tensors |= {f"plugin/{key}": plugin.state_dict() for key, plugin in experiment.plugins.plugins.items()}
@@ -33,14 +41,54 @@ def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
     return Snapshot(len(run.rows), tensors, {"run": facts(experiment), **rounds})
 
 
-def append_rounds(run: RunState, rounds: dict[str, Any]) -> None:
-    """Adds the rounds that `rounds` does not have: each with its row and those of its clients."""
-    new = {row[ROUND]: (row, list[Any]()) for row in run.rows[len(rounds) :]}
-    for row in reversed(run.client_rows):
-        if row[ROUND] not in new:
-            break
-        new[row[ROUND]][1].insert(0, row)
-    rounds.update({f"round/{number}": list(rows) for number, rows in new.items()})
+def list_blocks(rounds: int) -> list[tuple[int, int]]:
+    """The first and last rounds of the blocks that keep the rows of so many rounds: 13 are 1-8, 9-12, 13.
+
+    So a checkpoint lists as many parts as its number of rounds has bits, and each row is written as often at most.
+    """
+    found, first = list[tuple[int, int]](), 1
+    for bit in reversed(range(rounds.bit_length())):
+        if rounds >> bit & 1:
+            found.append((first, first + (1 << bit) - 1))
+            first += 1 << bit
+    return found
+
+
+def renew_blocks(run: RunState, blocks: dict[str, Any]) -> None:
+    """Makes `blocks` those of the run's rounds now: lists of (row, rows of its clients); what was there already stays."""
+    wanted = {f"rounds/{first}-{last}": (first, last) for first, last in list_blocks(len(run.rows))}
+    for gone in blocks.keys() - wanted.keys():
+        del blocks[gone]
+    for name in wanted.keys() - blocks.keys():
+        first, last = wanted[name]
+        people: dict[int, list[Any]] = {number: [] for number in range(first, last + 1)}
+        for row in reversed(run.client_rows):
+            if row[ROUND] < first:
+                break
+            if row[ROUND] <= last:
+                people[row[ROUND]].insert(0, row)
+        blocks[name] = [(row, people[row[ROUND]]) for row in run.rows[first - 1 : last]]
+
+
+def list_rounds(snapshot: Snapshot) -> list[Any]:
+    """(row, rows of its clients) of every finished round."""
+    return [pair for first, last in list_blocks(snapshot.round) for pair in snapshot.facts[f"rounds/{first}-{last}"]]
+
+
+def describe_changes(snapshot: Snapshot, options: RunOptions) -> list[str]:
+    """What is not as it was when the run began and changes its result: options, and the packages that compute."""
+    then, now = snapshot.facts["run"]["options"], identity(options)
+    changed = [
+        f"{name} is {now.get(name)!r}, it was {then.get(name)!r}" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+    versions = {name: version(name) for name in BITS}
+    was = snapshot.facts["run"]["versions"]
+    return changed + [f"{name} is {versions[name]}, it was {was[name]}" for name in BITS if versions[name] != was[name]]
+
+
+def identity(options: RunOptions) -> dict[str, Any]:
+    """The options that a run's result depends on, as JSON."""
+    return cast(dict[str, Any], json.loads(options.model_dump_json(exclude=HARMLESS)))
 
 
 def facts(experiment: Experiment) -> dict[str, Any]:
@@ -51,15 +99,18 @@ def facts(experiment: Experiment) -> dict[str, Any]:
         "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
         "last round": {str(client): number for client, number in run.last_round.items()},
         "state versions": {str(client): number for client, number in run.state_versions.items()},
-        "data": experiment.federation.fingerprint,
+        "data": experiment.federation.fingerprint, "versions": {name: version(name) for name in BITS},
+        "options": identity(resolve(tomllib.loads(format_run_file(experiment.options, experiment.plugins.options())))),
     }  # fmt: skip
 
 
 def restore(experiment: Experiment, snapshot: Snapshot) -> None:
-    """Makes the run what it was at `snapshot`. Raises RunError where the data are others."""
+    """Makes the run what it was at `snapshot`. Raises RunError where the data or the plugins are others."""
     run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
     if known["data"] != experiment.federation.fingerprint:
         raise RunError("the data are not those that this run began with, so it cannot go on")
+    if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
+        raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")
     server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
     server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
     taken, server.steps_saved, server.epochs_saved = known["steps"]
@@ -71,10 +122,10 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     for key, (width, bottleneck, last_round) in known["clients"].items():
         client = int(key)
         server.clients[client] = Client(client, Profile(width, bottleneck), run.extras.get(client, {}), last_round)
-    for number in range(1, snapshot.round + 1):
-        row, people = snapshot.facts[f"round/{number}"]
+    for row, people in list_rounds(snapshot):
         run.rows.append(row)
         run.client_rows += people
+    run.metric_names = {name for row in run.client_rows for name in row} - RESERVED
     for key, plugin in experiment.plugins.plugins.items():
         if state := snapshot.tensors[f"plugin/{key}"]:
             plugin.load_state_dict(state)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from pebble import ProcessExpired, ProcessPool
+
 from hetfl import config, registry
 from hetfl.errors import NotApplicable, RunError, UsageError, unknown
+from hetfl.parallel import end_with_parent, hold_interrupts
 from hetfl.presets import assign
 from hetfl.runs.cell import WITHOUT_EFFECT, Trial, TrialResult, result_row
-from hetfl.runs.folder import RunFolder
+from hetfl.runs.folder import FolderInUseError, RunFolder
 
 FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sweep has options of its own for
 
@@ -106,26 +111,71 @@ def run_trials(trials: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialR
             yield known
     if not waiting:
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[None], list[Trial]] = {pool.submit(run_trial, same[0], out, jobs): same for same in waiting.values()}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                for trial in futures[future]:
+    resource_tracker.ensure_running()
+    pool = ProcessPool(jobs, context=get_context("spawn"), initializer=begin_worker, initargs=(os.getpid(),))
+    try:
+        with hold_interrupts():  # the processes begun here get no SIGINT: this one ends them
+            futures: dict[Future[bool], list[Trial]] = {
+                pool.schedule(run_trial, (same[0], out, jobs, False)): same for same in waiting.values()
+            }
+        while futures:
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                same = futures.pop(future)
+                if not end_of(future, same[0], out):  # another process has the cell: the others first
+                    futures[pool.schedule(run_trial, (same[0], out, jobs, True))] = same
+                    continue
+                for trial in same:
                     result = read_result(out, trial)
                     assert result is not None
                     yield replace(result, cached=False)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    finally:
+        pool.stop()  # type: ignore[no-untyped-call]
+        pool.join()
 
 
-def run_trial(trial: Trial, out: Path, jobs: int) -> None:
-    """Runs one trial in its folder under `out`, in a process of its own with its share of the cores."""
+def begin_worker(parent: int) -> None:
+    """A worker ends with the matrix that began it, however that ended, and lets go of its cell."""
+    if os.getppid() != parent:
+        os._exit(1)
+    end_with_parent()
+
+
+def end_of(future: Future[bool], trial: Trial, out: Path) -> bool:
+    """Whether a trial has ended; where its process did not answer, that is written into its folder as its failure."""
+    try:
+        return future.result()
+    except ProcessExpired as error:
+        folder = RunFolder(out / "cells" / trial.name)
+        folder.json("refused.json", {"status": "failed", "why": f"the process of this run ended with code {error.exitcode}"})
+        return True
+
+
+def run_trial(trial: Trial, out: Path, jobs: int, wait_for_others: bool) -> bool:
+    """Runs one trial in its folder under `out`, in a process of its own with its share of the cores.
+
+    Where another process has the folder: False, or with `wait_for_others` what that one makes of it.
+    """
     from hetfl.parallel import cores
 
-    folder = RunFolder(out / "cells" / trial.name).open(overwrite=True)
-    folder.commit()
-    fill_folder(trial, folder, max(1, cores() // jobs))
+    folder = RunFolder(out / "cells" / trial.name)
+    while True:
+        try:
+            folder.open(overwrite=True)
+            break
+        except FolderInUseError:
+            if not wait_for_others:
+                return False
+            time.sleep(0.5)
+            found = read_result(out, trial)
+            if found is not None and found.status != "failed":
+                return True
+    try:
+        folder.commit()
+        fill_folder(trial, folder, max(1, cores() // jobs))
+    finally:
+        folder.release()
+    return True
 
 
 def fill_folder(trial: Trial, folder: RunFolder, workers: int | None) -> None:

@@ -3,10 +3,10 @@ on the entries that it covers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from hetfl import Field, Merged, Plugin, Server, State, Update, Updates, hookimpl, mean
 from hetfl.aggregation.mean import WeightedSum
@@ -37,8 +37,8 @@ class GeoMedian(Plugin):
 
 
 def pull_mean(updates: Updates, names: Iterable[str], weights: list[float], least: int) -> State:
-    """old + sum w c (x - old) / max(sum w c, least x the mean weight), for each of the tensors `names`; old where sum w c is no more
-    than half of that."""
+    """old + sum w c (x - old) / max(sum w c, least x the mean weight) for each of the tensors `names`; old where sum w c is no
+    more than half of that."""
     smallest = least * sum(weights) / len(weights)
     found = {}
     for name in names:
@@ -59,4 +59,4 @@ def measure_distance(update: Update, middle: State) -> float:
             values, coverage = patch.full(middle[name])
             squares += float((values - middle[name]).double().square().sum())
             number += int((coverage > 0).sum())
-    return (squares / max(1, number)) ** 0.5
+    return math.sqrt(squares / max(1, number))

@@ -36,7 +36,7 @@ class Krum(Plugin):
 
 def measure_distances(updates: Updates, names: Sequence[str]) -> Tensor:
     """Squared distances between clients (n, n) per entry of the tensors `names` that both cover; NaN where they share none."""
-    total, common = torch.zeros(2, len(updates), len(updates), dtype=torch.float64)
+    total, common = (torch.zeros(len(updates), len(updates), dtype=torch.float64) for _ in range(2))
     for name in names:
         values, coverage = (t.reshape(len(updates), -1).double() for t in updates.column(name))
         holds = (coverage > 0).double()
@@ -44,7 +44,8 @@ def measure_distances(updates: Updates, names: Sequence[str]) -> Tensor:
         squares = change.square()
         total += squares @ holds.T + holds @ squares.T - 2 * change @ change.T
         common += holds @ holds.T
-    return total.clamp(min=0) / torch.where(common > 0, common, float("nan"))
+    shared: Tensor = torch.where(common > 0, common, float("nan"))
+    return total.clamp(min=0) / shared
 
 
 def choose_nearest(distances: Tensor, attackers: int) -> list[int]:

@@ -72,7 +72,7 @@ class Consensus(Plugin):
     extras_down: ClassVar[dict[str, ExtraSpec]] = {
         "rows": ExtraSpec(MOST, torch.int64), "aligned": ExtraSpec(MOST, torch.int64), "consensus": ExtraSpec(MOST)
     }  # fmt: skip
-    extras_up: ClassVar[dict[str, ExtraSpec]] = {"scores": ExtraSpec(MOST)}
+    extras_up: ClassVar[dict[str, ExtraSpec]] = {"scores": ExtraSpec(MOST, ndim=2, low=-1e6, high=1e6)}
 
     align: int = Field(5000, ge=1, description="public examples that a round agrees on, stratified (all, where there are fewer)")
     loss: Literal["mae", "mse", "kl"] = Field("mae", description="digest loss between a client's logits and the consensus")

@@ -68,7 +68,7 @@ class TailorFL(Plugin):
     """Lower groups are shared (the globally strongest filters for all), upper ones personal (those important to the client)."""
 
     extras_down: ClassVar[dict[str, ExtraSpec]] = {"learn": ExtraSpec(1, torch.int64)}
-    extras_up: ClassVar[dict[str, ExtraSpec]] = {"importance": ExtraSpec(1 << 22)}
+    extras_up: ClassVar[dict[str, ExtraSpec]] = {"importance": ExtraSpec(1 << 22, ndim=1, low=0.0, high=1.0)}
 
     step: float = Field(0.0625, gt=0, lt=1, description="grid of the ratios p: 1, 1 - step, …")
     personal: float = Field(0.5, ge=0, le=1, description="share of the groups, the last ones, that are personal (L_p)")

@@ -27,6 +27,10 @@ class Budget(Plugin):
             parse_mix(text, parse_quantity)
         return text
 
+    @property
+    def declared_widths(self) -> list[float]:
+        return parse_grid(self.grid)
+
     @hookimpl
     def profile(self, node: Node) -> Profile:
         return find_largest_width(parse_grid(self.grid), lambda ratio: self._name_exceeded(node, ratio))

@@ -33,6 +33,10 @@ class Devices(Plugin):
         parse_mix(read_table()["fleet"].get(fleet, fleet), find_class)
         return fleet
 
+    @property
+    def declared_widths(self) -> list[float]:
+        return parse_grid(self.grid)
+
     @hookimpl
     def profile(self, node: Node) -> Profile:
         device = find_class(assign_mix(read_table()["fleet"].get(self.fleet, self.fleet), str, node.clients)[node.client])

@@ -36,6 +36,10 @@ class Levels(Plugin):
         parse_mix(expand_letters(text), parse_ratio)
         return text
 
+    @property
+    def declared_widths(self) -> list[float]:
+        return [ratio for ratio, _ in parse_mix(expand_letters(self.mix), parse_ratio)]
+
     @hookimpl
     def profile(self, node: Node) -> Profile:
         if self.redraw:

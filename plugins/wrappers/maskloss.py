@@ -35,7 +35,7 @@ class MaskLoss(Plugin):
     @hookimpl(wrapper=True)
     def recover(self, server: Server) -> Generator[None, Iterable[Update], Iterable[Update]]:
         updates, head = (yield), find_head(server)
-        return (keep_held_rows(update, head) for update in updates)
+        return (keep_held_rows(update, head, server.classes) for update in updates)
 
 
 def mask_logits(logits: Any, held: Tensor) -> Any:
@@ -49,10 +49,12 @@ def mask_logits(logits: Any, held: Tensor) -> Any:
     return logits.masked_fill(absent, 0.0)
 
 
-def keep_held_rows(update: Update, head: Collection[str]) -> Update:
+def keep_held_rows(update: Update, head: Collection[str], classes: int) -> Update:
     """The update without the head's rows of classes that its client does not hold (spec 2.5)."""
     if (held := update.extras.get("labels")) is None:
         return update
+    if len(held) != classes:
+        raise ValueError(f"it marks {len(held)} classes, not {classes}")
     return replace(update, patches={n: p.rows(held) if n in head else p for n, p in update.patches.items()})
 
 

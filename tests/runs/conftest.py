@@ -15,6 +15,8 @@ from hetfl.runs.folder import RunFolder
 def stopped(tmp_path, stops):
     options = resolve({**STOPPABLE, "extract": "heterofl", "keep_checkpoints": 2})
     experiment.run(options, RunFolder(tmp_path / "whole").open(), NoCallback())
+    folder = RunFolder(tmp_path / "part").open()
     with pytest.raises(stops.Stopped):
-        experiment.run(options, RunFolder(tmp_path / "part").open(), stops.Stopping(3))
+        experiment.run(options, folder, stops.Stopping(3))
+    folder.release()
     return tmp_path

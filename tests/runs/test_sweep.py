@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
 
 import pytest
+from pebble import ProcessExpired
 
 from hetfl import registry
 from hetfl.cli.main import main
 from hetfl.runs import sweep
+from hetfl.runs.folder import FolderInUseError, RunFolder
 
 SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,1"]
 
@@ -91,3 +98,67 @@ def test_options_reach_only_the_pairs_that_have_them():
     assert found[0].key != found[1].key
     same = sweep.plan_trials(base, [("fedconv", "kld")], {"kld.lr": [0.1], "data.public": [0.2]}, [0])
     assert same[0].key == found[0].key
+
+
+def matrix_process(out):
+    words = ["matrix", "--extract", "heterofl", *SMALL[:-1], "0,", "--rounds", "100000", "--no-control", "--out", str(out)]
+    with open(out.parent / "said.txt", "ab") as said:
+        return subprocess.Popen([sys.executable, "-m", "hetfl.cli.main", *words], stdout=said, stderr=said)
+
+
+def until(what, seconds=90.0):
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert what()
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_matrix_end_and_let_go_of_their_cells(tmp_path):
+    out = tmp_path / "m"
+    process = matrix_process(out)
+    try:
+        until(lambda: list(out.glob("cells/heterofl*/metrics.csv")))
+        (cell,) = out.glob("cells/heterofl*")
+        with pytest.raises(FolderInUseError):
+            RunFolder(cell).lock()
+    finally:
+        process.kill()
+    process.wait()
+    time.sleep(1.0)
+    RunFolder(cell).lock()  # nobody has it
+
+
+@pytest.mark.slow
+def test_a_stopped_matrix_ends_soon(tmp_path):
+    out = tmp_path / "m"
+    process = matrix_process(out)
+    until(lambda: list(out.glob("cells/heterofl*/metrics.csv")))
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert time.monotonic() - began < 3
+    assert "the same command goes on" in (tmp_path / "said.txt").read_text()
+
+
+def test_a_cell_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
+    (trial,) = sweep.plan_trials({}, [("heterofl", "overlap")], {}, [0])
+    other = RunFolder(tmp_path / "cells" / trial.name).open()
+    assert not sweep.run_trial(trial, tmp_path, 1, wait_for_others=False)
+
+    def finish(seconds):
+        other.json("summary.json", {"status": "not applicable", "why": "x"})
+
+    monkeypatch.setattr(sweep.time, "sleep", finish)
+    assert sweep.run_trial(trial, tmp_path, 1, wait_for_others=True)
+    assert not (other.path / "metrics.csv").exists()
+    other.release()
+
+
+def test_a_cell_whose_process_dies_has_failed(tmp_path):
+    (trial,) = sweep.plan_trials({}, [("heterofl", "overlap")], {}, [0])
+    RunFolder(tmp_path / "cells" / trial.name).open().release()
+    gone = Future()
+    gone.set_exception(ProcessExpired("gone", code=-9))
+    assert sweep.end_of(gone, trial, tmp_path)
+    assert "the process of this run ended with code -9" in sweep.read_result(tmp_path, trial).row["why"]

@@ -19,6 +19,7 @@ import tomli_w
 import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from filelock import FileLock, Timeout
 
 from hetfl.engines.flower.manifest import EVENTS
 from hetfl.errors import RunError, UsageError
@@ -41,6 +42,7 @@ class LocalFederation:
         self._home, self._nodes, self._tls, self._allow = home.absolute(), nodes, tls, allow
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._port = free_port()
+        self._lock = FileLock(self._home / ".lock", timeout=0, thread_local=False)
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])  # Flower's programs start one another by name
         self.env = {**os.environ, **QUIET, "FLWR_HOME": str(self._home), "PATH": path}
 
@@ -48,7 +50,12 @@ class LocalFederation:
         if os.name != "posix":
             raise UsageError("a federation on this machine needs Linux or macOS; take hfl export flower and flwr run elsewhere")
         self._home.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UsageError(f"the federation in '{self._home.parent}' is being run by another process") from error
         (self._home / "state.db").unlink(missing_ok=True)
+        write_secret(self._home / "state.db", b"")  # nobody else may read what nodes and tokens it holds
         (self._home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": self._address()}}))
         try:
             self._superlink()
@@ -160,6 +167,7 @@ class LocalFederation:
             time.sleep(0.05)
         for process in self._running.values():
             end(process, signal.SIGKILL)
+        self._lock.release()
         for pid in begun:  # in sessions of their own: the SuperLink's executor and its ServerApp
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
