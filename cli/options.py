@@ -156,6 +156,23 @@ def check(options: RunOptions) -> None:
         raise UsageError(f"--levels sets options of the profile plugin 'levels', but --profile is '{options.profile}'")
 
 
+LIBRARIES = ("timm", "torchvision", "transformers")  # of models, whose names are no modules of anybody's
+
+
+def refuse_code(options: RunOptions, given: dict[str, Any], allow: str) -> None:
+    """A run file is not to have any module imported: only those that the command line names, or allows."""
+    allowed = {part.strip() for part in allow.split(",")}
+    for field in ("model", *registry.ROLES):
+        value = getattr(options, field)
+        for name in value if isinstance(value, tuple) else [value]:
+            module, colon, _ = (name or "").partition(":")
+            named = given.get(field) not in (None, [])
+            if colon and not named and module not in LIBRARIES and not {module, module.split(".")[0]} & allowed:
+                raise UsageError(
+                    f"the run file's {field} '{name}' is code of the module '{module}': allow it with --allow {module}"
+                )
+
+
 def run_path(options: RunOptions) -> Path:
     """The run folder: --out, or a new folder under runs/, named after the time and the pair."""
     if options.out:

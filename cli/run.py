@@ -12,7 +12,7 @@ from hetfl import config
 from hetfl.cli import render
 from hetfl.cli.console import say
 from hetfl.cli.live import RoundDisplay
-from hetfl.cli.options import ClientMod, Debug, check, gather, run_path, with_run_options
+from hetfl.cli.options import ClientMod, Debug, check, gather, refuse_code, run_path, with_run_options
 from hetfl.cli.stopping import resumable, tell_resume
 from hetfl.config import RunOptions
 from hetfl.errors import RunError, UsageError
@@ -29,11 +29,13 @@ FEDERATION = "federation.json"  # in a run folder: what hfl federate was asked f
 def run(
     file: Annotated[Path | None, typer.Argument(help="run file (TOML) with any of the options below")] = None,
     track: Track = None,
+    allow: Annotated[str, typer.Option(help="modules from which the run file's model and plugins are loaded, with commas")] = "",
     debug: Debug = False,
     **given: Any,
 ) -> None:
     """Run one experiment and leave its results in a run folder."""
     options = config.resolve(gather(file, given))
+    refuse_code(options, given, allow)
     check(options)
     from hetfl.runs.folder import RunFolder
 
@@ -171,6 +173,7 @@ def federate(
 def run_federation(options: RunOptions, folder: RunFolder) -> None:
     """Runs, or goes on with, the app of a run folder on a federation of its own."""
     from hetfl.engines.flower.superlink import LocalFederation
+    from hetfl.engines.select import KEYS
 
     asked = folder.read(FEDERATION)
     with (
@@ -178,6 +181,7 @@ def run_federation(options: RunOptions, folder: RunFolder) -> None:
         LocalFederation(folder.path / "flower", asked["nodes"], asked["tls"], asked["allow"]) as federation,
         RoundDisplay(options, folder.path) as display,
     ):
+        folder.json(KEYS, federation.keys())
         summary = follow_events(federation.events(folder.path / "app", folder.path), display)
     draw_pictures(folder)
     render.print_summary(summary, folder.path)

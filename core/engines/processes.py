@@ -24,7 +24,7 @@ from hetfl.config import resolve
 from hetfl.engines.local import Call
 from hetfl.parallel import end_with_parent
 from hetfl.rounds.client import ClientRuntime
-from hetfl.rounds.messages import Answer, Failure, Instruction
+from hetfl.rounds.messages import Answer, Failure, Instruction, too_long
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_setup
 
@@ -54,11 +54,15 @@ class ProcessWorkers:
         (call,) = job.calls
         data = to_bytes((call.kind, call.client, call.content, call.state))
         try:
-            found, call.state = pickle.loads(self._pool.schedule(answer, (data,), timeout=self._timeout).result())
+            answered = self._pool.schedule(answer, (data,), timeout=self._timeout).result()
         except LateError:
             return [Failure(f"it gave no answer within {self._timeout:g} s, and its process was ended")]
         except ProcessExpired:
             return [Failure("the client's process ended before it answered")]
+        reply, kept = pickle.loads(answered)  # the reply's own bytes, which are read only where they are no more than was asked for
+        if (failure := too_long(len(reply), call.content)) is not None:
+            return [failure]
+        found, call.state = pickle.loads(reply), pickle.loads(kept)
         return [found]
 
     def close(self) -> None:
@@ -110,4 +114,4 @@ def answer(data: bytes) -> bytes:
         found = RUNTIME[0].answer(kind, client, content, state)
     except (Exception, SystemExit) as error:
         found = Failure.of(error)
-    return to_bytes((found, state))
+    return pickle.dumps((to_bytes(found), to_bytes(state)))

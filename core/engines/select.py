@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from hetfl.rounds.messages import Engine
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
+
+KEYS = "keys.json"  # in the run folder of a federation: client -> the public key of its node
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
         raise UsageError("--engine flower is what an exported app runs on: use hfl federate, or hfl export flower and flwr run")
     from hetfl.engines.flower.remote import FlowerEngine
 
-    engine = FlowerEngine(clients, options.timeout, options.wait)
+    engine = FlowerEngine(clients, options.timeout, options.wait, read_keys(context.client_states.parent / KEYS))
     engine.attach(context.grid)
     return engine
+
+
+def read_keys(path: Path) -> dict[int, str]:
+    """Whose key each client's node has, of a JSON file such as {"0": "ecdsa-sha2-nistp384 AAAA…"}; empty where there is none.
+
+    Raises UsageError for what is none.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {int(client): str(key) for client, key in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"'{path}' is no table of clients and their nodes' public keys: {error}") from error

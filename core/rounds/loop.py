@@ -180,9 +180,13 @@ def report_round(now: RoundState) -> None:
     now.close()
     run.rows.append(row.columns())
     run.client_rows += [c.columns() for c in row.clients.values()]
-    for text in [*dict.fromkeys(run.server.alarms), *find_alarms(run.rows, run.client_rows, run.server.classes)]:
+    for text in [
+        *dict.fromkeys([*now.engine.notices, *run.server.alarms]),
+        *find_alarms(run.rows, run.client_rows, run.server.classes),
+    ]:
         now.alarm(text)
     run.server.alarms.clear()
+    now.engine.notices.clear()
     run.rows[-1] = row.columns()
     run.callback.done(run.rows[-1])
 

@@ -20,6 +20,7 @@ ClientState = dict[str, State]  # "memory": what plugins keep with the client; "
 
 SENTENCE = re.compile(r"^hetfl\.errors\.\w+: ")  # before what says itself which plugin failed
 
+MOST_WORDS = 1 << 20  # bytes of an answer without tensors
 MOST_TEXT, LONGEST_LINE = 20_000, 500  # characters of a traceback, and of a sentence
 
 
@@ -31,6 +32,7 @@ class Instruction:
     it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
     classes that the client does not hold put to 0. `state_version`: the round whose client state the server counts on.
+    `most_bytes`: of the answer's message (None: any), which stays with the engine.
     """
 
     round: int
@@ -43,6 +45,7 @@ class Instruction:
     held: bool = False
     local: bool = False
     state_version: int = 0
+    most_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ Answer = Profile | Reply | dict[str, float] | Failure
 
 
 class Engine(Protocol):
-    """Where clients run. It is asked, and answers: nothing of a round is known to it."""
+    """Where clients run. It is asked, and answers: nothing of a round is known to it. `notices`: what is still to be said."""
+
+    notices: list[str]
 
     def ask(self, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Any]]:
         """(client, Answer) as they come, in any order; a client may be absent."""
@@ -87,8 +92,17 @@ class Engine(Protocol):
     def restore_client_states(self, states: Mapping[int, ClientState]) -> None:
         """Gives clients back what `client_states` gave."""
 
+    def revert(self, client: int) -> None:
+        """Has the client keep what it kept before this round's training, whose reply was refused."""
+
     def close(self) -> None:
         """Ends what the engine began."""
+
+
+def too_long(size: int, content: Content) -> Failure | None:
+    """The failure of an answer whose message has `size` bytes, where that is more than what was asked for can have."""
+    most = content.most_bytes if isinstance(content, Instruction) else MOST_WORDS
+    return None if most is None or size <= most else Failure(f"its message has {size:,} bytes, of which {most:,} are taken")
 
 
 def exchange(engine: Engine, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Any]]:
@@ -130,5 +144,6 @@ class Assignment:
         up = None if len(self.up) == len(self.state) or not train else self.up
         extras = self.extras if train else {}
         return Instruction(
-            round, self.travels, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version
-        )
+            round, self.travels, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
+            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS,
+        )  # fmt: skip

@@ -42,14 +42,14 @@ def instruct(now: RoundState, assignment: Assignment) -> Instruction:
     """What has the client train."""
     run = now.run
     version = run.state_versions.get(assignment.client.id, 0)
-    return assignment.instruction(now.number, run.local_norms, version, train=True)
+    sent = assignment.instruction(now.number, run.local_norms, version, train=True)
+    more = sum(extra.elements * extra.dtype.itemsize for extra in run.plugins.extras_up.values())
+    return replace(sent, most_bytes=(sent.most_bytes or 0) + more)
 
 
 def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | None:
     """A client's reply if it can be used; otherwise the client is left out, with the reason in the run folder."""
     run = now.run
-    if not isinstance(answer, Failure):
-        run.state_versions[client] = now.number
     sent = now.assignments[client]
     checked = check_safely(now, sent, answer)
     assignment, reply = checked.assignment, checked.reply
@@ -61,7 +61,7 @@ def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | No
     row.examples, row.metrics, row.bytes_up, row.change = reply.examples, dict(reply.metrics), checked.bytes_up, checked.change
     as_now = Client(client, assignment.client.profile, reply.extras, now.number)
     now.assignments[client] = replace(assignment, client=as_now)
-    run.extras[client], run.last_round[client] = reply.extras, now.number
+    run.extras[client], run.last_round[client], run.state_versions[client] = reply.extras, now.number, now.number
     return ReceivedReply(as_now, assignment.plan, assignment.state, reply)
 
 
@@ -86,10 +86,14 @@ def names_fault(now: RoundState, reply: Reply) -> str | None:
 
 
 def leave_out(now: RoundState, client: int, fault: str, answer: Any = None) -> None:
-    """Leaves a client out of the round, and says so. Raises RunError where the run is not to go on without it."""
+    """Leaves a client out of the round, and says so; what it keeps is as if it had not been asked.
+
+    Raises RunError where the run is not to go on without it.
+    """
     run, row = now.run, now.row.clients.setdefault(client, begin_row(now, client))
     row.fault, row.traceback = fault, answer.details if isinstance(answer, Failure) else ""
-    run.last_round[client] = 0
+    run.last_round[client], run.state_versions[client] = 0, now.versions.get(client, 0)
+    now.engine.revert(client)
     if run.options.on_client_error == "fail":
         raise RunError(f"client {client} failed in round {now.number}: {fault} (--on-client-error fail)")
     run.callback.note(f"round {now.number}: client {client} left out: {fault}")

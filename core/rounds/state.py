@@ -68,6 +68,7 @@ class RoundState:
     def __init__(self, run: RunState, number: int, engine: Engine) -> None:
         self.run, self.number, self.engine = run, number, engine
         self.row = RoundRow(number)
+        self.versions = dict(run.state_versions)  # of the clients' own states before this round
         self.assignments: dict[int, Assignment] = {}
         self.limits = Limits(run.options.max_change, run.client_rows)
         self.coverage: list[Coverage] = []

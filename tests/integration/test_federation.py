@@ -14,6 +14,7 @@ from hetfl.cli.main import app
 from hetfl.config import resolve
 from hetfl.engines.flower.export import export
 from hetfl.engines.flower.superlink import LocalFederation, make_key
+from hetfl.engines.select import KEYS
 from hetfl.runs.folder import RunFolder
 
 
@@ -73,3 +74,30 @@ def test_a_node_comes_back_with_its_memory_and_a_stranger_is_refused(tmp_path):
     while any(federation.running(name) for name in list(federation._running)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not any(federation.running(name) for name in federation._running)
+
+
+@pytest.mark.slow
+def test_a_registered_node_cannot_be_another_client(tmp_path):
+    """The rogue has a key that the SuperLink knows, and comes first; the real node of partition 1 comes later and is heard."""
+    options = resolve({**THREE_NODES, "clients": 2, "levels": "1,0.5", "rounds": 2, "extract": "lgfedavg", "engine": "flower"})
+    options = options.model_copy(update={"eval_every": 2, "wait": 100.0})
+    folder = RunFolder(tmp_path / "out").open()
+    folder.release()
+    home = export(options, tmp_path / "app")
+    federation = LocalFederation(tmp_path / "flower", 2, tls=True)
+    with federation:
+        folder.json(KEYS, federation.keys())
+        federation.leave(1)
+        federation.register("rogue")
+        federation.join(1, "rogue")
+        events, heard = list[dict](), list[str]()
+        for event in federation.events(home, tmp_path / "out"):
+            assert "failed" not in event, event
+            events.append(event)
+            heard += [event["alarm"]] if "alarm" in event else []
+            if not federation.running("node1"):
+                federation.join(1)
+    assert any("claims to be client 1 is not heard: its key is not the one" in text for text in heard)
+    with open(tmp_path / "out" / "clients.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["client"] == "1"]
+    assert all(not row["fault"] or "not connected" in row["fault"] for row in rows)

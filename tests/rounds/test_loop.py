@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.faults import SPOILT, boom, late, with_bad
+from helpers.faults import SPOILT, boom, changed, late, with_bad
 from helpers.runs import run
 from hetfl.aggregation.updates import Merged
+from hetfl.engines.flower.records import RecordCodec
+from hetfl.engines.flower.remote import FlowerEngine
 from hetfl.errors import RunError
+from hetfl.rounds import receiving
 from hetfl.rounds.loop import run_round
+from hetfl.rounds.messages import too_long
+from hetfl.submodel.encoding import payload_bytes
+from hetfl.training.task import Reply
 
 
 def test_a_late_client_is_left_out(monkeypatch):
@@ -43,6 +50,49 @@ def test_a_client_is_asked_once_more(monkeypatch):
     whole = with_bad(monkeypatch, None)
     run_round(whole.state, 1, whole.engine)
     assert all(torch.equal(made.server.state[n], whole.server.state[n]) for n in made.server.state)
+
+
+@pytest.mark.parametrize("extract", ["lgfedavg", "lotteryfl"])
+@pytest.mark.parametrize("policy", ["retry", "skip"])
+def test_a_refused_reply_leaves_nothing_in_its_clients_memory(monkeypatch, extract, policy):
+    """Client 1 answers NaN once, in round 2: asked again it gives the bits of one that never did; left out, it keeps round 1's."""
+    turns = []
+
+    def once(reply):
+        turns.append(1)
+        return changed(state=lambda r: {n: t * float("nan") for n, t in r.state.items()})(reply) if len(turns) == 2 else reply
+
+    made = with_bad(monkeypatch, once, extract=extract, aggregate="overlap", on_client_error=policy)
+    run_round(made.state, 1, made.engine)
+    first = made.engine.client_states()[1]
+    run_round(made.state, 2, made.engine)
+    if policy == "skip":
+        kept = made.engine.client_states()[1]
+        assert kept.keys() == first.keys() != set()
+        assert all(torch.equal(kept[kind][n], t) for kind, state in first.items() for n, t in state.items())
+        return
+    assert len(turns) == 3
+    whole = with_bad(monkeypatch, None, extract=extract, aggregate="overlap")
+    for number in (1, 2):
+        run_round(whole.state, number, whole.engine)
+    assert all(torch.equal(made.server.state[n], t) for n, t in whole.server.state.items())
+    ours, theirs = made.engine.client_states(), whole.engine.client_states()
+    assert all(torch.equal(ours[i][k][n], t) for i, kinds in theirs.items() for k, state in kinds.items() for n, t in state.items())
+
+
+def test_an_answer_far_larger_than_what_was_asked_for_is_not_read(monkeypatch):
+    assert "2,000,000 bytes, of which 1,048,576 are taken" in too_long(2_000_000, 1).reason
+    made = with_bad(monkeypatch, None)
+    now = run_round(made.state, 1, made.engine)
+    sent = receiving.instruct(now, now.assignments[1])
+    whole = payload_bytes(now.assignments[1].state)
+    assert too_long(2 * whole, sent) is None
+    assert too_long(600_000_000, sent) is not None
+    engine = FlowerEngine(4, None, 1.0)
+    big = RecordCodec().encode(Reply({"x": torch.zeros(1 << 20)}, 1))
+    monkeypatch.setattr(RecordCodec, "decode", lambda *_: pytest.fail("it was read"))
+    answer = SimpleNamespace(has_error=lambda: False, content=big)
+    assert "bytes, of which" in engine._read(answer, sent).reason
 
 
 def test_a_run_that_is_to_fail_fails_with_a_sentence(monkeypatch):

@@ -100,6 +100,13 @@ def message(config: Values, state: State | None = None) -> RecordDict:
     )
 
 
+def count_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays, texts and byte strings of a message, before any of it is read."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    values = [value for record in content.config_records.values() for value in record.values()]
+    return arrays + sum(len(value) if isinstance(value, bytes | str) else 8 for value in values)
+
+
 def config(content: RecordDict) -> Values:
     return dict(content.config_records["config"])
 

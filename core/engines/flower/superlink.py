@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import trustme
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from filelock import FileLock, Timeout
@@ -104,6 +106,11 @@ class LocalFederation:
             return
         make_key(self._home / name)
         self.flwr("supernode", "register", str(self._home / f"{name}.pub"), "here", "--name", name)
+
+    def keys(self) -> dict[int, str]:
+        """The public key of each client's node; none without TLS."""
+        paths = {node: self._home / f"node{node}.pub" for node in range(self._nodes)}
+        return {node: path.read_text() for node, path in paths.items() if path.exists()}
 
     def join(self, node: int, name: str | None = None) -> None:
         """Starts SuperNode `node`, which holds that partition; one that ran before comes back with its memory."""
@@ -212,14 +219,26 @@ def port_answers(port: int) -> bool:
 
 
 def make_certificates(home: Path) -> None:
-    """Writes ca.crt, a certificate authority of our own, and server.pem and server.key for the SuperLink on this machine."""
-    if (home / "ca.crt").exists():
+    """Writes ca.crt, a certificate authority of our own, and server.pem and server.key for the SuperLink on this machine.
+
+    Those that are there stay, unless they end within a month.
+    """
+    if all(is_valid(home / name) for name in ("ca.crt", "server.pem")):
         return
     authority = trustme.CA(organization_name="hetfl")
     server = authority.issue_cert("localhost", HERE, common_name="localhost", organization_name="hetfl")
     authority.cert_pem.write_to_path(home / "ca.crt")
     (home / "server.pem").write_bytes(b"".join(part.bytes() for part in server.cert_chain_pems))
     write_secret(home / "server.key", server.private_key_pem.bytes())
+
+
+def is_valid(certificate: Path) -> bool:
+    """Whether a certificate is there and is valid for a month to come."""
+    try:
+        ends = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        return False
+    return ends > datetime.now(UTC) + timedelta(days=30)
 
 
 def make_key(path: Path) -> None:

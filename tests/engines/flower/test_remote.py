@@ -1,0 +1,105 @@
+"""Who is who on a federation: a node is the client that it says, unless another is it or its key is not that client's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from hetfl.engines.flower import superlink
+from hetfl.engines.flower.records import RecordCodec
+from hetfl.engines.flower.remote import FlowerEngine
+from hetfl.engines.select import read_keys
+from hetfl.errors import UsageError
+
+
+def pair():
+    """A public key as the grid gives it, and in OpenSSH's form."""
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return pem, public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+class Nodes:
+    """A grid of nodes: id -> (client that it claims, public key)."""
+
+    def __init__(self, nodes):
+        self.nodes, self.asked = nodes, []
+
+    def get_nodes(self):
+        return [SimpleNamespace(node_id=node, public_key=key) for node, (_, key) in self.nodes.items()]
+
+    def send_and_receive(self, messages, timeout):
+        for node in messages:
+            self.asked.append(node)
+            content = RecordCodec().encode({"client": float(self.nodes[node][0])})
+            yield SimpleNamespace(content=content, has_content=lambda: True, metadata=SimpleNamespace(src_node_id=node))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    def start(keys=None):
+        monkeypatch.setattr("hetfl.engines.flower.remote.Message", lambda content, node, *_, **__: node)
+        return FlowerEngine(3, None, 1.0, keys)
+
+    return start
+
+
+def test_a_second_node_of_the_same_client_is_not_heard_and_said_once(engine):
+    one, grid = engine(), Nodes({11: (0, b""), 12: (1, b""), 13: (1, b"")})
+    for _ in range(2):
+        assert one._find_nodes(grid) == {0: 11, 1: 12}
+    assert one.notices == ["a node that claims to be client 1 is not heard: another node is this client"]
+    assert grid.asked == [11, 12, 13]
+    del grid.nodes[12]
+    assert one._find_nodes(grid) == {0: 11, 1: 13}, "a node that was started anew takes over once the old one is gone"
+
+
+def test_an_impostor_with_a_key_of_its_own_is_not_heard_even_where_it_comes_first(engine):
+    (own, listed), (other, _) = pair(), pair()
+    one, grid = engine({1: listed}), Nodes({11: (1, other)})
+    assert one._find_nodes(grid) == {}
+    assert "its key is not the one of this client" in one.notices[0]
+    grid.nodes[12] = (1, own)
+    assert one._find_nodes(grid) == {1: 12}
+    assert engine({1: listed})._find_nodes(Nodes({11: (1, b"")})) == {}
+
+
+def test_the_table_of_keys(tmp_path):
+    assert read_keys(tmp_path / "none.json") == {}
+    (tmp_path / "keys.json").write_text('{"0": "ecdsa x"}')
+    assert read_keys(tmp_path / "keys.json") == {0: "ecdsa x"}
+    (tmp_path / "keys.json").write_text("[1]")
+    with pytest.raises(UsageError, match="is no table of clients"):
+        read_keys(tmp_path / "keys.json")
+
+
+def test_certificates_are_renewed_before_they_end(tmp_path, monkeypatch):
+    superlink.make_certificates(tmp_path)
+    first = (tmp_path / "server.pem").read_bytes()
+    superlink.make_certificates(tmp_path)
+    assert (tmp_path / "server.pem").read_bytes() == first
+    ends = x509.load_pem_x509_certificate(first).not_valid_after_utc
+
+    class Late(superlink.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return ends
+
+    monkeypatch.setattr(superlink, "datetime", Late)
+    superlink.make_certificates(tmp_path)
+    assert (tmp_path / "server.pem").read_bytes() != first
+
+
+def test_a_second_federation_in_a_folder_leaves_the_first_one_alone(tmp_path):
+    one, two = (superlink.LocalFederation(tmp_path / "flower", 1, True) for _ in range(2))
+    (tmp_path / "flower").mkdir()
+    one._lock.acquire()
+    (tmp_path / "flower" / "state.db").write_text("live")
+    with pytest.raises(UsageError, match="is being run by another process"):
+        two.__enter__()
+    assert (tmp_path / "flower" / "state.db").read_text() == "live"
+    one._lock.release()
