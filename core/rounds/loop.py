@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks.answers import find_type_fault
 from hetfl.hooks.values import Coverage, ReceivedReply
+from hetfl.models.state import State
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
@@ -22,6 +23,7 @@ from hetfl.rounds.receiving import leave_out, receive_replies
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.validation import is_finite
+from hetfl.submodel.plan import Patches
 
 
 class TooFewReplies(RunError):  # noqa: N818 (not an error: the round keeps its model)
@@ -39,7 +41,7 @@ def run_rounds(run: RunState, engine: Engine) -> None:
 
 def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     """Does round `number`, with the clients on `engine`; its rows are added to those of `run`."""
-    server, now = run.server, RoundState(run, number, engine)
+    server, now, before = run.server, RoundState(run, number, engine), (run.server.state, run.server.branches)
 
     # 1. Sample clients, and ask each what its device affords.
     with now.phase("profile"):
@@ -70,6 +72,7 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     with now.phase("finetune"):
         server.state = server.train(server.state, run.options.server_finetune_steps, "finetune", number)
     now.count_steps()
+    keep_last_good(now, before)
 
     # 8. Test the global model, the levels' submodels, the clients' own models and the server-only control.
     with now.phase("evaluate"):
@@ -164,6 +167,15 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
         now.alarm("the merged model's outputs are NaN or infinite; the global model stays as it was")
         return None
     return merged
+
+
+def keep_last_good(now: RoundState, before: tuple[State, Mapping[str, Patches]]) -> None:
+    """Goes back to the state and branches `before` the round where the global model computes no numbers any more."""
+    server = now.run.server
+    if has_finite_outputs(server, server.state) or not has_finite_outputs(server, before[0]):
+        return
+    server.state, server.branches, now.aggregated = before[0], dict(before[1]), before[0]
+    now.alarm("the global model's outputs are NaN or infinite; it is again that of before the round")
 
 
 def report_round(now: RoundState) -> None:

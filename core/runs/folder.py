@@ -216,8 +216,19 @@ def is_run_folder(path: Path) -> bool:
         return False
 
 
+CONTROL = dict.fromkeys([*(n for n in range(32) if n not in (9, 10)), *range(127, 160)])  # characters, for str.translate
+
+
 def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """`rows` as CSV."""
+    """`rows` as CSV; texts without control characters, and with a ' before what a spreadsheet would take for a formula."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([row.get(c, "") for c in columns] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([plain_cell(row.get(c, "")) for c in columns] for row in rows)
     return text.getvalue()
+
+
+def plain_cell(value: Any) -> Any:
+    """A value as a cell."""
+    if not isinstance(value, str):
+        return value
+    clean = value.translate(CONTROL)
+    return f"'{clean}" if clean.startswith(("=", "+", "-", "@", "\t")) else clean

@@ -113,3 +113,13 @@ def test_extras_are_admitted_by_dims_range_and_finiteness():
         assert not spec.admits(bad)
     assert not ExtraSpec(10).admits(torch.tensor([math.inf]))
     assert ExtraSpec(10, torch.bool).admits(torch.tensor([True]))
+
+
+def test_a_model_spoilt_after_the_merge_is_the_one_before_the_round_again(simulate, monkeypatch):
+    made = simulate(extract="heterofl", aggregate="overlap", rounds=2, steps=1, server_finetune_steps=1)
+    before = made.server.state
+    monkeypatch.setattr(made.server, "train", lambda state, *_, **__: {n: t * math.nan for n, t in state.items()})
+    run_round(made.state, 2, made.engine)
+    assert made.server.state is before
+    assert "again that of before the round" in made.state.rows[-1]["alarms"]
+    assert math.isfinite(made.state.rows[-1]["global@test loss"])
