@@ -40,7 +40,7 @@ class Double(SimpleNamespace):
 def server_with(widths=None, **clients):
     """A server as an aggregation sees it: client i at the width given as c<i>."""
     known = {int(name[1:]): Client(int(name[1:]), Profile(width)) for name, width in clients.items()}
-    return Double(clients=known, branches={}, state=None, widths=widths)
+    return Double(clients=known, branches={}, state=None, widths=widths, alarms=[])
 
 
 def merged(plugin, updates, server=None):
