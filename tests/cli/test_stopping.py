@@ -89,7 +89,7 @@ def test_a_run_that_one_client_ends_has_exit_code_1(tmp_path, engine):
     words = [*LONG, "--engine", engine, "--on-client-error", "fail", "--wrap", "helpers.deadly:Failing", "--workers", "4"]
     ended = stop_hfl(["run", *words, "--out", tmp_path / "r"], "never")
     assert ended.code == 1
-    assert "client 1 failed in round 1: ValueError: not today (--on-client-error fail)" in ended.said
+    assert "client 1: ValueError: not today (--on-client-error fail)" in ended.said
     assert "terminate called" not in ended.said
 
 
