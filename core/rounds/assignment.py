@@ -47,7 +47,7 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
     """
     run, profiles = now.run, dict[int, Profile]()
     for client, answer in exchange(now.engine, "profile", dict.fromkeys(chosen, now.number)):
-        checked = check_profile(answer, run.plugins.declared_widths)
+        checked = check_profile(answer, run.plugins.declared_widths, run.options.global_width)
         if isinstance(checked, Failure):
             leave_out(now, client, f"its profile: {checked.reason}", answer)
         else:

@@ -88,15 +88,19 @@ class ReplyValidator:
         return assignment, None
 
 
-def check_profile(answer: Any, declared: Collection[float] | None = None) -> Profile | Failure:
-    """What a device can afford, or why that is not known; `declared` are the widths that it may say (None: any)."""
+def check_profile(answer: Any, declared: Collection[float] | None = None, global_width: float = 1.0) -> Profile | Failure:
+    """What a device can afford, or why that is not known; `declared` are the widths that it may say (None: any).
+
+    Where the run's own model is narrower, they may be shares of the whole model, as those of levels are.
+    """
     if isinstance(answer, Failure):
         return answer
     if not isinstance(answer, Profile):
         return Failure(NO_ANSWER)
     if not isinstance(answer.width, int | float) or not LEAST_WIDTH <= answer.width <= 1:
         return Failure(f"a width of {answer.width!s:.20} is not in (0, 1], or too small for any model")
-    if declared is not None and not any(math.isclose(answer.width, width) for width in declared):
+    allowed = [*(declared or ()), *(min(1.0, width / global_width) for width in declared or ())]
+    if declared is not None and not any(math.isclose(answer.width, width) for width in allowed):
         return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
     return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
 

@@ -52,7 +52,7 @@ def mask_logits(logits: Any, held: Tensor) -> Any:
 def keep_held_rows(update: Update, head: Collection[str], classes: int) -> Update:
     """The update without the head's rows of classes that its client does not hold (spec 2.5)."""
     if (held := update.extras.get("labels")) is None:
-        return update
+        raise ValueError("it does not say which classes it holds")
     if len(held) != classes:
         raise ValueError(f"it marks {len(held)} classes, not {classes}")
     return replace(update, patches={n: p.rows(held) if n in head else p for n, p in update.patches.items()})

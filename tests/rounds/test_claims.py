@@ -37,9 +37,9 @@ LABELS = {
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_labels_of_heterofl(monkeypatch, name):
+def test_labels_of_the_masked_loss(monkeypatch, name):
     spoil, said = LABELS[name]
-    made = with_bad(monkeypatch, spoil, set={"heterofl": {"mask_loss": True}})
+    made = with_bad(monkeypatch, spoil, wrap=["maskloss"])
     assert said in only_client_1_is_left_out(made)
 
 
