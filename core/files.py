@@ -10,14 +10,17 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_file(path: Path, named: bool = True) -> Iterator[Path]:
+def replace_file(path: Path, named: bool = True, private: bool = False) -> Iterator[Path]:
     """Gives the path of a draft to write; when the block ends it is on disk in the place of `path`.
 
     Where the block or the disk fails, `path` stays as it was and the draft is removed. Several processes may write one path.
-    Without `named`, its name in the folder is on disk only after `sync_folder`.
+    Without `named`, its name in the folder is on disk only after `sync_folder`. `private`: nobody but its owner can read the file,
+    at no moment.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        if private:
+            draft.touch(mode=0o600)
         yield draft
         with open(draft, "r+b") as file:
             os.fsync(file.fileno())
@@ -28,9 +31,9 @@ def replace_file(path: Path, named: bool = True) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def write_file(path: Path, data: bytes, named: bool = True) -> None:
-    """Writes `data` to `path`, whole or not at all. Raises OSError."""
-    with replace_file(path, named) as draft:
+def write_file(path: Path, data: bytes, named: bool = True, private: bool = False) -> None:
+    """Writes `data` to `path`, whole or not at all; `private`: for its owner alone. Raises OSError."""
+    with replace_file(path, named, private) as draft:
         draft.write_bytes(data)
 
 

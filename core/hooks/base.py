@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -43,13 +43,14 @@ class Plugin(BaseModel):
     `extras_down` and `extras_up` declare what travels beside the weights; what is not declared is refused. What a plugin keeps
     from round to round goes through `state_dict` and `load_state_dict`. `norm_policy` names the policy that the plugin
     wants for normalisation statistics when the run leaves it open. `takes_own_models`: an extraction whose clients may have
-    architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean over the clients that
-    cover an entry, one vote a client where all have equally many examples. `trains_global`: whether its rounds make a global model;
-    where they do not, accuracies of the global model are not applicable.
+    architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean, one vote a client where
+    all have equally many examples, over the clients that cover an entry ("covering") or over all, of whom one that lacks an entry
+    votes for its old value ("all"). `trains_global`: whether its rounds make a global model; where they do not, accuracies
+    of the global model are not applicable.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
-    mean: ClassVar[bool] = False
+    mean: ClassVar[Literal["covering", "all"] | None] = None
     trains_global: ClassVar[bool] = True
     extras_down: ClassVar[dict[str, ExtraSpec]] = {}
     extras_up: ClassVar[dict[str, ExtraSpec]] = {}

@@ -63,6 +63,22 @@ def fit(task: Task) -> Reply | None:
     """Client: local training. Wrap it (`hookimpl(wrapper=True)`) to change the task before or the reply after."""
 
 
+@hookspec
+def encode(task: Task, update: State, sent: State) -> State | None:
+    """Client, after `fit`: what travels in place of `update`, what it changed of the tensors `sent`. Each plugin gets what the one
+    before made, from the inside out: training, extraction, aggregation, wraps from the last to the first."""
+
+
+@hookspec
+def decode(server: Server, client: Client, encoded: State, sent: State, round: int) -> State | None:
+    """Server: the inverse of `encode`, by the plugins in the reverse order; in the end an update in the shapes of `sent`."""
+
+
+@hookspec
+def receive(server: Server, received: ReceivedReply, round: int) -> ReceivedReply | None:
+    """Server: a client's reply, decoded and checked, as it is to count. Each chosen plugin gets what the one before made."""
+
+
 @hookspec(firstresult=True)
 def recover(server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update] | None:
     """Server: the replies in global coordinates, in client order. Default: each reply put back where its plan took it.

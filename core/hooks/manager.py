@@ -50,6 +50,7 @@ class PluginManager:
             self._register(key)
         self._callers: dict[tuple[str, ...], Any] = {}
         self._answered: dict[tuple[str, ...], bool] = {}
+        self._single: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
 
     def _register(self, key: str) -> None:
         try:
@@ -182,8 +183,52 @@ class PluginManager:
 
     @cached_property
     def plain_fit(self) -> bool:
-        """Whether local training is the core's own, with nothing around it."""
-        return not self._answers("fit")
+        """Whether local training is the core's own, with nothing around it, and what it gives travels as it is."""
+        return not self._answers("fit") and not self.encodes
+
+    @cached_property
+    def encodes(self) -> bool:
+        """Whether a plugin changes how updates travel."""
+        return self._answers("encode")
+
+    def encode(self, task: Task, update: State, sent: State) -> State:
+        """`update` as it is to travel."""
+        return cast(State, self._pass_through("encode", "update", update, self._outwards, task=task, sent=sent))
+
+    def decode(self, server: Server, client: Client, encoded: State, sent: State, round: int) -> State:
+        """The update that was encoded, as far as it came through."""
+        inwards, given = self._outwards[::-1], {"server": server, "client": client, "sent": sent, "round": round}
+        return cast(State, self._pass_through("decode", "encoded", encoded, inwards, **given))
+
+    def receive(self, server: Server, received: ReceivedReply, round: int) -> ReceivedReply:
+        """The reply as it is to count."""
+        found = self._pass_through("receive", "received", received, list(self.plugins), server=server, round=round)
+        return cast(ReceivedReply, found)
+
+    @cached_property
+    def _outwards(self) -> list[str]:
+        """The plugins from the inside out."""
+        wraps = [key for key in self.plugins if key.startswith("wrap.")]
+        return [*(key for key in self.plugins if key not in wraps), *reversed(wraps)]
+
+    def _pass_through(self, hook: str, what: str, value: object, keys: Sequence[str], **given: object) -> object:
+        """`value` after the plugins `keys` that answer `hook`, each getting as `what` that which the one before made."""
+        for caller in self._each(hook, tuple(keys)):
+            for changed in caller(**{what: value}, **given):
+                value = changed
+        return value
+
+    def _each(self, hook: str, keys: tuple[str, ...]) -> list[Any]:
+        """A caller of `hook` for each of the plugins `keys` that have something to do in it."""
+        if (hook, keys) not in self._single:
+            able = {impl.plugin_name for impl in self._ask(hook).get_hookimpls()}
+            everyone = list(self.plugins.values())
+            self._single[hook, keys] = [
+                self._manager.subset_hook_caller(hook, [p for p in everyone if p is not self.plugins[key]])
+                for key in keys
+                if key in able
+            ]
+        return self._single[hook, keys]
 
     def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update]:
         return cast(Iterable[Update], self._ask("recover", "extract", "wrap")(server=server, replies=replies, round=round))
@@ -200,10 +245,11 @@ class PluginManager:
         return cast(Merged, merged)
 
     @cached_property
-    def averages(self) -> bool:
-        """Whether the aggregation is a mean over the clients that cover an entry, and the recovery the core's own."""
-        aggregations = [p for key, p in self.plugins.items() if key.startswith("aggregate.")]
-        return not self._answers("recover", "extract", "wrap") and all(p.mean for p in aggregations)
+    def averages(self) -> str | None:
+        """Over whom the aggregation takes a mean (`Plugin.mean`); None where it is none, or the recovery not the core's own."""
+        if self._answers("recover", "extract", "wrap"):
+            return None
+        return next((p.mean for key, p in self.plugins.items() if key.startswith("aggregate.")), None)
 
     @property
     def trains_global(self) -> bool:
@@ -217,16 +263,11 @@ class PluginManager:
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
         """What the plugins' last words make of `merged`, each getting what the one before made."""
-        for plugin in self.plugins.values():
-            others = [p for p in self.plugins.values() if p is not plugin]
-            with self._naming("finalize", round):
-                answers = self._manager.subset_hook_caller("finalize", remove_plugins=others)(
-                    server=server, merged=merged, covered=covered, round=round
-                )
-            for changed in answers:
-                self.refuse(find_merge_fault(changed, server.state), "finalize", None, round)
-                merged = changed
-        return merged
+        given = {"server": server, "covered": covered, "round": round}
+        with self._naming("finalize", round):
+            found = self._pass_through("finalize", "merged", merged, list(self.plugins), **given)
+        self.refuse(find_merge_fault(found, server.state), "finalize", None, round)
+        return cast(Merged, found)
 
     @cached_property
     def extras_up(self) -> dict[str, ExtraSpec]:

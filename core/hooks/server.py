@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from hetfl.errors import NotApplicable
 from hetfl.hooks.values import Client
 from hetfl.models.state import State, copy_state, move_state
 from hetfl.parallel import Pool
-from hetfl.rng import stream
+from hetfl.rng import secret_normal, stream
 from hetfl.submodel.builder import SubmodelBuilder, fast_layout
 from hetfl.submodel.plan import Patches, Selection, grow
 from hetfl.submodel.widths import Kept, Widths
@@ -31,9 +32,10 @@ class Server:
     """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
     `clients` has every client by its id as it was when last sampled.
 
-    `sampled` of `population` clients take part in a round; `averages` tells whether the aggregation is a mean over the clients
-    that cover an entry. `public` is the server's labelled data or None; `taken` counts the training steps on it by their batch
-    size, `steps_saved` and `epochs_saved` what early stopping left out.
+    `sampled` of `population` clients take part in a round; `averages` tells over whom the aggregation takes a mean ("covering" an
+    entry, or "all"; None: it takes none). `key` is the server's secret: 32 bytes that never leave it but for its checkpoints; with
+    `hides_sample` even who takes part is drawn from it. `public` is the server's labelled data or None; `taken` counts the training
+    steps on it by their batch size, `steps_saved` and `epochs_saved` what early stopping left out.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class Server:
         self.taken, self.steps_saved, self.epochs_saved = Counter[int](), 0, 0.0
         self.notes: list[str] = []
         self.alarms: list[str] = []  # of this round, not said yet
-        self.sampled, self.population, self.averages = 0, 0, False
+        self.sampled, self.population, self.averages = 0, 0, cast(str | None, None)
+        self.key, self.hides_sample = secrets.token_bytes(32), False
         self._public, self._counting = public, threading.Lock()
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
 
@@ -82,6 +85,14 @@ class Server:
     def stream(self, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
         """A random stream that belongs to (seed, purpose, round, client)."""
         return stream(self.options.seed, purpose, round, client)
+
+    def secret_normal(self, purpose: str, round: int, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers of `shape`, float64, that nobody but this server can draw, whatever the run's seed."""
+        return secret_normal(self.key, purpose, round, tuple(shape))
+
+    def sample_stream(self, round: int) -> torch.Generator:
+        """The random stream that decides who takes part in a round."""
+        return stream(self.key.hex(), "sample", round) if self.hides_sample else self.stream("sample", round)
 
     def select(self, choose: Callable[[int], Tensor] | Kept) -> Selection:
         """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each.

@@ -8,7 +8,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "errors": (("nearest",), "the nearest known name, for an error's text"),
     "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
     "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
-    "models.state": (("copy_state", "load_state", "tensors"), "the tensors of a model by name"),
+    "models.state": (("load_state", "tensors"), "the tensors of a model by name"),
     "profiling.capacity": (
         ("WidthGrid", "assign_mix", "find_largest_width", "parse_grid", "parse_mix", "parse_quantity", "parse_ratio"),
         "options that give capacities",

@@ -25,7 +25,7 @@ from hetfl.submodel.plan import Plan
 def sample_clients(now: RoundState) -> list[int]:
     """The clients of the round, of whom the server notes how many of how many they are."""
     run = now.run
-    chosen = draw_clients(run.clients, run.options.fraction, run.server.stream("sample", now.number))
+    chosen = draw_clients(run.clients, run.options.fraction, run.server.sample_stream(now.number))
     run.server.sampled, run.server.population, run.server.averages = len(chosen), run.clients, run.plugins.averages
     return chosen
 

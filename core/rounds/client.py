@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -34,10 +34,8 @@ from hetfl.training.vectorized import Member
 Pack = Callable[[Reply, Mapping[str, Tensor]], Reply]
 
 
-def round_reply(reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
-    """The reply as the server would decode it: what its code loses on the way is lost here."""
-    if reply.code:
-        reply.state = encoding.simulate_transfer(reply.state, masks, reply.code)
+def leave_whole(reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
+    """The reply as it is: it leaves this process as it is, or not at all."""
     return reply
 
 
@@ -54,7 +52,7 @@ class ClientRuntime:
     plugins: PluginManager
     builder: SubmodelBuilder
     meter: Meter
-    pack: Pack = field(default=round_reply)
+    pack: Pack = field(default=leave_whole)
     stays: bool = False
     graphs: GraphPool = field(default_factory=GraphPool)
 
@@ -87,7 +85,6 @@ class ClientRuntime:
         """Local training on the client's own examples."""
         started, task = time.perf_counter(), self._task(client, sent, state)
         reply = self.plugins.fit(task)
-        keep(state, "memory", task.client_state)
         reply.metrics[SECONDS] = time.perf_counter() - started
         own = self.federation.clients[client].test
         if len(own) and reply.state:
@@ -102,7 +99,22 @@ class ClientRuntime:
             reply.state = {name: t for name, t in reply.state.items() if name in sent.up}
         if sent.local:
             reply.state = drop_statistics(reply.state, self.builder.module(sent.sizes, sent.model))
-        return self.pack(self._send_home(reply), self._existing(sent, reply))
+        existing = self._existing(sent, reply)
+        reply = self._encode(task, sent, self._send_home(reply), existing)
+        keep(state, "memory", task.client_state)
+        return self.pack(reply, existing)
+
+    def _encode(self, task: Task, sent: Instruction, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
+        """The reply with its tensors' updates as the plugins make them travel; of tensors with a mask, the values that exist."""
+        if not self.plugins.encodes:
+            return reply
+        names = [name for name in encoding.list_updated(sent.state) if name in reply.state]
+        index = within(self.builder.widths, sent.sizes, reply.kept) if reply.kept and sent.sizes is not None else {}
+        masks = {name: masks[name] for name in names if name in masks}
+        before = encoding.select_existing(take_blocks({name: sent.state[name] for name in names}, index), masks)
+        after = encoding.select_existing({name: reply.state[name] for name in names}, masks)
+        encoded = self.plugins.encode(task, {name: after[name] - before[name] for name in names}, before) if names else {}
+        return replace(reply, state={n: t for n, t in reply.state.items() if n not in before}, encoded=encoded)
 
     def _send_home(self, reply: Reply) -> Reply:
         """The reply in main memory; its tensors stay on the device where the sums are to be there."""

@@ -69,7 +69,9 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     """The reply as the validator and the round's limits find it; what cannot even be checked is the client's fault too."""
     run = now.run
     try:
-        checked = ReplyValidator(run.server, run.plugins, run.travelling).check(assignment, answer)
+        checked = ReplyValidator(run.server, run.plugins, run.travelling, now.number).check(assignment, answer)
+        if checked.fault is None:
+            checked.reply = receive_reply(now, checked)
         checked.fault = checked.fault or now.limits.fault(checked.reply, checked.expected) or names_fault(now, checked.reply)
     except Exception as error:
         return CheckedReply(assignment, Reply({}, 0), f"its reply cannot be read: {type(error).__name__}: {error}"[:LONGEST_LINE])
@@ -83,6 +85,14 @@ def names_fault(now: RoundState, reply: Reply) -> str | None:
         return f"its metrics have new names, and the run's clients have used {len(now.run.metric_names)} of {MOST_NAMES} already"
     now.run.metric_names = known
     return None
+
+
+def receive_reply(now: RoundState, checked: CheckedReply) -> Reply:
+    """The checked reply as the plugins would have it count."""
+    sent = checked.assignment
+    client = replace(sent.client, extras=checked.reply.extras, last_round=now.number)
+    received = ReceivedReply(client, sent.plan, sent.state, checked.reply)
+    return now.run.plugins.receive(now.run.server, received, now.number).reply
 
 
 def leave_out(now: RoundState, client: int, fault: str, answer: Any = None) -> None:

@@ -24,7 +24,7 @@ from hetfl.models.state import tensors
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
 from hetfl.rounds.assignment import sample_size
-from hetfl.rounds.client import ClientRuntime, Pack, round_reply
+from hetfl.rounds.client import ClientRuntime, Pack, leave_whole
 from hetfl.rounds.norm_statistics import choose_norm_policy
 from hetfl.rounds.reporting import Callback
 from hetfl.submodel.builder import SubmodelBuilder, is_fully_named
@@ -44,7 +44,7 @@ class Setup:
     builder: SubmodelBuilder
     meter: Meter
 
-    def runtime(self, pack: Pack = round_reply, stays: bool = False) -> ClientRuntime:
+    def runtime(self, pack: Pack = leave_whole, stays: bool = False) -> ClientRuntime:
         """What the clients need of it."""
         return ClientRuntime(self.options, self.federation, self.plugins, self.builder, self.meter, pack, stays)
 
@@ -123,7 +123,9 @@ def sums_on_device(setup: Setup) -> bool:
     where a whole round of models fits."""
     options, sampled = setup.options, sample_size(len(setup.federation.clients), setup.options.fraction)
     model = sum(t.nbytes for t in tensors(setup.builder.model).values())
-    return options.engine == "local" and setup.plugins.averages and device.fits_on_device(options.device, sampled * model)
+    plugins = setup.plugins
+    plain = plugins.averages is not None and not (plugins.encodes or plugins.finalizes)
+    return options.engine == "local" and plain and device.fits_on_device(options.device, sampled * model)
 
 
 def build_model(options: RunOptions, federation: FederatedDataset, name: str) -> nn.Module:

@@ -20,7 +20,6 @@ from hetfl.rounds.limits import MOST_EXAMPLES, relative_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
-from hetfl.submodel.encoding import CODES
 from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply
 
@@ -30,6 +29,8 @@ MOST_SECONDS = 1e8
 MOST_NUMBER = 1 << 63
 LEAST_WIDTH = 1e-4
 SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
+ENCODED = (torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+LARGEST_CODE, SLACK = 2, 4096  # an encoded update may be so many times as large as what was sent, and so many bytes larger
 
 
 @dataclass(eq=False)
@@ -48,10 +49,10 @@ class CheckedReply:
 
 
 class ReplyValidator:
-    """Checks the replies of training; `travelling` leaves of a state what crosses the network."""
+    """Decodes and checks the replies of training in `round`; `travelling` leaves of a state what crosses the network."""
 
-    def __init__(self, server: Server, plugins: PluginManager, travelling: Callable[[State], State]) -> None:
-        self._server, self._plugins, self._travelling = server, plugins, travelling
+    def __init__(self, server: Server, plugins: PluginManager, travelling: Callable[[State], State], round: int) -> None:
+        self._server, self._plugins, self._travelling, self._round = server, plugins, travelling, round
 
     def check(self, assignment: Assignment, answer: Any) -> CheckedReply:
         """The reply with its tensors at full shape, or the fault."""
@@ -60,15 +61,31 @@ class ReplyValidator:
             fault = answer.reason
         if fault is None:
             assignment, fault = self._narrow(assignment, reply)
+        arrived = reply
         if fault is None:
             reply, fault = fill_reply(reply, assignment)
+        if fault is None and reply.encoded:
+            reply, fault = self._decode(reply, assignment)
         if fault is None:
             expected = self._travelling({name: t for name, t in assignment.state.items() if name in assignment.up})
             fault = number_fault(reply) or reply_fault(reply, expected, self._plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
         change = relative_change(reply.state, expected)
-        return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, reply), change, expected)
+        return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, arrived), change, expected)
+
+    def _decode(self, reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]:
+        """A reply with the tensors whose updates were encoded; or why that cannot be."""
+        names = [name for name in encoding.list_updated(assignment.travels) if name in assignment.up]
+        masks = {name: assignment.plan.masks[name] for name in names if name in assignment.plan.masks}
+        sent = encoding.select_existing({name: assignment.state[name] for name in names}, masks)
+        if fault := encoded_fault(reply.encoded, sent):
+            return reply, fault
+        update = self._plugins.decode(self._server, assignment.client, reply.encoded, sent, self._round)
+        if fault := tensors_fault(update, sent):
+            return reply, f"decoded, {fault}"
+        moved = encoding.fill_masked({name: t + update[name] for name, t in sent.items()}, masks)
+        return replace(reply, state={**reply.state, **moved}, encoded={}), None
 
     def _narrow(self, assignment: Assignment, reply: Reply) -> tuple[Assignment, str | None]:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
@@ -129,8 +146,6 @@ def number_fault(reply: Reply) -> str | None:
     """What cannot be about the numbers of a reply, or None."""
     if not isinstance(reply.examples, int) or not 0 <= reply.examples <= MOST_EXAMPLES:
         return f"it says that it has {reply.examples} examples"
-    if reply.code not in ("", *CODES):
-        return f"its tensors travelled as '{reply.code}'"
     odd = [n for n, v in reply.metrics.items() if not is_metric(n, v)]
     if odd or len(reply.metrics) > MOST_METRICS:
         return f"its metrics cannot be taken in ({', '.join(map(str, odd[:3])) or f'{len(reply.metrics)} of them'})"
@@ -160,10 +175,11 @@ def fill_reply(reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]
 
 
 def upload_bytes(plan: Plan, reply: Reply) -> int:
-    """Bytes of a reply: the values that exist, their positions only where the client changed them, extras, and what it cut."""
-    positions = bool(reply.masks)
-    tensors = encoding.payload_bytes(reply.state, plan.masks, positions=positions, code=reply.code)
-    return tensors + encoding.payload_bytes(reply.extras) + encoding.payload_bytes(reply.kept)
+    """Bytes of a reply as it came: the values that exist, their positions where the client says them, what codecs made of updates,
+    extras, and what it cut."""
+    tensors = encoding.payload_bytes(reply.state, plan.masks, positions=False)
+    positions = sum(encoding.mask_bytes(name, mask) for name, mask in reply.masks.items())
+    return tensors + positions + sum(map(encoding.payload_bytes, (reply.encoded, reply.extras, reply.kept)))
 
 
 def kept_fault(kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> str | None:
@@ -186,19 +202,35 @@ def mask_fault(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], state:
     return None
 
 
+def encoded_fault(encoded: State, sent: State) -> str | None:
+    """Why what codecs are said to have made of the update of `sent` is not even decoded, or None."""
+    if odd := [n for n, t in encoded.items() if not isinstance(n, str) or not isinstance(t, Tensor) or t.dtype not in ENCODED]:
+        return f"its encoded update holds what does not travel ({', '.join(map(str, odd[:3]))})"
+    most = LARGEST_CODE * encoding.payload_bytes(sent) + SLACK
+    if (size := encoding.payload_bytes(encoded)) > most:
+        return f"its encoded update has {size:,} bytes, of which {most:,} are taken"
+    odd = [n for n, t in encoded.items() if t.is_floating_point() and not all_finite(t)]
+    return f"its encoded update holds NaN or infinity ({', '.join(odd[:3])})" if odd else None
+
+
 def reply_fault(reply: Reply, sent: State, allowed: Mapping[str, ExtraSpec]) -> str | None:
     """Why a reply cannot be used, or None: it must hold the tensors of `sent`, finite, and only declared extras."""
-    if set(reply.state) != set(sent):
-        odd = sorted(set(reply.state) ^ set(sent))
+    return tensors_fault(reply.state, sent) or extras_fault(reply.extras, allowed)
+
+
+def tensors_fault(state: State, sent: State) -> str | None:
+    """Why tensors are not such as `sent`, finite ones, or None."""
+    if set(state) != set(sent):
+        odd = sorted(set(state) ^ set(sent))
         return f"its tensors are not those that were sent ({', '.join(odd[:3])})"
-    for name, tensor in reply.state.items():
+    for name, tensor in state.items():
         expected = sent[name]
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             got, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, expected))
             return f"tensor {name} is {got}, not {wanted}"
         if tensor.is_floating_point() and not all_finite(tensor):
             return f"tensor {name} holds NaN or infinity"
-    return extras_fault(reply.extras, allowed)
+    return None
 
 
 def all_finite(tensor: Tensor) -> bool:

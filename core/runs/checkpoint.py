@@ -2,7 +2,8 @@
 
 A checkpoint is a small manifest that names its parts. A part is a file named after the SHA-256 of its content (safetensors or JSON,
 never a pickle), so what has not changed is not written again, and what was torn or tampered with is recognised. A part that two
-checkpoints share has a copy beside it: no damaged file voids both.
+checkpoints share has a copy beside it: no damaged file voids both. Only its owner can read a part: the server's secret and what
+clients remember are among them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Checkpoints:
     def _put(self, data: bytes, kind: str) -> str:
         name = digest(data)
         if not (path := self._objects / (name + SUFFIX[kind])).exists():
-            write_file(path, data, named=False)
+            write_file(path, data, named=False, private=True)
             self._fresh.add(path.name)
         return name
 
@@ -95,7 +96,7 @@ class Checkpoints:
         if part not in self._fresh and not (copy := self._copies / part).exists():
             data = (self._objects / part).read_bytes()
             if digest(data) == copy.stem:
-                write_file(copy, data, named=False)
+                write_file(copy, data, named=False, private=True)
 
     def _tidy(self) -> None:
         """Removes what only older checkpoints need."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from hetfl.config import RunOptions, format_run_file, resolve
@@ -33,6 +34,7 @@ def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
     run, server = experiment.state, experiment.server
     renew_blocks(run, rounds)
     tensors = {"pretrained": experiment.pretrained, "server": server.state, "control": run.control, "initial": run.initial}
+    tensors["secret"] = {"key": torch.frombuffer(bytearray(server.key), dtype=torch.uint8)}
     tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
     tensors |= {f"plugin/{key}": plugin.state_dict() for key, plugin in experiment.plugins.plugins.items()}
     tensors |= {f"extras/{client}": extras for client, extras in run.extras.items() if extras}
@@ -112,6 +114,7 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
         raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")
     server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
+    server.key = bytes(snapshot.tensors["secret"]["key"].tolist())
     server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
     taken, server.steps_saved, server.epochs_saved = known["steps"]
     server.taken = Counter(dict(taken))

@@ -95,7 +95,7 @@ class Reply:
     kept        where the client cut its model: positions (units,) within the model that it was sent, of each group that it cut
     masks       bool, in the shapes of `state`: the entries that still exist
     packed      names of those tensors of `state` of which only the values that exist have travelled, in their order
-    code        how floating-point tensors travel: "" as they are, or fp16, int8
+    encoded     what codecs (hook `encode`) made of the updates of those tensors that are not in `state` any more
     """
 
     state: State
@@ -105,4 +105,4 @@ class Reply:
     kept: dict[str, Tensor] = field(default_factory=dict)
     masks: State = field(default_factory=dict)
     packed: frozenset[str] = frozenset()
-    code: str = ""
+    encoded: State = field(default_factory=dict)

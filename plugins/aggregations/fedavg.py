@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hetfl import Merged, Plugin, Server, Update, hookimpl, running_mean
 
@@ -11,7 +11,7 @@ from hetfl import Merged, Plugin, Server, Update, hookimpl, running_mean
 class FedAvg(Plugin):
     """Mean over all clients by their examples n; a client that lacks an entry (coverage c = 0) votes for the old value."""
 
-    mean: ClassVar[bool] = True
+    mean: ClassVar[Literal["covering", "all"] | None] = "all"
 
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:

@@ -12,7 +12,7 @@ from hetfl.aggregation.updates import WEIGHTINGS
 class Overlap(Plugin):
     """Per entry, the mean over the clients that cover it; what nobody covers keeps its old value."""
 
-    mean: ClassVar[bool] = True
+    mean: ClassVar[Literal["covering", "all"] | None] = "covering"
     weighting: Literal["uniform", "samples"] = Field("uniform", description="one vote a client, or one an example")
 
     @hookimpl

@@ -1,20 +1,35 @@
-"""Quantised uploads: what a client sends back has 16 or 8 bits an entry, and its bytes are counted so."""
+"""Quantised uploads: what a client changed travels in 8 or 16 bits an entry (QSGD, Alistarh et al., NeurIPS 2017)."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hetfl import Field, Plugin, Reply, Task, hookimpl
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from hetfl import Field, State
+from hetfl.plugins.wrappers.codec import TensorCodec
 
 
-class Quantize(Plugin):
-    """Sends a client's tensors up as half precision, or as int8 with one scale a tensor (round to nearest)."""
+class Quantize(TensorCodec):
+    """Rounds a client's update at random to whole steps, so that its expectation is the update; each block has steps of its own."""
 
-    form: Literal["fp16", "int8"] = Field("int8", description="how floating-point tensors travel up")
+    PARTS: ClassVar[tuple[str, ...]] = ("step",)
 
-    @hookimpl(wrapper=True)
-    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        reply = yield
-        reply.code = self.form
-        return reply
+    bits: Literal[8, 16] = Field(8, description="bits of an entry")
+    block: int = Field(256, ge=1, description="entries that share a step: the largest of them is 127 steps (32767 with 16 bits)")
+
+    def compress(self, values: Tensor, generator: Generator) -> State:
+        most, flat = 2 ** (self.bits - 1) - 1, values.flatten().double()
+        blocks = F.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
+        step = torch.nextafter((blocks.abs().amax(1) / most).float(), torch.tensor(torch.inf))  # never above `most` steps
+        drawn = torch.rand(blocks.shape, generator=generator, dtype=torch.float64)
+        codes = (blocks / step.double()[:, None] + drawn).floor().flatten()[: len(flat)]
+        return {"": codes.to(torch.int8 if self.bits == 8 else torch.int16), "step": step}
+
+    def restore(self, parts: State, size: int) -> Tensor:
+        codes, step = parts[""], parts["step"]
+        if codes.ndim != 1 or step.shape != (-(-len(codes) // self.block),):
+            raise ValueError(f"{tuple(codes.shape)} codes with {tuple(step.shape)} steps for blocks of {self.block}")
+        return codes.float() * step.repeat_interleave(self.block)[: len(codes)]

@@ -106,7 +106,8 @@ def test_the_tutorials_blocks_run_as_printed():
 
 
 @pytest.mark.parametrize(
-    ("role", "name"), [("extract", "Strongest"), ("aggregate", "Momentum"), ("profile", "Flaky"), ("wrap", "Sparse")]
+    ("role", "name"),
+    [("extract", "Strongest"), ("aggregate", "Momentum"), ("profile", "Flaky"), ("wrap", "Sparse"), ("wrap", "Half")],
 )
 def test_the_examples_of_hooks_run_as_printed(role, name):
     names = {"__name__": "hooks"}

@@ -31,7 +31,7 @@ FAULTS = {
     "negative examples": (changed(examples=lambda r: -5), "examples"),
     "no number": (changed(examples=lambda r: "many"), "examples"),
     "metrics": (changed(metrics=lambda r: {"round": 7.0}), "metrics"),
-    "odd code": (changed(code=lambda r: "zip"), "zip"),
+    "odd code": (changed(encoded=lambda r: {"x": torch.ones(1)}), "not those that were sent"),
     "no reply": (lambda reply: {"accuracy": 1.0}, ""),
 }
 

@@ -167,21 +167,17 @@ def read_instruction(content: RecordDict) -> Instruction:
 def write_reply(reply: Reply) -> RecordDict:
     values: Values = {"form": "reply", "examples": int(reply.examples), "values": json.dumps(sorted(reply.packed))}
     values |= {f"metric/{name}": float(value) for name, value in reply.metrics.items()}
-    state, scales = encoding.encode_tensors(reply.state, reply.code)
-    values |= {**({"code": reply.code} if reply.code else {}), **{f"scale/{name}": value for name, value in scales.items()}}
-    return message(
-        {**values, **write_masks(reply.masks), **write_group("kept", reply.kept), **write_group("extra", reply.extras)}, state
-    )
+    values |= {**write_masks(reply.masks), **write_group("kept", reply.kept)}
+    return message({**values, **write_group("extra", reply.extras), **write_group("encoded", reply.encoded)}, reply.state)
 
 
 def read_reply(content: RecordDict) -> Reply:
     values = config(content)
     metrics = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("metric/")}
-    scales = {key.split("/", 1)[1]: float(value) for key, value in values.items() if key.startswith("scale/")}
     return Reply(
-        encoding.decode_tensors(arrays(content), scales), int(values["examples"]), metrics,
+        arrays(content), int(values["examples"]), metrics,
         read_group("extra", values), read_group("kept", values), read_masks(values),
-        frozenset(map(str, json.loads(values["values"]))), str(values.get("code", "")),
+        frozenset(map(str, json.loads(values["values"]))), read_group("encoded", values),
     )  # fmt: skip
 
 

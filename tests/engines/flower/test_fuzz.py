@@ -28,20 +28,25 @@ TINY = {
 }  # fmt: skip
 
 
-def round_of(extract, aggregate):
+def round_of(extract, aggregate, **more):
     """What a server sent in a round, its validator, and a good reply as it travels."""
-    made = prepare(resolve({**TINY, "extract": extract, "aggregate": aggregate}), NoCallback())
+    made = prepare(resolve({**TINY, "extract": extract, "aggregate": aggregate, **more}), NoCallback())
     now = RoundState(made.state, 1, made.engine)
     now.assignments = assign_submodels(now, profile_clients(now, sample_clients(now)))
     sent = now.assignments[0]
     reply = dict(made.engine.ask("train", {0: instruct(now, sent)}))[0]
     content = RecordCodec().encode(RecordCodec().pack(reply, sent.plan.masks))
-    return sent, ReplyValidator(made.server, made.plugins, made.state.travelling), content
+    return sent, ReplyValidator(made.server, made.plugins, made.state.travelling, 1), content
 
 
 @pytest.fixture(scope="module")
 def rounds():
-    return [round_of("heterofl", "overlap"), round_of("fiarse", "overlap"), round_of("hermes", "hermes")]
+    return [
+        round_of("heterofl", "overlap"),
+        round_of("fiarse", "overlap"),
+        round_of("hermes", "hermes"),
+        round_of("heterofl", "overlap", wrap=("topk",)),
+    ]
 
 
 def sound(taken):

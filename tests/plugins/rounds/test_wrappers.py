@@ -1,4 +1,4 @@
-"""Rounds within clip, dp and quantize, against the same rounds in plain torch."""
+"""Rounds within clip, dp and the codecs, against the same rounds in plain torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from helpers.plain import UNEQUAL, Federation, cross_entropy, cut, descend, lead
 WIDTHS = (1.0, 0.5, 0.25)
 
 
-def clipped_changes(plain, state, r, most, widths=WIDTHS):
-    """What each client returns: its change, scaled to a norm of at most `most`; and the norms before."""
-    pasted, norms = [], []
-    for c, width in enumerate(widths):
+def changes(plain, state, r):
+    """What each client is sent, and what it changes."""
+    for c, width in enumerate(WIDTHS):
         sent = cut(state, leading(width))
         trained = descend(sent, plain.batches(c, r), cross_entropy)
-        norms.append(float(torch.cat([(trained[n] - t).flatten() for n, t in sent.items()]).norm()))
-        shorter = {n: t + min(1.0, most / norms[-1]) * (trained[n] - t) for n, t in sent.items()}
+        yield c, width, sent, {n: trained[n] - t for n, t in sent.items()}
+
+
+def clipped_changes(plain, state, r, most):
+    """What each client is taken to return: its change, scaled to a norm of at most `most`; and the norms before."""
+    pasted, norms = [], []
+    for _, width, sent, change in changes(plain, state, r):
+        norms.append(float(torch.cat([t.flatten() for t in change.values()]).norm()))
+        shorter = {n: t + min(1.0, most / norms[-1]) * change[n] for n, t in sent.items()}
         pasted.append(paste(shorter, leading(width), state))
     return pasted, norms
 
@@ -36,34 +42,88 @@ def test_clip(simulate):
     assert min(seen) < 0.2 < max(seen)
 
 
-def test_dp_without_noise_clips_and_counts_clients_alike(simulate):
-    """McMahan et al., ICLR 2018: whatever the number of a client's examples, it counts once."""
-    values = {**UNEQUAL, "wrap": ("dp",), "set": {"dp": {"norm": 0.12, "noise": 0.0}, "overlap": {"weighting": "samples"}}}
-    plain = Federation(simulate(0, extract="full", aggregate="overlap", **values))
-    plain.follow(lambda state, r: mean(state, clipped_changes(plain, state, r, 0.12, (1, 1, 1))[0]))
-
-
-@pytest.mark.parametrize("form", ["fp16", "int8"])
-def test_quantize(simulate, form):
-    """Half precision, or 255 steps between the largest magnitude of a tensor and its negative."""
-    values = {**UNEQUAL, "wrap": ("quantize",), "set": {"quantize": {"form": form}}}
-    plain = Federation(simulate(0, extract="heterofl", aggregate="overlap", **values))
-
-    def coded(t):
-        if form == "fp16":
-            return t.half().float()
-        step = t.abs().max() / 127
-        return (t / step).round() * step
+@pytest.mark.parametrize("aggregate", ["overlap", "fedavg"])
+def test_dp_without_noise_is_the_clipped_sum_over_the_sampled_clients(simulate, aggregate):
+    """McMahan et al., ICLR 2018: clients count once, whatever their examples, and the denominator does not depend on them."""
+    values = {**UNEQUAL, "wrap": ("dp",), "set": {"dp": {"norm": 0.12, "noise": 0.0}}}
+    values["set"] |= {"overlap": {"weighting": "samples"}} if aggregate == "overlap" else {}
+    plain = Federation(simulate(0, extract="heterofl", aggregate=aggregate, **values))
 
     def one_round(state, r):
-        pasted = []
-        for c, w in enumerate(WIDTHS):
-            trained = descend(cut(state, leading(w)), plain.batches(c, r), cross_entropy)
-            pasted.append([paste(t, leading(w), state) for t in (trained, {n: coded(v) for n, v in trained.items()})])
-        exact, found = (mean(state, [both[i] for both in pasted]) for i in (0, 1))
-        assert max(float((found[n] - t).abs().max()) for n, t in exact.items()) > 1e-5
+        pasted, _ = clipped_changes(plain, state, r, 0.12)
+        return {n: t + sum(cover[n] * (new[n] - t) for new, cover in pasted) / len(WIDTHS) for n, t in state.items()}
+
+    plain.follow(one_round)
+
+
+def follow_codec(plain, coded, loses=True):
+    """Two rounds in which every change of more than 128 entries arrives as `coded(change, entry's memory, generator)`."""
+    kept = {}
+
+    def one_round(state, r):
+        pasted, lossless = [], []
+        for c, width, sent, change in changes(plain, state, r):
+            generator, arrived = plain.stream(plain.codec, r, c), {}
+            for n, t in change.items():
+                arrived[n], kept[c, n] = coded(t, kept.get((c, n), 0.0), generator) if t.numel() > 128 else (t, 0.0)
+            pasted.append(paste({n: t + arrived[n] for n, t in sent.items()}, leading(width), state))
+            lossless.append(paste({n: t + change[n] for n, t in sent.items()}, leading(width), state))
+        exact, found = mean(state, lossless), mean(state, pasted)
+        assert loses == (max(float((found[n] - t).abs().max()) for n, t in exact.items()) > 1e-5)
         return found
 
-    plain.follow(one_round, rounds=1)
-    whole = [row for row in plain.made.state.client_rows if row["client"] == 0]
-    assert all(row["bytes up"] < row["bytes down"] * (0.75 if form == "fp16" else 0.6) for row in whole)
+    plain.follow(one_round)
+    return [row for row in plain.made.state.client_rows if row["client"] == 0]
+
+
+def codec(simulate, name, **options):
+    values = {**UNEQUAL, "wrap": (name,), "set": {name: options}}
+    plain = Federation(simulate(0, extract="heterofl", aggregate="overlap", **values))
+    plain.codec = {"quantize": "Quantize", "topk": "TopK", "sign": "Sign"}[name]
+    return plain
+
+
+@pytest.mark.parametrize(("bits", "feedback"), [(8, False), (8, True), (16, False)])
+def test_quantize(simulate, bits, feedback):
+    """Each run of 256 entries of the change in steps of its largest magnitude / (2^(bits - 1) - 1), rounded down after a uniform
+    number in [0, 1) is added; with feedback, what that loses is added to the client's next change."""
+    plain = codec(simulate, "quantize", bits=bits, feedback=feedback)
+
+    def coded(change, memory, generator):
+        change = change + memory
+        runs = change.flatten().split(256)
+        drawn = torch.rand(len(runs), 256, generator=generator, dtype=torch.float64)
+        steps = [float(run.abs().max()) / (2 ** (bits - 1) - 1) for run in runs]
+        found = [(run / step + u[: len(run)]).floor() * step for run, step, u in zip(runs, steps, drawn, strict=True)]
+        arrived = torch.cat(found).float().view(change.shape)
+        return arrived, change - arrived if feedback else 0.0
+
+    for row in follow_codec(plain, coded, loses=bits == 8):  # with 16 bits nothing is lost that counts
+        assert row["bytes up"] < 0.75 * row["bytes down"]
+
+
+def test_topk(simulate):
+    """The largest magnitudes of each tensor's change and memory; what is not sent is the next round's memory."""
+    plain = codec(simulate, "topk", share=0.2)
+
+    def coded(change, memory, generator):
+        whole = (change + memory).flatten()
+        least = whole.abs().sort(descending=True).values[round(0.2 * len(whole)) - 1]
+        sent = torch.where(whole.abs() >= least, whole, 0.0)
+        return sent.view(change.shape), (whole - sent).view(change.shape)
+
+    for row in follow_codec(plain, coded):
+        assert row["bytes up"] < 0.75 * row["bytes down"]
+
+
+def test_sign(simulate):
+    """The signs of a tensor's change and memory times their mean magnitude."""
+    plain = codec(simulate, "sign")
+
+    def coded(change, memory, generator):
+        whole = change + memory
+        sent = torch.where(whole >= 0, 1.0, -1.0) * whole.abs().mean()
+        return sent, whole - sent
+
+    for row in follow_codec(plain, coded):
+        assert row["bytes up"] < 0.75 * row["bytes down"]
