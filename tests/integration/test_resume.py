@@ -25,7 +25,7 @@ HARD = [
     {"extract": "fedconv", "aggregate": "kld"},
     {"extract": "fedconv", "aggregate": "overlap", "set": {"fedconv": {"dilator_steps": 5, "start": "random"}}},
     {"extract": "fiarse", "aggregate": "hermes"},
-    {"extract": "lotteryfl"},
+    {"extract": "lotteryfl", "wrap": ("topk",)},
     *(pytest.param(values, marks=pytest.mark.slow) for values in (
         {"extract": "lgfedavg"}, {"extract": "dac"}, {"extract": "tailorfl"}, {"extract": "fedmd"}, {"extract": "scalefl"},
         {"extract": "heterofl", "profile": "devices", "levels": None},
