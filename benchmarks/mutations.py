@@ -246,6 +246,7 @@ MUTATIONS = [
     *of("wrappers/quantize", f"{ROUNDS}/test_wrappers.py tests/plugins/wrappers/test_codecs.py -k 'quanti or drown'",
         ("quantize rounds to nearest", "+ drawn).floor()", "+ 0.5).floor()"),
         ("quantize is always 8 bits fine", "2 ** (self.bits - 1) - 1, values", "127, values"),
+        ("quantize sends down as it is", "() if self.down else", "() if False else"),
         ("quantize has steps that are too small", "/ most).float()", "/ most / 2).float()"),
     ),
     *of("wrappers/topk", f"{ROUNDS}/test_wrappers.py -k topk",

@@ -64,6 +64,18 @@ def fit(task: Task) -> Reply | None:
 
 
 @hookspec
+def encode_down(server: Server, state: State, round: int) -> State | None:
+    """Server: what travels to a client in place of the tensors `state`. Each plugin gets what the one before made, from the inside
+    out: extraction, aggregation, wraps from the last to the first."""
+
+
+@hookspec
+def decode_down(encoded: State, like: State, round: int) -> State | None:
+    """Client, and server beside it: the inverse of `encode_down`, by the plugins in the reverse order; in the end in the shapes of
+    `like`."""
+
+
+@hookspec
 def encode(task: Task, update: State, sent: State) -> State | None:
     """Client, after `fit`: what travels in place of `update`, what it changed of the tensors `sent`. Each plugin gets what the one
     before made, from the inside out: training, extraction, aggregation, wraps from the last to the first."""

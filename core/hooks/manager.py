@@ -184,7 +184,7 @@ class PluginManager:
     @cached_property
     def plain_fit(self) -> bool:
         """Whether local training is the core's own, with nothing around it, and what it gives travels as it is."""
-        return not self._answers("fit") and not self.encodes
+        return not (self._answers("fit") or self.encodes or self.encodes_down)
 
     @cached_property
     def encodes(self) -> bool:
@@ -199,6 +199,19 @@ class PluginManager:
         """The update that was encoded, as far as it came through."""
         inwards, given = self._outwards[::-1], {"server": server, "client": client, "sent": sent, "round": round}
         return cast(State, self._pass_through("decode", "encoded", encoded, inwards, **given))
+
+    @cached_property
+    def encodes_down(self) -> bool:
+        """Whether a plugin changes how what clients are sent travels."""
+        return self._answers("encode_down")
+
+    def encode_down(self, server: Server, state: State, round: int) -> State:
+        """`state` as it is to travel to clients."""
+        return cast(State, self._pass_through("encode_down", "state", state, self._outwards, server=server, round=round))
+
+    def decode_down(self, encoded: State, like: State, round: int) -> State:
+        """What a client has of it."""
+        return cast(State, self._pass_through("decode_down", "encoded", encoded, self._outwards[::-1], like=like, round=round))
 
     def receive(self, server: Server, received: ReceivedReply, round: int) -> ReceivedReply:
         """The reply as it is to count."""

@@ -19,6 +19,7 @@ from hetfl.rounds.messages import Assignment, Failure, exchange
 from hetfl.rounds.receiving import leave_out
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_profile, extras_fault
+from hetfl.submodel import encoding
 from hetfl.submodel.plan import Plan
 
 
@@ -84,7 +85,22 @@ def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, As
         assignment.extras = run.plugins.client_extras(run.server, assignment.client, assignment.plan, now.number)
         if fault := extras_fault(assignment.extras, run.plugins.extras_down):
             raise RunError(f"a plugin sends what it did not declare: {fault}")
-    return found
+    return encode_downloads(now, found) if run.plugins.encodes_down else found
+
+
+def encode_downloads(now: RoundState, assignments: dict[int, Assignment]) -> dict[int, Assignment]:
+    """The assignments with their tensors as the plugins make them travel, once for all clients that are sent the same."""
+    run, known = now.run, dict[tuple[int, tuple[str, ...]], tuple[State, State]]()
+    for assignment in assignments.values():
+        names, masks = encoding.list_updated(assignment.travels), assignment.plan.masks
+        key = id(assignment.state), tuple(names)
+        if names and key not in known:
+            state = encoding.select_existing({name: assignment.travels[name] for name in names}, masks)
+            encoded = run.plugins.encode_down(run.server, state, now.number)
+            arrived = run.plugins.decode_down(encoded, state, now.number)
+            known[key] = encoded, encoding.fill_masked(arrived, {n: masks[n] for n in names if n in masks})
+        assignment.encoded, assignment.arrived = known.get(key, ({}, {}))
+    return assignments
 
 
 def extract_plans(now: RoundState, clients: Sequence[Client]) -> tuple[Sequence[Client], list[Plan | None]]:

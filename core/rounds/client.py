@@ -83,7 +83,8 @@ class ClientRuntime:
 
     def train(self, client: int, sent: Instruction, state: ClientState) -> Reply:
         """Local training on the client's own examples."""
-        started, task = time.perf_counter(), self._task(client, sent, state)
+        started, sent = time.perf_counter(), self._decode(sent)
+        task = self._task(client, sent, state)
         reply = self.plugins.fit(task)
         reply.metrics[SECONDS] = time.perf_counter() - started
         own = self.federation.clients[client].test
@@ -103,6 +104,17 @@ class ClientRuntime:
         reply = self._encode(task, sent, self._send_home(reply), existing)
         keep(state, "memory", task.client_state)
         return self.pack(reply, existing)
+
+    def _decode(self, sent: Instruction) -> Instruction:
+        """The instruction with all tensors that were sent, as they have come through."""
+        if not sent.encoded:
+            return sent
+        own = tensors(self.builder.module(sent.sizes, sent.model))
+        masks = {name: mask for name, mask in sent.masks.items() if name in own and name not in sent.state}
+        like = encoding.select_existing({n: own[n] for n in encoding.list_updated(own) if n not in sent.state}, masks)
+        found = self.plugins.decode_down(sent.encoded, like, sent.round)
+        arrived = encoding.fill_masked(found, {name: mask for name, mask in masks.items() if name in found})
+        return replace(sent, state={**sent.state, **arrived}, encoded={})
 
     def _encode(self, task: Task, sent: Instruction, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
         """The reply with its tensors' updates as the plugins make them travel; of tensors with a mask, the values that exist."""

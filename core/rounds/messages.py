@@ -33,6 +33,7 @@ class Instruction:
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
     classes that the client does not hold put to 0. `state_version`: the round whose client state the server counts on.
     `most_bytes`: of the answer's message (None: any), which stays with the engine.
+    `encoded`: what codecs (hook `encode_down`) made of tensors that are then not in `state`.
     """
 
     round: int
@@ -46,6 +47,7 @@ class Instruction:
     local: bool = False
     state_version: int = 0
     most_bytes: int | None = None
+    encoded: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,23 @@ class Assignment:
     up: frozenset[str]  # the tensors that are to come back
     personal: bool  # whether its model is not just a part of the global one
     extras: State = field(default_factory=dict)
+    encoded: State = field(default_factory=dict)  # what travels in place of some of `travels`
+    arrived: State = field(default_factory=dict)  # these, as the client then has them
 
     @property
     def bytes(self) -> int:
         """Bytes of the download as it is encoded."""
-        return encoding.payload_bytes(self.travels, self.plan.masks) + encoding.payload_bytes(self.extras)
+        plain, masks = {n: t for n, t in self.travels.items() if n not in self.arrived}, self.plan.masks
+        positions = sum(encoding.mask_bytes(name, masks[name]) for name in self.arrived if name in masks)
+        return positions + encoding.payload_bytes(plain, masks) + sum(map(encoding.payload_bytes, (self.encoded, self.extras)))
 
     def instruction(self, round: int, local: bool, state_version: int, *, train: bool = False) -> Instruction:
         """The message that has the client train, or evaluate what it is sent."""
         plan = self.plan
         up = None if len(self.up) == len(self.state) or not train else self.up
-        extras = self.extras if train else {}
+        extras, encoded = (self.extras, self.encoded) if train else ({}, {})
+        state = {n: t for n, t in self.travels.items() if n not in self.arrived} if encoded else self.travels
         return Instruction(
-            round, self.travels, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
-            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS,
+            round, state, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
+            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS, encoded=encoded,
         )  # fmt: skip

@@ -20,7 +20,9 @@ from hetfl.rounds.limits import MOST_EXAMPLES, relative_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
+from hetfl.submodel.blocks import take_blocks
 from hetfl.submodel.plan import Plan
+from hetfl.submodel.widths import within
 from hetfl.training.task import Reply
 
 NO_ANSWER = "it is no answer to what was asked"
@@ -71,6 +73,7 @@ class ReplyValidator:
             fault = number_fault(reply) or reply_fault(reply, expected, self._plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
+        reply = undo_rounding(reply, assignment)
         change = relative_change(reply.state, expected)
         return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, arrived), change, expected)
 
@@ -78,7 +81,8 @@ class ReplyValidator:
         """A reply with the tensors whose updates were encoded; or why that cannot be."""
         names = [name for name in encoding.list_updated(assignment.travels) if name in assignment.up]
         masks = {name: assignment.plan.masks[name] for name in names if name in assignment.plan.masks}
-        sent = encoding.select_existing({name: assignment.state[name] for name in names}, masks)
+        before = {name: assignment.arrived.get(name, assignment.state[name]) for name in names}
+        sent = encoding.select_existing(before, masks)
         if fault := encoded_fault(reply.encoded, sent):
             return reply, fault
         update = self._plugins.decode(self._server, assignment.client, reply.encoded, sent, self._round)
@@ -95,13 +99,15 @@ class ReplyValidator:
         if reply.kept:
             if fault := kept_fault(reply.kept, assignment.plan.sizes):
                 return assignment, fault
-            plan = assignment.plan.narrow(reply.kept, {})
-            assignment = replace(assignment, plan=plan, state=plan.take(source))
+            plan, index = assignment.plan.narrow(reply.kept, {}), within(self._server.widths, assignment.plan.sizes, reply.kept)
+            arrived = take_blocks(assignment.arrived, index) if assignment.arrived else {}
+            assignment = replace(assignment, plan=plan, state=plan.take(source), arrived=arrived)
         if reply.masks:
             if fault := mask_fault(reply.masks, assignment.plan.masks, assignment.state):
                 return assignment, fault
             plan = assignment.plan.narrow({}, reply.masks)
-            assignment = replace(assignment, plan=plan, state=plan.take(source))
+            arrived = {n: t * reply.masks[n] if n in reply.masks else t for n, t in assignment.arrived.items()}
+            assignment = replace(assignment, plan=plan, state=plan.take(source), arrived=arrived)
         return assignment, None
 
 
@@ -172,6 +178,12 @@ def fill_reply(reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]
         return replace(reply, state=encoding.fill_masked(reply.state, masks), packed=frozenset()), None
     except ValueError as error:
         return reply, str(error)
+
+
+def undo_rounding(reply: Reply, assignment: Assignment) -> Reply:
+    """A reply as if its client had begun with what the server has, and not with what a codec has made of it on the way."""
+    back = {name: assignment.state[name] - t for name, t in assignment.arrived.items() if name in reply.state}
+    return replace(reply, state={n: t + back[n] if n in back else t for n, t in reply.state.items()}) if back else reply
 
 
 def upload_bytes(plan: Plan, reply: Reply) -> int:

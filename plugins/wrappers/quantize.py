@@ -1,15 +1,16 @@
-"""Quantised uploads: what a client changed travels in 8 or 16 bits an entry (QSGD, Alistarh et al., NeurIPS 2017)."""
+"""Quantised updates: what a client changed travels in 8 or 16 bits an entry (QSGD, Alistarh et al., NeurIPS 2017)."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, State
-from hetfl.plugins.wrappers.codec import TensorCodec
+from hetfl import Field, Server, State, hookimpl
+from hetfl.plugins.wrappers.codec import SMALL, TensorCodec, join
 
 
 class Quantize(TensorCodec):
@@ -19,6 +20,24 @@ class Quantize(TensorCodec):
 
     bits: Literal[8, 16] = Field(8, description="bits of an entry")
     block: int = Field(256, ge=1, description="entries that share a step: the largest of them is 127 steps (32767 with 16 bits)")
+
+    down: bool = Field(False, description="what clients are sent is quantised too")
+
+    @property
+    def inactive_hooks(self) -> Collection[str]:
+        return (*super().inactive_hooks, *(() if self.down else ("encode_down", "decode_down")))
+
+    @hookimpl
+    def encode_down(self, server: Server, state: State, round: int) -> State:
+        encoded, generator = dict(state), server.stream("Quantize down", round)
+        for name, t in state.items():
+            if t.dtype == torch.float32 and t.numel() > SMALL:
+                encoded |= {join(name, part): p for part, p in self.compress(t, generator).items()}
+        return encoded
+
+    @hookimpl
+    def decode_down(self, encoded: State, like: State) -> State:
+        return self.decode(encoded, like)
 
     def compress(self, values: Tensor, generator: Generator) -> State:
         most, flat = 2 ** (self.bits - 1) - 1, values.flatten().double()

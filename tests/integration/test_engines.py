@@ -32,7 +32,7 @@ def alike(**values):
 
 
 def test_processes_give_the_bits_of_threads():
-    alike(extract="fiarse", aggregate="hermes", wrap=("quantize", "topk"))
+    alike(extract="fiarse", aggregate="hermes", wrap=("quantize", "topk"), set={"quantize": {"down": True}})
 
 
 @pytest.mark.slow

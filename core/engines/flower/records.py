@@ -148,9 +148,8 @@ def write_instruction(sent: Instruction) -> RecordDict:
     values |= {"state_version": sent.state_version, **({"model": sent.model} if sent.model else {})}
     values |= {} if sent.sizes is None else {"sizes": json.dumps(sent.sizes)}
     values |= {} if sent.up is None else {"up": json.dumps(sorted(sent.up))}
-    return message(
-        {**values, **write_masks(sent.masks), **write_group("extra", sent.extras)}, encoding.select_existing(sent.state, sent.masks)
-    )
+    values |= {**write_masks(sent.masks), **write_group("extra", sent.extras), **write_group("encoded", sent.encoded)}
+    return message(values, encoding.select_existing(sent.state, sent.masks))
 
 
 def read_instruction(content: RecordDict) -> Instruction:
@@ -160,7 +159,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         int(values["round"]), encoding.fill_masked(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
-        bool(values["held"]), bool(values["local"]), int(values["state_version"]),
+        bool(values["held"]), bool(values["local"]), int(values["state_version"]), read_group("encoded", values),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
     for down in (
         Instruction(3, state, {"g": 4}, None, masks, {"x": torch.ones(2)}, {"a", "c"}, True, True),
         Instruction(1, state, None, "mlp"),
-        Instruction(1, {}, {}),
+        Instruction(1, {}, {}, encoded={"w": torch.ones(3, dtype=torch.int8), "w/step": torch.ones(1)}),
     ):
         back = RecordCodec().decode(RecordCodec().encode(down))
         assert (back.round, back.sizes, back.model, back.up, back.held, back.local) == (
@@ -64,6 +64,7 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
         assert same(back.state, down.state)
         assert same(back.masks, down.masks)
         assert same(back.extras, down.extras)
+        assert same(back.encoded, down.encoded)
 
 
 def test_replies_profiles_scores_and_rounds_come_back_as_they_were():

@@ -10,12 +10,13 @@ from helpers.plain import UNEQUAL, Federation, cross_entropy, cut, descend, lead
 WIDTHS = (1.0, 0.5, 0.25)
 
 
-def changes(plain, state, r):
-    """What each client is sent, and what it changes."""
+def changes(plain, state, r, arrive=lambda sent, r: sent):
+    """What the server cuts for each client, and what the client changes of what arrives."""
     for c, width in enumerate(WIDTHS):
         sent = cut(state, leading(width))
-        trained = descend(sent, plain.batches(c, r), cross_entropy)
-        yield c, width, sent, {n: trained[n] - t for n, t in sent.items()}
+        arrived = arrive(sent, r)
+        trained = descend(arrived, plain.batches(c, r), cross_entropy)
+        yield c, width, sent, {n: trained[n] - t for n, t in arrived.items()}
 
 
 def clipped_changes(plain, state, r, most):
@@ -56,13 +57,13 @@ def test_dp_without_noise_is_the_clipped_sum_over_the_sampled_clients(simulate, 
     plain.follow(one_round)
 
 
-def follow_codec(plain, coded, loses=True):
+def follow_codec(plain, coded, loses=True, **how):
     """Two rounds in which every change of more than 128 entries arrives as `coded(change, entry's memory, generator)`."""
     kept = {}
 
     def one_round(state, r):
         pasted, lossless = [], []
-        for c, width, sent, change in changes(plain, state, r):
+        for c, width, sent, change in changes(plain, state, r, **how):
             generator, arrived = plain.stream(plain.codec, r, c), {}
             for n, t in change.items():
                 arrived[n], kept[c, n] = coded(t, kept.get((c, n), 0.0), generator) if t.numel() > 128 else (t, 0.0)
@@ -83,11 +84,16 @@ def codec(simulate, name, **options):
     return plain
 
 
-@pytest.mark.parametrize(("bits", "feedback"), [(8, False), (8, True), (16, False)])
-def test_quantize(simulate, bits, feedback):
+@pytest.mark.parametrize(("bits", "feedback", "down"), [(8, False, False), (8, True, False), (16, False, False), (8, False, True)])
+def test_quantize(simulate, bits, feedback, down):
     """Each run of 256 entries of the change in steps of its largest magnitude / (2^(bits - 1) - 1), rounded down after a uniform
-    number in [0, 1) is added; with feedback, what that loses is added to the client's next change."""
-    plain = codec(simulate, "quantize", bits=bits, feedback=feedback)
+    number in [0, 1) is added; with feedback, what that loses is added to the client's next change. With `down` clients train from
+    what is sent in the same form, and their change counts."""
+    plain = codec(simulate, "quantize", bits=bits, feedback=feedback, down=down)
+
+    def arrive(sent, r):
+        generator = plain.stream("Quantize down", r)
+        return {n: coded(t, 0.0, generator)[0] if down and t.numel() > 128 else t for n, t in sent.items()}
 
     def coded(change, memory, generator):
         change = change + memory
@@ -98,8 +104,8 @@ def test_quantize(simulate, bits, feedback):
         arrived = torch.cat(found).float().view(change.shape)
         return arrived, change - arrived if feedback else 0.0
 
-    for row in follow_codec(plain, coded, loses=bits == 8):  # with 16 bits nothing is lost that counts
-        assert row["bytes up"] < 0.75 * row["bytes down"]
+    for row in follow_codec(plain, coded, loses=bits == 8, arrive=arrive):  # with 16 bits nothing is lost that counts
+        assert row["bytes up"] == row["bytes down"] if down else row["bytes up"] < 0.75 * row["bytes down"]
 
 
 def test_topk(simulate):

@@ -150,6 +150,18 @@ def test_codecs_stand_within_each_other():
     assert "give topk as a later --wrap" in other.state.client_rows[0]["fault"]
 
 
+@pytest.mark.parametrize("extract", ["heterofl", "fiarse", "hermes", "lgfedavg", "scalefl"])
+def test_what_a_download_loses_is_not_lost_from_the_global_model(extract):
+    """Clients that change nothing of what they got leave the server with what it had."""
+    lossy = {"wrap": ("quantize",), "set": {"quantize": {"down": True}}}
+    made = ready(0, extract=extract, lr=1e-30, **lossy)
+    before, full = {n: t.clone() for n, t in made.server.state.items()}, ready(1, extract=extract, lr=1e-30)
+    run_round(made.state, 1, made.engine)
+    assert not any("fault" in row for row in made.state.client_rows)
+    assert all(torch.allclose(t, made.server.state[n], atol=1e-6) for n, t in before.items() if n in encoding.list_updated(before))
+    assert made.state.rows[0]["bytes down"] < 0.5 * full.state.rows[0]["bytes down"]
+
+
 SPOILT = {
     "a place too far": ("topk", lambda e, n: {**e, f"{n}/at": e[f"{n}/at"] + 30_000}, "positions of"),
     "a place twice": ("topk", lambda e, n: {**e, f"{n}/at": e[f"{n}/at"] * 0}, "positions of"),
@@ -187,26 +199,36 @@ def test_an_update_that_cannot_be_decoded_leaves_its_client_out(monkeypatch, nam
 
 
 @pytest.mark.parametrize("wrap", [("quantize",), ("topk",), ("sign",), ("quantize", "topk")])
-@pytest.mark.parametrize("extract", ["heterofl", "lotteryfl"])
+@pytest.mark.parametrize("extract", ["heterofl", "lotteryfl", "hermes"])
 def test_flower_messages_carry_the_same_bits_in_as_many_bytes(monkeypatch, wrap, extract):
     """A run whose replies go through Flower's records is the run in which they are handed over."""
     values = {"extract": extract, "aggregate": "overlap", "wrap": wrap, "vmap": "off"}
+    values |= {"set": {"quantize": {"down": True}}} if "quantize" in wrap else {}
     here = ready(2, **values)
-    train, sizes = ClientRuntime.train, []
+    train, sizes, down = ClientRuntime.train, [], []
+
+    def weigh(content):
+        arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
+        parts = {
+            k.split("/", 1)[1]: v
+            for k, v in content.config_records["config"].items()
+            if k.startswith(("encoded/", "extra/", "kept/"))
+        }
+        return arrays + sum(len(k.encode()) + len(v) for k, v in parts.items())
 
     def carried(self, client, sent, state):
+        content = RecordCodec().encode(sent)
+        down.append((client, weigh(content) + sum(encoding.mask_bytes(*named) for named in sent.masks.items())))
+        sent = RecordCodec().decode(content)
         reply = train(replace(self, pack=RecordCodec().pack), client, sent, state)
         content = RecordCodec().encode(reply)
-        arrays = sum(len(name.encode()) + len(array.data) for name, array in content.array_records["arrays"].items())
-        parts = {k.split("/", 1)[1]: v for k, v in content.config_records["config"].items() if k.startswith("encoded/")}
-        sizes.append((client, arrays + sum(len(k.encode()) + len(v) for k, v in parts.items())))
-        masks = sum(encoding.mask_bytes(name, mask) for name, mask in reply.masks.items())
-        sizes[-1] = (client, sizes[-1][1] + masks)
+        sizes.append((client, weigh(content) + sum(encoding.mask_bytes(*named) for named in reply.masks.items())))
         return RecordCodec().decode(content)
 
     monkeypatch.setattr(ClientRuntime, "train", carried)
     there = ready(2, **values)
     assert same(here.server.state, there.server.state)
-    rows = [(row["client"], row["bytes up"]) for row in there.state.client_rows]
-    assert rows == [(row["client"], row["bytes up"]) for row in here.state.client_rows]
-    assert sorted(rows) == sorted(sizes)
+    for column, weighed in (("bytes up", sizes), ("bytes down", down)):
+        rows = [(row["client"], row[column]) for row in there.state.client_rows]
+        assert rows == [(row["client"], row[column]) for row in here.state.client_rows]
+        assert sorted(rows) == sorted(weighed)
