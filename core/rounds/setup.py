@@ -124,7 +124,7 @@ def sums_on_device(setup: Setup) -> bool:
     options, sampled = setup.options, sample_size(len(setup.federation.clients), setup.options.fraction)
     model = sum(t.nbytes for t in tensors(setup.builder.model).values())
     plugins = setup.plugins
-    plain = plugins.averages is not None and not (plugins.encodes or plugins.finalizes)
+    plain = plugins.averages is not None and not (plugins.encodes or plugins.encodes_down or plugins.finalizes)
     return options.engine == "local" and plain and device.fits_on_device(options.device, sampled * model)
 
 
