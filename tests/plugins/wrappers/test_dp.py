@@ -217,12 +217,11 @@ def test_who_takes_part_is_drawn_from_the_secret_too():
     assert len(set(seen[2:])) > 1
 
 
-def test_a_seed_of_its_own_repeats_the_noise_and_says_what_that_costs(tmp_path):
+def test_a_seed_of_its_own_repeats_the_noise_and_says_what_that_costs(tmp_path, stops):
     values = {"extract": "full", "wrap": ("dp",), "set": {"dp": {"seed": 7}}}
     one, two = ready(1, **values), ready(1, **values)
     assert all(torch.equal(t, two.server.state[n]) for n, t in one.server.state.items())
     assert any("can take it off" in note for note in one.server.notes)
-    heard = SimpleNamespace(notes=[], phase=lambda *_: None, alarm=lambda _: None, done=lambda _: heard.notes.append("round"))
-    heard.note = heard.notes.append
+    heard = stops.Stopping(None)
     runner.run(resolve({**STOPPABLE, **values, "rounds": 1}), RunFolder(tmp_path / "a").open(), heard)
     assert "can take it off" in heard.notes[0], "said before the first round"
