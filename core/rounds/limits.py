@@ -14,11 +14,11 @@ import torch
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
+from hetfl.submodel.encoding import STATISTICS
 from hetfl.training.task import Reply
 
 LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the norm of what it was sent
 LARGEST_JUMP = 1e6  # the same with the running statistics of batch norm
-STATISTICS = ("running_mean", "running_var")
 CHANGES = 50.0  # times the median change of the clients before
 COUNTS = 1000.0  # times the median number of examples of the clients before
 MOST_EXAMPLES = 10**9

@@ -159,7 +159,8 @@ def read_instruction(content: RecordDict) -> Instruction:
         int(values["round"]), encoding.fill_masked(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
-        bool(values["held"]), bool(values["local"]), int(values["state_version"]), read_group("encoded", values),
+        bool(values["held"]), bool(values["local"]), int(values["state_version"]),
+        encoded=read_group("encoded", values),
     )  # fmt: skip
 
 
