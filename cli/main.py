@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
+from hetfl.cli import check, new_plugin, reproduce, run, show, stopping, study
 from hetfl.cli import report as reports
-from hetfl.cli import reproduce, run, show, stopping, study
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
 
@@ -44,7 +44,7 @@ def top(
     """Federated learning with models of different sizes: any extraction pairs with any aggregation."""
 
 
-for command in (
+COMMANDS = (
     run.run,
     run.resume,
     run.federate,
@@ -52,10 +52,14 @@ for command in (
     study.scale,
     reproduce.reproduce,
     reports.report,
+    check.check,
     show.inspect,
     show.profile,
-):
+)
+
+for command in COMMANDS:
     app.command()(command)
+app.command("new-plugin")(new_plugin.new_plugin)
 app.command("list-plugins")(show.list_plugins)
 app.command("plugins", help="Short for list-plugins.")(show.list_plugins)
 app.command("presets")(show.list_presets)

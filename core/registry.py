@@ -26,7 +26,8 @@ class Entry:
     """One plugin in one role, as known without importing it.
 
     `source` is "built-in", the distribution that brings it ("name version"), the module of a `module:Class`, or "this process" for
-    what was handed in as `local`, a class or a configured object.
+    what was handed in as `local`, a class or a configured object. `oracle`: the repository's test
+    that holds it to its paper.
     """
 
     role: str
@@ -40,6 +41,7 @@ class Entry:
     public: bool = False
     memory: bool = False
     control: bool = False
+    oracle: str = ""
     local: Any = None
 
     @property

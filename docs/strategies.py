@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from hetfl.registry import ROLES, Entry, builtins
@@ -13,20 +14,32 @@ BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "fedd
 
 PAGES = {"cluster": "dac", **dict.fromkeys(BASELINES, "baselines")}  # names without a page of their own
 
-COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory")
+COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory", "tier")
+
+CHECKS = PAGE.parent / "results" / "checks.csv"  # written by benchmarks/checks.py
+
+
+def tiers() -> dict[tuple[str, str], str]:
+    """The tier of every plugin that was checked, by role and name."""
+    if not CHECKS.exists():
+        return {}
+    with CHECKS.open() as file:
+        return {(row["role"], row["name"]): f"{row['tier']} ({row['ran']} checks)" for row in csv.DictReader(file)}
 
 
 def line(entry: Entry) -> str:
     page = f"strategies/{PAGES.get(entry.name, entry.name)}.md"
     name = f"[`{entry.name}`]({page})" if (PAGE.parent / page).exists() else f"`{entry.name}`"
     answers = ["yes" if flag else "no" for flag in (entry.public, entry.memory)]
-    return "| " + " | ".join([name, entry.summary, entry.paper, entry.aggregate or "-", entry.granularity, *answers]) + " |"
+    tier = tiers().get((entry.role, entry.name), "-")
+    return "| " + " | ".join([name, entry.summary, entry.paper, entry.aggregate or "-", entry.granularity, *answers, tier]) + " |"
 
 
 def text() -> str:
     """The page."""
     parts = ["# Strategies", "", "Generated from registry.toml by `python docs/strategies.py`."]
     parts[2] += " Any extraction pairs with any aggregation."
+    parts[2] += "\nThe tier is what [`hfl check`](checking.md) found, with how many checks ran ([table](results/checks.csv))."
     for role in ROLES:
         entries = [e for e in builtins() if e.role == role]
         if entries:

@@ -46,7 +46,8 @@ class Plugin(BaseModel):
     architectures of their own, an aggregation that can do with such. `mean`: an aggregation that is a mean, one vote a client where
     all have equally many examples, over the clients that cover an entry ("covering") or over all, of whom one that lacks an entry
     votes for its old value ("all"). `trains_global`: whether its rounds make a global model; where they do not, accuracies
-    of the global model are not applicable.
+    of the global model are not applicable. `expected_failures`: checks of `hfl check` that the plugin
+    cannot pass, each with the reason.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -54,6 +55,7 @@ class Plugin(BaseModel):
     trains_global: ClassVar[bool] = True
     extras_down: ClassVar[dict[str, ExtraSpec]] = {}
     extras_up: ClassVar[dict[str, ExtraSpec]] = {}
+    expected_failures: ClassVar[dict[str, str]] = {}
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

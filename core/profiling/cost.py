@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetfl.config import RunOptions
 from hetfl.models.state import tensors
 from hetfl.submodel import encoding
-from hetfl.training import local
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,21 @@ class Cost:
     bytes: int
 
 
-def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, options: RunOptions | None = None) -> Cost:
-    """The cost of `model` on examples x (N, *shape), repeated to a batch of `batch` for the training steps.
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
-    The optimiser is that of `options` (default: SGD with momentum). The model's values change.
+
+def use_momentum(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum, the default of a run."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, 0.9, fused=True)
+
+
+def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, optimizer: MakeOptimizer = use_momentum) -> Cost:
+    """The cost of `model` on examples x (N, *shape), repeated to a batch of `batch` for training steps of `optimizer(model)`.
+
+    The model's values change.
     """
     rows, labels = torch.arange(batch) % len(x), torch.arange(batch) % classes
-    memory = measure_memory(model, x[rows], labels, options)
+    memory = measure_memory(model, x[rows], labels, optimizer)
     return Cost(count_parameters(model), count_macs(model, x[:1]), memory, encoding.payload_bytes(tensors(model)))
 
 
@@ -75,9 +82,9 @@ FLOP_FORMULAS = {  # of ops that torch's own counter leaves out
 }
 
 
-def measure_memory(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions | None = None) -> int:
+def measure_memory(model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum) -> int:
     """The most bytes of tensors alive at once over two training steps (the second holds the momentum)."""
-    optimizer = local.make_optimizer(model, options or RunOptions.model_validate({}), 1)
+    optimizer = make_optimizer(model)
     with LiveBytes([*model.parameters(), *model.buffers(), x, y]) as alive:
         for _ in range(2):
             optimizer.zero_grad()

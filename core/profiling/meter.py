@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import psutil
 import torch
@@ -15,21 +15,38 @@ from torch.nn import functional as F
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.early_exit import all_exits
-from hetfl.profiling.cost import Cost, measure_cost
+from hetfl.profiling.cost import Cost, MakeOptimizer, measure_cost, use_momentum
 from hetfl.submodel.builder import SubmodelBuilder, to_fast_layout
-from hetfl.training.clipping import clip_gradients
-from hetfl.training.device import autocast
-from hetfl.training.local import make_optimizer
+
+
+Step = Callable[[Tensor, Tensor], None]  # of training, on a batch x (N, *shape), y (N,)
+
+
+def make_plain_step(model: nn.Module) -> Step:
+    """A training step as a run takes it by default, without clipping."""
+    optimizer = use_momentum(model.train())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
 
 
 class Meter:
     """Costs of the submodels of `builder`, for profile plugins, reports, `hfl inspect` and `hfl profile`.
 
-    Measured are local steps on batches of the first two examples of `sample`, with the batch size and optimiser of `options`.
+    Measured are local steps of `optimizer` on batches of the first two examples of `sample`, with the batch size of `options`;
+    timed are those that `make_step` makes for a model.
     """
 
-    def __init__(self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, classes: int) -> None:
+    def __init__(
+        self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, classes: int,
+        optimizer: MakeOptimizer = use_momentum, make_step: Callable[[nn.Module], Step] = make_plain_step,
+    ) -> None:  # fmt: skip
         self._options, self.builder, self._classes = options, builder, classes
+        self._optimizer, self._make_step = optimizer, make_step
         self._x = sample.x[sample.index[:2]].cpu()
         self._costs: dict[object, Cost] = {}
         self._lock = threading.Lock()
@@ -48,35 +65,26 @@ class Meter:
             if key not in self._costs:
                 module = self.builder.build(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
-                    self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._options)
+                    self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._optimizer)
         return self._costs[key]
 
     def step_seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
         """The median seconds of a training step at width `ratio` on a batch of `data`, timed now, on its device."""
         model = to_fast_layout(self.builder.build(self._sizes(ratio))).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
-        return time_step(model, data.x[rows], data.y[rows], self._options, repeats)
+        return time_step(self._make_step(model), data.x[rows], data.y[rows], repeats)
 
     def _sizes(self, ratio: float) -> dict[str, int]:
         return {name: len(units) for name, units in self.builder.widths.prefix(ratio).items()}
 
 
-def time_step(model: nn.Module, x: Tensor, y: Tensor, options: RunOptions, repeats: int = 3) -> float:
-    """The median seconds of a local training step of `options` on x (N, *shape), y (N,), after one to warm up.
-
-    A step is forward and backward pass, clipping and the optimiser's step; on a GPU it has ended when all its work has.
-    """
-    optimizer, model, times = make_optimizer(model, options, 1), model.train(), []
+def time_step(step: Step, x: Tensor, y: Tensor, repeats: int = 3) -> float:
+    """The median seconds of `step` on x (N, *shape), y (N,), after one to warm up; on a GPU it has ended when all its work has."""
+    times = []
     for _ in range(repeats + 1):
         wait_for(x.device)
         started = time.perf_counter()
-        optimizer.zero_grad()
-        with autocast(options):
-            loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        if options.clip:
-            clip_gradients(model.parameters(), options.clip)
-        optimizer.step()
+        step(x, y)
         wait_for(x.device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

@@ -32,6 +32,7 @@ from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.widths import Widths
 from hetfl.training import device, vectorized
+from hetfl.training.local import make_optimizer, make_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
     callback.phase(0, "model")
     model, widths = trace_model(options, federation, plugins)
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
-    return Setup(options, federation, plugins, builder, Meter(options, builder, federation.test, len(federation.classes)))
+    return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 
 
 def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: Widths) -> Setup:
@@ -73,7 +74,13 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
     if plugins.adapts_model or options.global_width < 1 or not is_fully_named(model):
         model = whole()
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device, whole)
-    return Setup(options, federation, plugins, builder, Meter(options, builder, federation.test, len(federation.classes)))
+    return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
+
+
+def make_meter(options: RunOptions, builder: SubmodelBuilder, federation: FederatedDataset) -> Meter:
+    """What measures the costs of submodels, with the run's own optimiser and steps."""
+    optimizer, step = partial(make_optimizer, options=options, round=1), partial(make_step, options=options)
+    return Meter(options, builder, federation.test, len(federation.classes), optimizer, step)
 
 
 def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
@@ -105,6 +106,22 @@ def count_work(options: RunOptions, examples: int) -> tuple[int, int]:
 def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:
     """The local optimiser of all parameters of `model` that are trained."""
     return make_optimizer_for([p for p in model.parameters() if p.requires_grad], options, round)
+
+
+def make_step(model: nn.Module, options: RunOptions) -> Callable[[Tensor, Tensor], None]:
+    """A plain training step of `model` on a batch x (N, *shape), y (N,), as `descend` takes them in round 1."""
+    optimizer = make_optimizer(model.train(), options, 1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        with autocast(options):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if options.clip:
+            clip_gradients(model.parameters(), options.clip)
+        optimizer.step()
+
+    return step
 
 
 def make_optimizer_for(parameters: list[Tensor], options: RunOptions, round: int) -> torch.optim.Optimizer:

@@ -132,3 +132,12 @@ def test_hooks_md_shows_the_whole_toolbox():
     text = (DOCS / "hooks.md").read_text()
     for module, (names, purpose) in TOOLBOX.items():
         assert f"| `hetfl.{module}` | {', '.join(f'`{n}`' for n in names)} | {purpose} |" in text
+
+
+def test_every_check_stands_in_its_page():
+    from hetfl.testing.checks import CHECKS
+
+    page = (DOCS / "checking.md").read_text()
+    for check in CHECKS.values():
+        roles = "all" if set(check.roles) == set(registry.ROLES) else ", ".join(check.roles)
+        assert re.search(rf"^\| {check.tier.name.lower()} \| `{check.name}` \| .* \| {roles} \|$", page, re.M), check.name

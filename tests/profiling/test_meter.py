@@ -12,6 +12,7 @@ from torch import nn
 from hetfl.config import resolve
 from hetfl.models.state import tensors
 from hetfl.profiling import meter
+from hetfl.training.local import make_step
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -21,7 +22,7 @@ def test_a_timed_step_is_one_of_local_training(optimizer):
     model, again = nn.Linear(4, 3), nn.Linear(4, 3)
     again.load_state_dict(model.state_dict())
     x, y, options = torch.randn(6, 4), torch.arange(6) % 3, resolve({"optimizer": optimizer, "lr": 0.1, "clip": 0.5})
-    assert meter.time_step(model, x, y, options) > 0
+    assert meter.time_step(make_step(model, options), x, y) > 0
     by_hand = torch.optim.Adam(again.parameters(), 0.1) if optimizer == "adam" else torch.optim.SGD(again.parameters(), 0.1, 0.9)
     for _ in range(4):
         by_hand.zero_grad()
@@ -35,7 +36,7 @@ def test_a_step_has_ended_when_its_device_has(monkeypatch):
     """A GPU is given work and does it later: what it still has to do is waited for within the time that is taken."""
     monkeypatch.setattr(meter, "wait_for", lambda device: time.sleep(0.02))
     model, options = nn.Linear(2, 2), resolve({})
-    assert meter.time_step(model, torch.randn(2, 2), torch.tensor([0, 1]), options) >= 0.02
+    assert meter.time_step(make_step(model, options), torch.randn(2, 2), torch.tensor([0, 1])) >= 0.02
 
 
 def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch):
