@@ -18,7 +18,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import plural
 
 if TYPE_CHECKING:
-    from hetfl.runs.cell import TrialResult
+    from hetfl.runs.cell import Trial, TrialResult
 
 SHOWN = 12  # rounds on the screen
 
@@ -98,7 +98,7 @@ class RoundDisplay:
 
     def _table(self) -> Table:
         rows = [(str(row["round"]), *round_cells(row)) for row in self.rows[-SHOWN:]]
-        return table(("round", *COLUMNS), rows, right=True)
+        return table(("round", *COLUMNS), rows, numbers=0)
 
 
 def round_cells(row: dict[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def round_line(row: dict[str, Any], rounds: int) -> str:
 class SweepDisplay:
     """The leaderboard of a sweep while it runs; one plain line a trial where the output is no terminal."""
 
-    def __init__(self, trials: int, metric: str) -> None:
+    def __init__(self, trials: Sequence[Trial], metric: str) -> None:
         self._trials, self._metric, self._started = trials, metric, time.perf_counter()
         self._screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -134,11 +134,13 @@ class SweepDisplay:
         """Shows what is known by now; the last of `results` is the new one."""
         done, new = len(results), results[-1]
         if self._screen:
+            from hetfl.runs.leaderboard import sort_results
+
             passed = time.perf_counter() - self._started
-            status = f"{done} of {self._trials} trials, {sum(r.cached for r in results)} of them from before ({passed:.0f} s)"
-            self._screen.update(Group(leaderboard_table(results, self._metric), Text(status)))
+            status = f"{done} of {len(self._trials)} trials, {sum(r.cached for r in results)} of them from before ({passed:.0f} s)"
+            self._screen.update(Group(leaderboard_table(sort_results(results, self._trials), self._metric), Text(status)))
             self._screen.refresh()
             return
         value = percent(new.row.get(self._metric)) if new.status == "ok" else f"{new.status}: {new.row['why']}"
         trial, at = new.trial, ", ".join(f"{name} {value}" for name, value in new.trial.point)
-        say(f"[{done}/{self._trials}] {trial.extract} x {trial.aggregate} {at} seed {trial.seed}: {value}")
+        say(f"[{done}/{len(self._trials)}] {trial.extract} x {trial.aggregate} {at} seed {trial.seed}: {value}")

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from hetfl.cli import check, new_plugin, reproduce, run, show, stopping, study
+from hetfl.cli import check, compare, new_plugin, reproduce, run, show, stopping, study
 from hetfl.cli import report as reports
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
@@ -52,6 +52,7 @@ COMMANDS = (
     study.scale,
     reproduce.reproduce,
     reports.report,
+    compare.compare,
     check.check,
     show.inspect,
     show.profile,

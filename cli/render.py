@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
-from hetfl.cli.console import console, say
+from hetfl.cli.console import clean, console, say
 from hetfl.errors import plural
 from hetfl.presets import Preset
-from hetfl.registry import Entry
+from hetfl.registry import BUILT_IN, Entry
 
 if TYPE_CHECKING:
     from hetfl.hooks.base import Plugin
@@ -35,14 +37,64 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> Table:
-    """A plain table; with `right`, numbers: all columns to the right."""
+Shown = str | Text  # a cell
+
+PADDING = 2  # beside every column
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Shown]], numbers: int | None = None) -> Table:
+    """A plain table in which no word is broken; columns from `numbers` on hold numbers, each on one line, to the right."""
     made = Table(box=None, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold", justify="right" if right or column == "units" else "left")
+    least, most = find_widths(columns, rows, numbers)
+    for i, width in enumerate(share_width(least, most)):
+        right = numbers is not None and i >= numbers
+        made.add_column(columns[i], width=width, overflow="fold", justify="right" if right else "left")
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def find_widths(columns: Sequence[str], rows: Sequence[Sequence[Shown]], numbers: int | None) -> tuple[list[int], list[int]]:
+    """For each column the width at which no word of it is broken, and no number; and that at which nothing is."""
+    least, most = [], []
+    for i, column in enumerate(columns):
+        cells = [clean(cell.plain if isinstance(cell, Text) else cell) for cell in (row[i] for row in rows)]
+        whole = cells if numbers is not None and i >= numbers else [word for cell in cells for word in cell.split()]
+        least.append(max(map(cell_len, [*column.split(), *whole, " "])))
+        most.append(max(cell_len(line) for cell in [column, *cells, " "] for line in cell.splitlines() or [""]))
+    return least, most
+
+
+def share_width(least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """The columns' widths: what the terminal has beyond the least goes to those that want most."""
+    widths, room = list(least), console.width - sum(least) - PADDING * len(least)
+    for _ in range(max(0, room)):
+        wanting = max(range(len(widths)), key=lambda i: most[i] - widths[i], default=0)
+        if not widths or widths[wanting] >= most[wanting]:
+            break
+        widths[wanting] += 1
+    return widths
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Shown]], numbers: int | None = None, keys: int = 1) -> None:
+    """Prints a table; one too wide for the terminal in parts, each with the first `keys` columns, or as lines `column: value`."""
+    widths = [width + PADDING for width in find_widths(columns, rows, numbers)[0]]
+    first, parts = list(range(keys)), list[list[int]]()
+    for i in range(keys, len(columns)):
+        if parts and sum(widths[k] for k in (*first, *parts[-1], i)) <= console.width:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    if any(sum(widths[k] for k in (*first, *part)) > console.width for part in parts):
+        for row in rows:
+            for column, cell in zip(columns, row, strict=True):
+                say(f"{column}: {cell.plain if isinstance(cell, Text) else cell}")
+            say("")
+        return
+    for part in parts or [[]]:
+        chosen = [*first, *part]
+        console.print(table([columns[k] for k in chosen], [[row[k] for k in chosen] for row in rows],
+                            None if numbers is None else sum(k < numbers for k in chosen)))  # fmt: skip
 
 
 def print_summary(summary: dict[str, Any], path: Path) -> None:
@@ -50,10 +102,10 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     pair, size = f"{summary['extract']} x {summary['aggregate']} on {summary['dataset']}", plural(summary["clients"], "client")
     console.print()
     say(f"{pair}: {plural(summary['rounds'], 'round')}, {size}, {summary['seconds']:.1f} s", "bold")
-    console.print(accuracy_table(summary["accuracy"]))
+    print_accuracies(summary["accuracy"])
     if "pre-training" in summary:
         say(describe_pretraining(summary["pre-training"], summary["accuracy"].get("global@test")))
-    console.print(level_table(summary["levels"]))
+    print_levels(summary["levels"])
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds by phase"].items() if seconds >= 0.005)
     say(f"bytes: {format_bytes(summary['bytes down'])} down, {format_bytes(summary['bytes up'])} up")
     say(f"seconds: {phases}; clients' own time {summary['client seconds']:.2f}")
@@ -69,17 +121,17 @@ def describe_pretraining(before: dict[str, Any], after: dict[str, float] | None)
     return f"before round 1: global@test {before['accuracy']:.1%} after {spent}{points}"
 
 
-def accuracy_table(accuracies: dict[str, dict[str, float]]) -> Table:
+def print_accuracies(accuracies: dict[str, dict[str, float]]) -> None:
     """Every accuracy of a run: last round, mean of the last three, worst decile of the clients, loss."""
-    made = table(("accuracy", "last round", "mean of last 3", "worst decile", "loss"), [], right=True)
-    made.columns[0].justify = "left"
-    for name, values in accuracies.items():
-        loss = f"{values['loss']:.3f}" if "loss" in values else ""
-        made.add_row(name, percent(values["last"]), percent(values.get("last three")), percent(values.get("p10")), loss)
-    return made
+    rows = [
+        (name, percent(values["last"]), percent(values.get("last three")), percent(values.get("p10")),
+         f"{values['loss']:.3f}" if "loss" in values else "")
+        for name, values in accuracies.items()
+    ]  # fmt: skip
+    print_table(("accuracy", "last round", "mean of last 3", "worst decile", "loss"), rows, numbers=1)
 
 
-def level_table(levels: Sequence[dict[str, Any]]) -> Table:
+def print_levels(levels: Sequence[dict[str, Any]]) -> None:
     """What a client of each level spends in a round."""
     sizes = ("memory", "bytes down", "bytes up")
     rows = [
@@ -87,13 +139,22 @@ def level_table(levels: Sequence[dict[str, Any]]) -> Table:
          f"{level.get('seconds', 0):.2f}")
         for level in levels
     ]  # fmt: skip
-    return table(("level", "parameters", "MACs", "training memory", "down", "up", "seconds"), rows, right=True)
+    print_table(("level", "parameters", "MACs", "training memory", "down", "up", "seconds"), rows, numbers=0)
 
 
 def print_plugins(entries: Sequence[Entry]) -> None:
-    """Every plugin by role."""
-    columns = ("role", "name", "summary", "paper", "from")
-    console.print(table(columns, [(e.role, e.name, e.summary, e.paper, e.source) for e in entries]))
+    """Every plugin by role, about a line each; where the terminal is wide enough, with the paper."""
+    wide = max((cell_len(f"{e.name} {e.summary} {e.paper} {e.source}") for e in entries), default=0) + 10 <= console.width
+    name_width = max((cell_len(clean(e.name)) for e in entries), default=0)
+    for role in dict.fromkeys(e.role for e in entries):
+        say(role, "bold")
+        made = Table.grid(padding=(0, 2))
+        made.add_column(min_width=name_width + 2)
+        for e in (e for e in entries if e.role == role):
+            summary = e.summary if e.source == BUILT_IN else f"{e.summary} ({e.source})".lstrip()
+            made.add_row(f"  {clean(e.name)}", summary, *([e.paper] if wide else []))
+        console.print(made)
+    say("hfl show NAME says more: options, paper, where it comes from")
 
 
 def print_plugin(entry: Entry, plugin: type[Plugin]) -> None:
@@ -111,24 +172,25 @@ def print_plugin(entry: Entry, plugin: type[Plugin]) -> None:
         (f"{entry.name}.{name}", str(field.default), *(str(presets[key].get(name, "")) for key in others), field.description or "")
         for name, field in plugin.model_fields.items()
     ]
-    console.print(table(("option", "default", *others, "meaning"), rows))
+    print_table(("option", "default", *others, "meaning"), rows)
     if deviations := getattr(plugin, "DEVIATES", ()):
         say(f"where the default deviates (measured: docs/strategies/{entry.name}.md)", "bold")
-        console.print(table(("piece", "default", "paper / reference code", "why"), deviations))
+        print_table(("piece", "default", "paper / reference code", "why"), deviations)
 
 
 def print_presets(presets: Sequence[Preset]) -> None:
     """Every preset."""
-    console.print(table(("preset", "what", "unlike the paper"), [(p.name, p.about, p.unlike) for p in presets]))
+    print_table(("preset", "what"), [(p.name, p.about) for p in presets])
+    say("hfl presets NAME prints one as a run file, and says what is unlike the paper")
 
 
 def print_preset(preset: Preset) -> None:
-    """One preset's settings, as a run file, and their hash."""
-    say(f"{preset.name}: {preset.about}", "bold")
+    """One preset as a run file, which `hfl run` takes; what else there is to say stands in comments."""
+    say(f"# {preset.about}")
     if preset.unlike:
-        say(f"unlike the paper: {preset.unlike}")
-    say(tomli_w.dumps(preset.values))
-    say(f"sha256 {preset.digest}")
+        say(f"# unlike the paper: {preset.unlike}")
+    say(f"# sha256 of the settings {preset.digest}")
+    say(tomli_w.dumps({"preset": preset.name, **preset.values}).rstrip())
 
 
 def print_model_report(report: ModelReport) -> None:
@@ -140,14 +202,14 @@ def print_model_report(report: ModelReport) -> None:
         f"entries can be cut (traced and proven in {report.seconds:.1f} s)", "bold",
     )  # fmt: skip
     cuts = [(g.name, str(g.size), list_some(report.members[g.name])) for g in widths.groups]
-    console.print(table(("group", "units", "cuts"), cuts))
-    console.print(table(("frozen", "why"), list(widths.frozen.items())))
+    print_table(("group", "units", "cuts"), cuts)
+    print_table(("frozen", "why"), list(widths.frozen.items()))
     rows = [
         (f"{level.ratio:g}", f"{level.cost.parameters:,}", f"{level.cost.macs:,}", format_bytes(level.cost.memory),
          format_bytes(level.cost.bytes), f"{level.error:.1e}")
         for level in report.levels
     ]  # fmt: skip
-    console.print(table(("level", "parameters", "MACs", "training memory", "payload", "sliced - masked"), rows, right=True))
+    print_table(("level", "parameters", "MACs", "training memory", "payload", "sliced - masked"), rows, numbers=0)
 
 
 def list_some(names: Sequence[str]) -> str:
@@ -162,7 +224,7 @@ def print_width_reports(model: str, reports: Sequence[WidthReport]) -> None:
          r.exceeded or "yes")
         for r in reports
     ]  # fmt: skip
-    console.print(table(("width", "parameters", "MACs", "training memory", "step", "affordable"), rows, right=True))
+    print_table(("width", "parameters", "MACs", "training memory", "step", "affordable"), rows)
     best = max((r.ratio for r in reports if not r.exceeded), default=None)
     verdict = "affords no width of it" if best is None else f"affords width {best:g}"
     next_up = min((r for r in reports if r.exceeded and (best is None or r.ratio > best)), key=lambda r: r.ratio, default=None)
@@ -170,45 +232,70 @@ def print_width_reports(model: str, reports: Sequence[WidthReport]) -> None:
     say(f"{model}: this machine {verdict}{why}", "bold")
 
 
-def leaderboard_table(results: Sequence[TrialResult], metric: str) -> Table:
-    """Mean and 95 % interval over the seeds at every point, by mean rank."""
+Rows = tuple[list[str], list[list[str]]]
+
+
+def leaderboard_rows(results: Sequence[TrialResult], metric: str) -> Rows:
+    """Columns and rows of the leaderboard: mean and standard deviation over the seeds at every point, by mean rank."""
+    from hetfl.rounds.rows import MEAN_LEVEL, WORST_LEVEL
     from hetfl.runs import leaderboard
 
     points = list(dict.fromkeys(r.trial.point for r in results))
+    board = leaderboard.rank_pairs(results, metric)
+    levels = [name for name in (MEAN_LEVEL, WORST_LEVEL) if name != metric and any(name in row.levels for row in board)]
     rows = []
-    for row in leaderboard.rank_pairs(results, metric):
-        values = [format_interval(*row.values[p]) if p in row.values else "" for p in points]
-        rows.append((f"{row.rank:.1f}" if row.values else "", row.extract, row.aggregate, *values, row.why))
-    return table(("rank", "extract", "aggregate", *(leaderboard.point_label(p) for p in points), ""), rows)
+    for row in board:
+        values = [format_spread(*row.values[p]) if p in row.values else "" for p in points]
+        more = [f"{100 * row.levels[name]:.1f}" if name in row.levels else "" for name in levels]
+        rows.append([f"{row.rank:.1f}" if row.values else "", row.extract, row.aggregate, *values, *more, row.why])
+    columns = ["rank", "extract", "aggregate", *(leaderboard.point_label(p) for p in points)]
+    columns += [name.removesuffix("@test") for name in levels]
+    if any(row[-1] for row in rows):
+        return [*columns, "why"], rows
+    return columns, [row[:-1] for row in rows]
 
 
-def format_interval(mean: float, half: float, seeds: int) -> str:
-    """`71.3 ± 0.8`, in percent; the mean alone where there is one seed."""
-    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if seeds > 1 else "")
+def leaderboard_table(results: Sequence[TrialResult], metric: str) -> Table:
+    """The leaderboard while a sweep runs."""
+    return table(*leaderboard_rows(results, metric))
+
+
+def format_spread(mean: float, std: float, half: float, seeds: int) -> str:
+    """`71.3 ± 0.8`, in percent, with the standard deviation; the mean alone where there is one seed."""
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if seeds > 1 else "")
 
 
 def print_leaderboard(results: Sequence[TrialResult], metric: str, out: Path) -> None:
     """What a sweep came to."""
+    seeds = len({r.trial.seed for r in results})
     console.print()
-    say(f"{metric}, %, mean over seeds and 95 % interval, by mean rank", "bold")
-    console.print(leaderboard_table(results, metric))
+    say(
+        f"{metric}, %, mean ± standard deviation over {seeds} seeds, by mean rank" if seeds > 1 else f"{metric}, %, one seed",
+        "bold",
+    )
+    print_table(*leaderboard_rows(results, metric), keys=3)
+    if seeds == 2:
+        say("two seeds say little: a 95 % interval is 9 standard deviations to either side (leaderboard.csv)", "yellow")
+    elif seeds > 2:
+        say("95 % intervals (Student's t) are in leaderboard.csv; hfl compare says which differences are significant")
     say(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)")
 
 
 def print_written_leaderboard(rows: Sequence[dict[str, str]], path: Path) -> None:
     """A leaderboard as leaderboard.csv has it: a row a pair and point."""
+    from hetfl.rounds.rows import MEAN_LEVEL, WORST_LEVEL
     from hetfl.runs.leaderboard import HALF
 
-    fixed = ("extract", "aggregate", "mean rank", "metric", "mean", HALF, "seeds", "why")
+    fixed = ("extract", "aggregate", "mean rank", "metric", "mean", "std", HALF, "seeds", "why", MEAN_LEVEL, WORST_LEVEL)
     points = [name for name in rows[0] if name not in fixed] if rows else []
-    say(f"{rows[0]['metric']}, %, mean over seeds and 95 % interval, by mean rank" if rows else "no run has ended", "bold")
+    say(f"{rows[0]['metric']}, %, mean ± standard deviation over seeds, by mean rank" if rows else "no run has ended", "bold")
     shown = []
     for row in rows:
         rank, value = row["mean rank"], row.get("mean")
-        found = format_interval(float(value), float(row[HALF] or "nan"), int(float(row["seeds"]))) if value else ""
+        found = format_spread(float(value), float(row["std"] or "nan"), 0.0, int(float(row["seeds"]))) if value else ""
         rank = f"{float(rank):.1f}" if value else ""
         shown.append((rank, row["extract"], row["aggregate"], *(row[p] or "" for p in points), found, row.get("why") or ""))
-    console.print(table(("rank", "extract", "aggregate", *points, "accuracy", ""), shown))
+    print_table(("rank", "extract", "aggregate", *points, "accuracy", ""), shown, keys=3)
     say(f"folder: {path} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)")
 
 
@@ -224,7 +311,7 @@ def print_scaling(rows: Sequence[dict[str, Any]], out: Path) -> None:
         for r in rows
     ]  # fmt: skip
     columns = ("clients", "server s", "ms a client", *phases, "MB down", "MB up", "peak MB")
-    console.print(table(columns, shown, right=True))
+    print_table(columns, shown, numbers=0)
     if len(rows) > 1:
         power = scaling.growth_exponent(rows, "server seconds")
         say(f"server seconds grow as clients^{power:.2f} from {rows[0]['clients']:,} to {rows[-1]['clients']:,}")

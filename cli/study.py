@@ -55,12 +55,13 @@ def matrix(
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []
     try:
-        with resumable(lambda: GOES_ON), SweepDisplay(len(trials), metric) as display:
+        with resumable(lambda: GOES_ON), SweepDisplay(trials, metric) as display:
             for result in sweeps.run_trials(trials, out, jobs):
                 results.append(result)
                 display.show(results)
     finally:
-        leaderboard.write_tables(results, metric, out)
+        results = leaderboard.sort_results(results, trials)
+        leaderboard.write_tables([*results, *sweeps.read_others(out, trials)], metric, out)
     conclude(results, metric, out)
 
 

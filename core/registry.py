@@ -3,11 +3,15 @@ this process was handed as objects. None is imported to be listed or found."""
 
 from __future__ import annotations
 
+import ast
 import threading
 import tomllib
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from hetfl.config import RunOptions
@@ -74,8 +78,25 @@ def third_party() -> list[Entry]:
 def read_entry_point(role: str, point: EntryPoint) -> Entry:
     """One entry point; a distribution that is found twice on the path gives equal entries."""
     source = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
-    summary = str(point.dist.metadata["Summary"] or "") if point.dist and "Summary" in point.dist.metadata else ""
+    about = str(point.dist.metadata["Summary"] or "") if point.dist and "Summary" in point.dist.metadata else ""
+    module, _, name = point.value.partition(":")
+    summary = read_docstring(module, name) or about
     return Entry(role, point.name, point.value, source, summary)
+
+
+def read_docstring(module: str, name: str) -> str:
+    """The first line of a class's docstring, read from the module's source without importing it; nothing where it is not there."""
+    places: Any = None
+    try:
+        for part in accumulate(module.split("."), "{}.{}".format):
+            spec = PathFinder.find_spec(part, places)
+            places = spec.submodule_search_locations if spec else None
+        source = Path(str(spec.origin)).read_text(encoding="utf-8") if spec else ""
+        found = next((n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    lines = (ast.get_docstring(found) or "").splitlines() if found else []
+    return lines[0].rstrip(".") if lines else ""
 
 
 def entries(role: str | None = None) -> list[Entry]:

@@ -24,6 +24,7 @@ def evaluate_round(now: RoundState) -> None:
     for name, score in scores.items():
         results |= {name: score.accuracy, f"{name} loss": score.loss}
     if wanted:
+        now.row.add_levels()
         evaluate_on_clients(now)
     if last:
         evaluate_masked(now)

@@ -19,6 +19,7 @@ TAKEN = "taken"
 STATISTICS_BYTES = "statistics bytes"  # of both ways' bytes, those of --norm-policy static
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
 CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
+MEAN_LEVEL, WORST_LEVEL = "mean level@test", "worst level@test"
 RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}
 
 
@@ -78,6 +79,12 @@ class RoundRow:
             ordered = sorted(values)
             self.results[name] = sum(values) / len(values)
             self.results[f"{name} p10"] = ordered[int(0.1 * (len(ordered) - 1))]
+
+    def add_levels(self) -> None:
+        """The mean over the levels' accuracies on the test split, and the worst of them."""
+        levels = [value for name, value in self.results.items() if name.startswith("level-") and name.endswith("@test")]
+        if levels:
+            self.results |= {MEAN_LEVEL: sum(levels) / len(levels), WORST_LEVEL: min(levels)}
 
     def columns(self) -> Row:
         """The line."""

@@ -153,7 +153,7 @@ def matrix(
             for line in lines:
                 line.step(len(results), f"{trial.extract} x {trial.aggregate}, seed {trial.seed}")
     if path is not None:
-        leaderboard.write_tables(results, metric, path)
+        leaderboard.write_tables([*results, *sweeps.read_others(path, trials)], metric, path)
     return Matrix(results, metric, path)
 
 

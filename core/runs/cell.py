@@ -15,6 +15,8 @@ from hetfl.errors import UsageError, nearest
 
 NOT_APPLICABLE = "not applicable"  # in a summary: why accuracies of the global model are none of the run's
 
+LEVEL_COSTS = ("parameters", "MACs", "memory", "bytes down", "bytes up", "seconds")  # of a client of a level in a round
+
 WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
 
 
@@ -66,7 +68,7 @@ class TrialResult:
 
 
 METRIC = re.compile(  # the accuracies that a run may measure
-    r"((global|sent|control|pretrained|(level|sent|personal)-[0-9.e-]+)@test"
+    r"((global|sent|control|pretrained|mean level|worst level|(level|sent|personal)-[0-9.e-]+)@test"
     r"|(client|submodel|personal)@own|global@own masked)( p10)?"
 )
 
@@ -83,7 +85,7 @@ def check_metric(name: str) -> None:
 
 
 def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
-    """A trial's line of matrix.csv from its summary.json or refused.json; costs are means over the levels' clients."""
+    """A trial's line of matrix.csv from its summary.json or refused.json; costs are those of the levels, and their means."""
     base: Row = {"extract": trial.extract, "aggregate": trial.aggregate, **dict(trial.point), "seed": trial.seed}
     if "why" in summary:
         return base | {"status": summary["status"], "why": summary["why"], "config": trial.key}
@@ -93,6 +95,7 @@ def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
     deciles = {f"{name} p10": values["p10"] for name, values in summary["accuracy"].items() if "p10" in values}
     levels = summary["levels"]
     costs = {n: statistics.fmean(level[n] for level in levels) for n in ("parameters", "MACs", "memory") if levels}
+    costs |= {f"level-{level['level']} {n}": level[n] for level in levels for n in LEVEL_COSTS if n in level}
     totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
     why = {"why": summary[NOT_APPLICABLE]} if NOT_APPLICABLE in summary else {}
     return base | {"status": "ok", **why, **accuracies, **deciles, **costs, **totals, "config": trial.key}

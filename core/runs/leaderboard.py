@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hetfl.runs.cell import Row, TrialResult
+from hetfl.rounds.rows import MEAN_LEVEL, WORST_LEVEL
+from hetfl.runs.cell import Row, Trial, TrialResult
 from hetfl.runs.folder import RunFolder
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond 30 the normal one's 1.96 is near enough
@@ -22,15 +23,28 @@ HALF = "half width of the 95 % interval"
 Point = tuple[tuple[str, Any], ...]  # what the sweep varies, as (option, value)
 
 
+class Spread(NamedTuple):
+    """Values of several seeds: mean, standard deviation, half width of the 95 % interval (Student's t), number of seeds.
+
+    With one value neither deviation nor interval is a number.
+    """
+
+    mean: float
+    std: float
+    half: float
+    seeds: int
+
+
 @dataclass(frozen=True)
 class LeaderboardRow:
-    """A pair over the seeds at each point of the sweep: (mean, half width of the 95 % interval, seeds), and its mean rank."""
+    """A pair over the seeds at each point of the sweep, its mean rank, and its accuracies by level: MEAN_LEVEL and WORST_LEVEL."""
 
     extract: str
     aggregate: str
-    values: dict[Point, tuple[float, float, int]]
+    values: dict[Point, Spread]
     rank: float
     why: str = ""
+    levels: dict[str, float] = field(default_factory=dict)
 
 
 def rank_pairs(results: Sequence[TrialResult], metric: str) -> list[LeaderboardRow]:
@@ -48,26 +62,38 @@ def rank_pairs(results: Sequence[TrialResult], metric: str) -> list[LeaderboardR
         if r.row.get(metric) is not None
     ]
     table = pd.DataFrame(measured, columns=["pair", "point", "value"])
-    spread = {key: interval(values.tolist()) for key, values in table.groupby(["pair", "point"], sort=False)["value"]}
-    means = pd.Series({key: mean for key, (mean, _, _) in spread.items()}, dtype=float)
+    spread = {key: measure_spread(values.tolist()) for key, values in table.groupby(["pair", "point"], sort=False)["value"]}
+    means = pd.Series({key: found.mean for key, found in spread.items()}, dtype=float)
     ranks = means.groupby(level=1).rank(ascending=False, method="min").groupby(level=0).mean() if spread else {}
     lacking = [r for r in results if r.row.get(metric) is None and "why" in r.row]
     why = {(r.trial.extract, r.trial.aggregate): r.row["why"] for r in lacking}
     rows = [
         LeaderboardRow(*pair, {points[p]: found for (q, p), found in spread.items() if q == i},
-                       float(ranks.get(i, math.inf)), why.get(pair, ""))
+                       float(ranks.get(i, math.inf)), why.get(pair, ""), average_levels(pair, results))
         for i, pair in enumerate(pairs)
     ]  # fmt: skip
     return sorted(rows, key=lambda row: row.rank)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, int]:
-    """Mean and half width of the 95 % confidence interval (Student's t); not a number with one value."""
+def average_levels(pair: tuple[str, str], results: Sequence[TrialResult]) -> dict[str, float]:
+    """A pair's mean and worst level, the means over its runs."""
+    mine = [r.row for r in results if (r.trial.extract, r.trial.aggregate) == pair]
+    found = {name: [row[name] for row in mine if row.get(name) is not None] for name in (MEAN_LEVEL, WORST_LEVEL)}
+    return {name: statistics.fmean(values) for name, values in found.items() if values}
+
+
+def measure_spread(values: Sequence[float]) -> Spread:
+    """What the values of several seeds come to."""
     n = len(values)
     if n < 2:
-        return values[0], math.nan, n
-    t = T[n - 2] if n - 2 < len(T) else 1.96
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n), n
+        return Spread(values[0], math.nan, math.nan, n)
+    std = statistics.stdev(values)
+    return Spread(statistics.fmean(values), std, quantile(n - 1) * std / math.sqrt(n), n)
+
+
+def quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    return T[freedom - 1] if freedom <= len(T) else 1.96
 
 
 def write_tables(results: Sequence[TrialResult], metric: str, out: Path) -> None:
@@ -93,8 +119,17 @@ def write_tables(results: Sequence[TrialResult], metric: str, out: Path) -> None
 def csv_rows(row: LeaderboardRow, metric: str) -> list[Row]:
     """The lines of leaderboard.csv for one pair: one a point, or one that says why it has no value."""
     base = {"extract": row.extract, "aggregate": row.aggregate, "mean rank": row.rank, "metric": metric}
-    found = [{**base, **dict(point), "mean": mean, HALF: half, "seeds": n} for point, (mean, half, n) in row.values.items()]
+    found = [
+        {**base, **dict(point), "mean": mean, "std": std, HALF: half, "seeds": n, **row.levels}
+        for point, (mean, std, half, n) in row.values.items()
+    ]
     return found or [{**base, "why": row.why}]
+
+
+def sort_results(results: Sequence[TrialResult], trials: Sequence[Trial]) -> list[TrialResult]:
+    """The results in the order in which their trials were asked for."""
+    places = {id(trial): i for i, trial in enumerate(trials)}
+    return sorted(results, key=lambda result: places.get(id(result.trial), len(trials)))
 
 
 def point_label(point: Sequence[tuple[str, Any]]) -> str:

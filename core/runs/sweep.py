@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 import os
 import time
 import traceback
@@ -196,6 +198,37 @@ def fill_folder(trial: Trial, folder: RunFolder, workers: int | None) -> None:
 def read_result(out: Path, trial: Trial) -> TrialResult | None:
     """What `out` holds of a trial; None where it has not ended."""
     return read_folder(RunFolder(out / "cells" / trial.name), trial)
+
+
+def read_others(out: Path, trials: Sequence[Trial]) -> list[TrialResult]:
+    """What matrix.csv in `out` has of trials other than these, from their folders: an earlier, larger selection stays."""
+    if not (out / "matrix.csv").exists():
+        return []
+    with (out / "matrix.csv").open(newline="") as file:
+        table = csv.DictReader(file)
+        rows, columns = list(table), list(table.fieldnames or ())
+    names = columns[columns.index("aggregate") + 1 : columns.index("seed")]  # what was swept
+    known: dict[str, list[set[tuple[str, str]]]] = {}
+    for trial in trials:
+        known.setdefault(trial.key, []).append({(name, str(value)) for name, value in trial.point})
+    found = []
+    for row in rows:
+        point = tuple((name, read_value(row[name])) for name in names if row[name])
+        if any({(name, str(value)) for name, value in point} <= asked for asked in known.get(row["config"], ())):
+            continue
+        (folder, *_) = [*out.glob(f"cells/*-{row['config']}"), None]
+        values = config.read_run_file(folder / "config.toml") if folder and (folder / "config.toml").exists() else {}
+        result = read_folder(RunFolder(folder), Trial(point, config.resolve(values))) if folder and values else None
+        if result is not None:
+            found.append(replace(result, row=result.row | {"config": row["config"]}))
+    return found
+
+
+def read_value(text: str) -> Any:
+    """A swept value as matrix.csv has it: a number, true, false, a list or text."""
+    with suppress(ValueError):
+        return json.loads(text)
+    return text
 
 
 def read_folder(folder: RunFolder, trial: Trial) -> TrialResult | None:

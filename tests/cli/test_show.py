@@ -9,6 +9,10 @@ import sys
 import pytest
 
 from helpers.cli import hfl
+from hetfl import config, presets, registry
+from hetfl.cli.console import console
+from hetfl.cli.main import main
+from hetfl.config import read_run_file, resolve
 
 
 def test_show_prints_the_summary_again(finished, capsys):
@@ -73,8 +77,41 @@ def test_presets_are_listed_and_shown(capsys):
     assert "heterofl/cifar10-iid-a-e" in out
     code, out, _ = hfl(capsys, "presets", "fiarse/cifar10-four")
     assert 'extract = "fiarse"' in out
-    assert "unlike the paper" in out
+    assert "# unlike the paper" in out
     assert hfl(capsys, "presets", "fiarse/cifar10-fuor")[0] == 2
+
+
+def test_a_preset_is_printed_as_a_run_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["presets", "heterofl/mnist-iid-a"])
+    (tmp_path / "run.toml").write_text(capsys.readouterr().out)
+    values, preset = read_run_file(tmp_path / "run.toml"), presets.find_preset("heterofl/mnist-iid-a")
+    assert values == {"preset": preset.name, **preset.values}
+    assert resolve(values) == resolve(config.merge_options(preset.values, {"preset": preset.name}))
+
+
+@pytest.mark.parametrize(
+    "words", [["plugins"], ["presets"], ["show", "fedconv"], ["show", "kld"], ["presets", "fiarse/cifar10-four"]]
+)
+def test_no_word_is_broken_at_80_columns(words, capsys, monkeypatch):
+    def printed(width):
+        monkeypatch.setattr(console, "width", width)
+        with pytest.raises(SystemExit):
+            main(words)
+        return capsys.readouterr().out
+
+    narrow, wide = printed(80), printed(250)
+    if words[0] != "presets" or len(words) == 1:
+        assert max(map(len, narrow.splitlines())) <= 80
+    assert set(narrow.split()) - set(wide.split()) == set(), "a piece of a word"
+
+
+def test_the_list_of_plugins_has_about_a_line_each(capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 80)
+    with pytest.raises(SystemExit):
+        main(["plugins"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 1.5 * len(registry.entries()) + 6
 
 
 def test_profile_says_what_this_machine_affords(capsys):

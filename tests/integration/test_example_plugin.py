@@ -36,6 +36,7 @@ def test_it_is_listed_without_being_imported(site):
     done = hfl(site, "list-plugins")
     assert "alternate" in done.stdout
     assert "hetfl-example 0.1.0" in done.stdout
+    assert "Keeps evenly spaced channels of every layer; at width 0.5, every second one" in done.stdout, "the class's own summary"
     code = (
         "import sys\nfrom hetfl.cli.main import main\ntry:\n    main(['list-plugins'])\nexcept SystemExit:\n    pass\n"
         "assert 'hetfl_example' not in sys.modules"

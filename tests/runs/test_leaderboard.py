@@ -27,8 +27,20 @@ def test_leaderboard():
     board = leaderboard.rank_pairs([*rows, refused], "global@test")
     assert [s.extract for s in board] == ["a", "b", "c"]
     assert [s.rank for s in board] == [1.5, 1.5, math.inf]
-    mean, half, seeds = board[0].values[one]
-    assert (mean, seeds) == (pytest.approx(0.6), 2)
+    mean, std, half, seeds = board[0].values[one]
+    assert (mean, std, seeds) == (pytest.approx(0.6), pytest.approx(0.1 * 2**0.5), 2)
     assert half == pytest.approx(12.706 * 0.1 / 1, rel=1e-3)
-    assert math.isnan(board[0].values[two][1])
+    assert math.isnan(board[0].values[two].std)
+    assert math.isnan(board[0].values[two].half)
     assert board[2].why == "no"
+
+
+def test_levels_stand_beside_and_results_in_the_order_asked():
+    points = [(("alpha", a),) for a in (1.0, 0.1, 0.5)]
+    trials = [trial("a", point, 0) for point in points]
+    rows = [{"global@test": 0.5, "mean level@test": m, "worst level@test": m - 0.1} for m in (0.4, 0.6, 0.5)]
+    results = [TrialResult(t, "ok", row) for t, row in zip(trials, rows, strict=True)]
+    assert [r.trial.point for r in leaderboard.sort_results([results[2], results[0], results[1]], trials)] == points
+    (row,) = leaderboard.rank_pairs(results, "global@test")
+    assert row.levels == {"mean level@test": pytest.approx(0.5), "worst level@test": pytest.approx(0.4)}
+    assert leaderboard.csv_rows(row, "global@test")[0]["std"] is not None

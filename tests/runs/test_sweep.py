@@ -60,6 +60,25 @@ def test_a_matrix_end_to_end_and_again_from_its_cache(tmp_path, capsys):
     ]
 
 
+def test_a_smaller_selection_loses_no_row_and_levels_have_their_costs(tmp_path, capsys):
+    out, few = tmp_path / "m", ["--limit", "150", "--clients", "2", "--rounds", "1", "--epochs", "1", "--model", "mlp",
+                                "--pretrain-steps", "2", "--levels", "1,0.5"]  # fmt: skip
+    words = [*few, "--out", str(out), "--seeds", "0,1", "--alpha", "1,0.3"]
+    assert hfl("--extract", "heterofl,fedrolex", *words) == 0
+    said = capsys.readouterr().out
+    assert said.index("alpha 1") < said.index("alpha 0.3"), "columns in the order asked"
+    assert "two seeds say little" in said
+    whole = rows_of(out)
+    assert hfl("--extract", "fedrolex", *few, "--out", str(out), "--seeds", "0,", "--alpha", "0.3") == 0
+    assert sorted(rows_of(out), key=str) == sorted(whole, key=str)
+    (row, *_) = [r for r in whole if r["extract"] == "heterofl"]
+    assert float(row["level-1 parameters"]) > float(row["level-0.5 parameters"]) > 0
+    assert float(row["level-1 bytes up"]) > float(row["level-0.5 bytes up"]) > 0
+    levels = [float(row[f"level-{r}@test"]) for r in ("1", "0.5")]
+    assert float(row["mean level@test"]) == pytest.approx(sum(levels) / 2)
+    assert float(row["worst level@test"]) == pytest.approx(min(levels))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
