@@ -278,7 +278,7 @@ def print_leaderboard(results: Sequence[TrialResult], metric: str, out: Path) ->
         say("two seeds say little: a 95 % interval is 9 standard deviations to either side (leaderboard.csv)", "yellow")
     elif seeds > 2:
         say("95 % intervals (Student's t) are in leaderboard.csv; hfl compare says which differences are significant")
-    say(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, heatmap.png, cells/)")
+    say(f"folder: {out} (matrix.csv, matrix.parquet, leaderboard.csv, pictures, cells/)")
 
 
 def print_written_leaderboard(rows: Sequence[dict[str, str]], path: Path) -> None:

@@ -53,7 +53,7 @@ def reproduce(
     trials = [trial for row in chosen for trial in plan(row)]
     sweep.refuse_bad(trials)
     results: list[TrialResult] = []
-    with SweepDisplay(len(trials), "global@test") as display:
+    with SweepDisplay(trials, "global@test") as display:
         for result in reproduction.run_rows(chosen, out, jobs, plan, seconds):
             results.append(result)
             display.show(results)
@@ -83,7 +83,7 @@ def print_list(rows: Sequence[TableRow]) -> None:
             say(f"from: {table.source}")
             for text in dict.fromkeys(row.unlike for row in mine if row.unlike):
                 say(f"unlike the paper: {text}")
-            console.print(render.table(("row", "published", "minutes a seed", "seeds"), [list_cells(row) for row in mine]))
+            render.print_table(("row", "published", "minutes a seed", "seeds"), [list_cells(row) for row in mine])
 
 
 def list_cells(row: TableRow) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def print_scores(scores: Sequence[Score], out: Path) -> None:
         lines.append((s.row.table, s.row.name, s.metric, f"{s.published:g}", others, ours, s.verdict))
     console.print()
     say("percent (MB where it says so), mean ± standard deviation (seeds) of the last three evaluated rounds", "bold")
-    console.print(render.table(("table", "row", "metric", "paper", "others", "ours", "within the band"), lines))
+    render.print_table(("table", "row", "metric", "paper", "others", "ours", "within the band"), lines, keys=3)
     for text in dict.fromkeys(f"unlike the paper: {s.row.unlike}" for s in scores if s.row.unlike):
         say(text)
     for text in dict.fromkeys(f"{s.row.name}, {s.metric} {s.published:g}: {s.row.disputed}" for s in scores if s.row.disputed):

@@ -98,7 +98,7 @@ def conclude(results: list[TrialResult], metric: str, out: Path) -> None:
     """Shows what a sweep came to. Raises RunError where trials failed."""
     from hetfl.cli import pictures
 
-    pictures.draw_heatmap(results, out, metric)
+    pictures.draw_matrix(results, out, metric)
     render.print_leaderboard(results, metric, out)
     names = {name for result in results for name in result.row if "@" in name}
     if metric not in names:

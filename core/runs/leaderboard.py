@@ -128,8 +128,8 @@ def csv_rows(row: LeaderboardRow, metric: str) -> list[Row]:
 
 def sort_results(results: Sequence[TrialResult], trials: Sequence[Trial]) -> list[TrialResult]:
     """The results in the order in which their trials were asked for."""
-    places = {id(trial): i for i, trial in enumerate(trials)}
-    return sorted(results, key=lambda result: places.get(id(result.trial), len(trials)))
+    places = {(trial.name, repr(trial.point)): i for i, trial in enumerate(trials)}
+    return sorted(results, key=lambda result: places.get((result.trial.name, repr(result.trial.point)), len(trials)))
 
 
 def point_label(point: Sequence[tuple[str, Any]]) -> str:
