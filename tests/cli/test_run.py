@@ -17,7 +17,8 @@ from hetfl.cli.main import main
 def test_run_folder_holds_what_a_reader_needs(finished):
     names = {p.name for p in finished.iterdir()} - {".lock", ".hetfl", "checkpoints"}
     wanted = {"config.toml", "run.json", "metrics.csv", "clients.csv", "summary.json", "weights.safetensors"}
-    assert wanted | {"curves.png", "partition.png", "partition.csv"} == names
+    pictures = {f"{name}.{form}" for name in ("curves", "partition") for form in ("png", "svg", "pdf")}
+    assert wanted | pictures | {"partition.csv"} == names
     held = pd.read_csv(finished / "partition.csv")
     assert (held.drop(columns=["client", "all"]).sum(axis=1) == held["all"]).all()
     table = pd.read_csv(finished / "metrics.csv")
