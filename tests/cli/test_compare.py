@@ -7,9 +7,9 @@ import io
 import json
 
 import pytest
-from runs.test_comparison import ended
 
 from helpers.cli import hfl
+from helpers.ended import ended
 from hetfl.cli.main import main
 
 

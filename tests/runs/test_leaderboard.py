@@ -37,7 +37,7 @@ def test_leaderboard():
 
 def test_levels_stand_beside_and_results_in_the_order_asked():
     points = [(("alpha", a),) for a in (1.0, 0.1, 0.5)]
-    trials = [trial("a", point, 0) for point in points]
+    trials = [trial("heterofl", point, 0) for point in points]
     rows = [{"global@test": 0.5, "mean level@test": m, "worst level@test": m - 0.1} for m in (0.4, 0.6, 0.5)]
     results = [TrialResult(t, "ok", row) for t, row in zip(trials, rows, strict=True)]
     assert [r.trial.point for r in leaderboard.sort_results([results[2], results[0], results[1]], trials)] == points
