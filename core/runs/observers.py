@@ -74,10 +74,6 @@ class Tee:
         for one in self._callbacks:
             one.phase(round, name)
 
-    def fact(self, text: str) -> None:
-        for one in self._callbacks:
-            one.fact(text)
-
     def done(self, row: dict[str, Any]) -> None:
         for one in self._callbacks:
             one.done(row)
