@@ -18,7 +18,6 @@ from hetfl.models.early_exit import all_exits
 from hetfl.profiling.cost import Cost, MakeOptimizer, measure_cost, use_momentum
 from hetfl.submodel.builder import SubmodelBuilder, to_fast_layout
 
-
 Step = Callable[[Tensor, Tensor], None]  # of training, on a batch x (N, *shape), y (N,)
 
 

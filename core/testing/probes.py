@@ -55,6 +55,13 @@ class Around:
     def close(self) -> None:
         self.engine.close()
 
+    @property
+    def notices(self) -> list[str]:
+        return self.engine.notices
+
+    def revert(self, client: int) -> None:
+        self.engine.revert(client)
+
 
 class Backwards(Around):
     """Asks the clients one by one, the last one first."""
