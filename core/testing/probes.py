@@ -38,7 +38,7 @@ class Around:
     """An engine that asks another one."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.notices = engine, engine.notices
 
     def ask(self, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Any]]:
         yield from self.engine.ask(kind, contents)
@@ -54,10 +54,6 @@ class Around:
 
     def close(self) -> None:
         self.engine.close()
-
-    @property
-    def notices(self) -> list[str]:
-        return self.engine.notices
 
     def revert(self, client: int) -> None:
         self.engine.revert(client)
