@@ -38,6 +38,7 @@ def tuned(extract, aggregate, steps):
         ("extract", "hermes"): {"threshold": 0.0},
         ("extract", "tailorfl"): {"steps": 2},
         ("aggregate", "kld"): {"steps": steps},
+        ("aggregate", "geomedian"): {"least": 1},
         ("aggregate", "fedmd"): {"public_epochs": 1, "distill_steps": 0},
     }
     chosen = {

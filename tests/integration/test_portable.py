@@ -10,7 +10,7 @@ from helpers.paths import ROOT
 # Other people's packages choose by the platform, so they are imported before Linux is made to look like Windows.
 CODE = """
 import importlib, os, signal, sys
-import asyncio, datasets, filelock, flwr.app, flwr.clientapp.mod, flwr.serverapp, flwr_datasets, matplotlib.figure, pandas
+import asyncio, datasets, psutil, filelock, flwr.app, flwr.clientapp.mod, flwr.serverapp, flwr_datasets, matplotlib.figure, pandas
 import PIL.Image, pluggy, rich.live, safetensors.torch, torch.func, trustme, typer
 for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty"):
     sys.modules[name] = None
