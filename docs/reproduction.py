@@ -55,7 +55,7 @@ def read_results() -> list[dict[str, str]]:
 
 def section(table: PaperTable, found: dict[tuple[str, str, str], dict[str, str]]) -> str:
     """One table: what it is, and a line for each printed value."""
-    unlike = list(dict.fromkeys(row.unlike for row in table.rows if row.unlike))
+    unlike = list(dict.fromkeys(why for row in table.rows for why in row.unlike.split("; ") if why))
     head = [
         f"## `{table.name}`: {table.paper}", "",
         f"{table.about[0].upper()}{table.about[1:]}.",

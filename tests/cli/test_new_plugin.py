@@ -31,13 +31,13 @@ def test_a_template_is_a_right_plugin(role):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ["extract", "wrap"])
 def test_it_installs_and_reaches_gold(role, tmp_path, capsys, monkeypatch):
     pytest.importorskip("setuptools", reason="building without network needs setuptools")
     monkeypatch.chdir(tmp_path)
     assert hfl(capsys, "new-plugin", "my-method", "--kind", role)[0] == 0
     site = tmp_path / "site"
-    how = ["-q", "--no-deps", "--no-build-isolation", "--target", str(site), "my-method"]
+    how = ["-q", "--no-deps", "--no-build-isolation", "--target", str(site), "./my-method"]
     assert subprocess.run([sys.executable, "-m", "pip", "install", *how]).returncode == 0
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "my-method"], capture_output=True, text=True, env=env)

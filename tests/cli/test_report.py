@@ -148,7 +148,9 @@ def test_a_browser_draws_it_and_obeys_the_keyboard(runs, tmp_path, width):
     assert re.match(r"MB [\d.]+: .*heterofl x overlap, alpha", found["keyboard"])
     assert int(found["overflow"]) <= 0
     curves = len(re.findall(r'class="curve"', seen))
-    assert curves == int(found["left"]) == 6  # 3 pairs with a global model at 2 points and the control, less the one that was switched off
+    assert (
+        curves == int(found["left"]) == 6
+    )  # 3 pairs with a global model at 2 points and the control, less the one that was switched off
     assert seen.count('class="front"') == 1
     assert len(re.findall(r"<rect ", seen)) > 0
     assert seen.count("<circle") > 10

@@ -45,10 +45,15 @@ def test_ctrl_c_in_mid_round_ends_and_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [("^C", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 @pytest.mark.parametrize(
-    ("engine", "when"),
-    [("local", "round 1: fit"), ("processes", "round 1: profile"), ("processes", "round 2: fit"), ("ray", "2: fit")],
+    ("engine", "when", "how", "code"),
+    [
+        ("local", "round 1: fit", "SIGTERM", 143),
+        ("local", "round 1: fit", "SIGHUP", 129),
+        ("processes", "round 1: profile", "SIGTERM", 143),
+        ("processes", "round 2: fit", "^C", 130),
+        ("ray", "2: fit", "^C", 130),
+    ],
 )
 def test_every_engine_ends_soon_and_goes_on(tmp_path, engine, when, how, code):
     ended = stop_hfl(["run", *LONG, "--engine", engine, "--out", tmp_path / "r"], when, how)
@@ -73,7 +78,7 @@ def test_every_engine_ends_soon_and_goes_on(tmp_path, engine, when, how, code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [("^C", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("how", "code"), [("^C", 130)])
 def test_a_federation_ends_soon_and_leaves_no_process(tmp_path, how, code):
     words = [w for w in LONG if w not in ("--clients", "4", "--vmap", "off")]
     ended = stop_hfl(["federate", "--nodes", 2, "--tls", *words, "--out", tmp_path / "r"], "round 1: fit", how)

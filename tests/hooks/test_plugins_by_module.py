@@ -83,9 +83,15 @@ def test_a_class_by_its_module_runs_with_options_and_again_from_its_config(own, 
     config = read_run_file(own / "a" / "config.toml")
     assert (config["extract"], config["aggregate"], config["wrap"]) == ("own_plugins:Last", "overlap", ["own_plugins:Around"])
     assert config["set"]["extract"] == {"Last": {"skip": 2}}
-    assert hfl(capsys, "run", own / "a" / "config.toml", "--out", own / "b", "--allow", "own_plugins")[0] == 0
+    again = ["run", own / "a" / "config.toml", "--allow", "own_plugins"]
+    assert hfl(capsys, *again, "--out", own / "b")[0] == 0
     assert (own / "a" / "weights.safetensors").read_bytes() == (own / "b" / "weights.safetensors").read_bytes()
-    assert hfl(capsys, "run", own / "a" / "config.toml", "--set", "extract.Last.skip=0", "--out", own / "c", "--allow", "own_plugins")[0] == 0
+    assert (
+        hfl(capsys, "run", own / "a" / "config.toml", "--set", "extract.Last.skip=0", "--out", own / "c", "--allow", "own_plugins")[
+            0
+        ]
+        == 0
+    )
     assert (own / "a" / "weights.safetensors").read_bytes() != (own / "c" / "weights.safetensors").read_bytes()
 
 

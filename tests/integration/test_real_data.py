@@ -28,9 +28,11 @@ OPTIONS = {
 OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and e.name not in ("heterofl", "fedconv")]
 
 
+SETS = ("mnist", "ag_news", "sp_sw_har")  # pictures, text, sensors: each strategy trains on one of them
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist", "ag_news", "sp_sw_har"])
-@pytest.mark.parametrize("extract", OTHERS)
+@pytest.mark.parametrize(("extract", "name"), [(extract, SETS[i % 3]) for i, extract in enumerate(OTHERS)])
 def test_other_strategies_on_real_data(tmp_path, name, extract):
     folder = REAL / name
     if not folder.is_dir():
