@@ -26,12 +26,18 @@ class Cost:
     macs         multiply-accumulates of the forward pass of one example
     memory       the most bytes of tensors alive at once in a training step
     bytes        size of its tensors encoded for sending
+    ops          torch operations of a training step
+    written      bytes of the tensors that these make: activations, their gradients and the parameters'
+    batch        examples of that step
     """
 
     parameters: int
     macs: int
     memory: int
     bytes: int
+    ops: int = 0
+    written: int = 0
+    batch: int = 1
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -48,8 +54,9 @@ def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, opt
     The model's values change.
     """
     rows, labels = torch.arange(batch) % len(x), torch.arange(batch) % classes
-    memory = measure_memory(model, x[rows], labels, optimizer)
-    return Cost(count_parameters(model), count_macs(model, x[:1]), memory, encoding.payload_bytes(tensors(model)))
+    step = measure_step(model, x[rows], labels, optimizer)
+    sent = encoding.payload_bytes(tensors(model))
+    return Cost(count_parameters(model), count_macs(model, x[:1]), int(step.peak), sent, step.ops, int(step.written), batch)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -82,23 +89,28 @@ FLOP_FORMULAS = {  # of ops that torch's own counter leaves out
 }
 
 
-def measure_memory(model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum) -> int:
-    """The most bytes of tensors alive at once over two training steps (the second holds the momentum)."""
+def measure_step(model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum) -> LiveBytes:
+    """The most bytes of tensors alive at once over two training steps, and what the second, which holds the momentum, did."""
     optimizer = make_optimizer(model)
-    with LiveBytes([*model.parameters(), *model.buffers(), x, y]) as alive:
+    alive = LiveBytes([*model.parameters(), *model.buffers(), x, y])
+    with alive:
         for _ in range(2):
+            alive.ops = alive.written = 0
             optimizer.zero_grad()
             F.cross_entropy(model.train()(x), y).backward()
             optimizer.step()
-    return int(alive.peak)
+    return alive
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from the op that makes them until they are freed: `now`, and their `peak` so far."""
+    """Counts the bytes of storages from the op that makes them until they are freed: `now`, and their `peak` so far.
+
+    `ops` are the operations, `written` the bytes of the tensors that they made or changed.
+    """
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.now, self.peak, self.ops, self.written = 0, 0, 0, 0
         self._seen: set[int] = set()
         for tensor in held:
             self._add(tensor)
@@ -117,7 +129,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.ops += 1
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
+                self.written += 0 if func.is_view else leaf.numel() * leaf.element_size()
                 self._add(leaf)
         return out

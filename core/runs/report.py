@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hetfl.errors import UsageError
+from hetfl.profiling.steptime import PASSES
 from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, EXAMPLES, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS, is_of_global
 from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.folder import RunFolder
 
 AXES = ("round", "MB", "training GMACs", "seconds")  # what a curve is drawn over: each cumulative but the first
-PASSES = 3  # a training step's multiply-accumulates by those of its forward pass: backward takes about two
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
 BUDGETS = (0.25, 0.5, 1.0)  # of the most that any pair spent
 
