@@ -106,6 +106,15 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     levels: str | None = Field(None, description="short for --set levels.mix, e.g. 1:4,0.5:8,0.25:8")
     rounds: int = Field(10, ge=1, description="communication rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
+    fleet: str | None = Field(
+        None,
+        description="devices that the clients are, for simulated time and energy: a name (hfl fleets), a mix of classes, a file",
+    )
+    deadline: float | None = Field(None, gt=0, description="simulated seconds that a round may take (with --fleet)")
+    over_select: float = Field(1.0, ge=1, description="sample so many times the clients of a round and take the first to end")
+    on_deadline: Literal["drop", "partial"] = Field(
+        "drop", description="a client that would be late: leave it out, or have it do the steps that it can"
+    )
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")

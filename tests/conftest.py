@@ -73,7 +73,9 @@ def timeless(path):
     tables = []
     for name in ("metrics.csv", "clients.csv"):
         with open(path / name) as file:
-            tables.append([{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)])
+            tables.append(
+                [{k: v for k, v in row.items() if "simulated" in k or "seconds" not in k} for row in csv.DictReader(file)]
+            )
     return tables
 
 

@@ -64,7 +64,7 @@ class ThreadWorkers:
         sent = call.content
         if self._group_size < 2 or call.kind != "train" or not isinstance(sent, Instruction):
             return None
-        if sent.model or sent.masks or sent.local or sent.up is not None or sent.sizes is None:
+        if sent.model or sent.masks or sent.local or sent.up is not None or sent.sizes is None or sent.steps:
             return None
         if id(sent.state) not in known:
             model = self._runtime.builder.module(sent.sizes)

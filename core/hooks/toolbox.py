@@ -5,7 +5,6 @@ from __future__ import annotations
 TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregation.mean": (("WeightedSum",), "sums of one tensor over the patches of clients"),
     "aggregation.updates": (("WEIGHTINGS", "by_client"), "what a client counts"),
-    "errors": (("nearest",), "the nearest known name, for an error's text"),
     "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
     "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
     "models.state": (("load_state", "tensors"), "the tensors of a model by name"),
@@ -13,6 +12,8 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
         ("WidthGrid", "assign_mix", "find_largest_width", "parse_grid", "parse_mix", "parse_quantity", "parse_ratio"),
         "options that give capacities",
     ),
+    "profiling.device": (("Work",), "a client's part of a round, for what a device spends on it"),
+    "profiling.fleets": (("find_fleet",), "fleets of devices by name, mix or file"),
     "profiling.cost": (("count_macs", "count_parameters"), "what a model costs"),
     "profiling.meter": (("free_memory",), "the free memory of this machine"),
     "submodel.blocks": (("take",), "a block of a tensor by positions"),

@@ -12,6 +12,7 @@ from hetfl.rng import stream
 
 if TYPE_CHECKING:
     from hetfl.profiling.cost import Cost
+    from hetfl.profiling.device import Device
 
 
 def refuse_measuring(ratio: float) -> Any:
@@ -29,6 +30,7 @@ class Node:
     probe             probe(ratio): seconds of one training step of that submodel, timed on this machine
     examples, steps   training examples and steps of a round, all epochs together
     global_width      the width of the run's own model, as a share of the model's (--global-width)
+    device, deadline  the client's device under --fleet, and the simulated seconds that a round may take; None: none
     """
 
     client: int
@@ -40,6 +42,8 @@ class Node:
     examples: int = 0
     steps: int = 0
     global_width: float = 1.0
+    device: Device | None = None
+    deadline: float | None = None
 
     def stream(self, purpose: str, each_round: bool = True) -> torch.Generator:
         """The client's own random stream for `purpose`: of this round, or the same in every round."""

@@ -26,7 +26,10 @@ from hetfl.submodel.plan import Plan
 def sample_clients(now: RoundState) -> list[int]:
     """The clients of the round, of whom the server notes how many of how many they are."""
     run = now.run
-    chosen = draw_clients(run.clients, run.options.fraction, run.server.sample_stream(now.number))
+    there = run.clock.find_ready() if run.clock else list(range(run.clients))
+    wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9)
+    drawn = torch.randperm(len(there), generator=run.server.sample_stream(now.number))[:wanted]
+    chosen = sorted(there[i] for i in drawn.tolist())
     run.server.sampled, run.server.population, run.server.averages = len(chosen), run.clients, run.plugins.averages
     return chosen
 

@@ -15,6 +15,7 @@ from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.normalization import STATIC, drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, move_state, tensors
+from hetfl.profiling.fleets import find_fleet
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
 from hetfl.rng import stream
@@ -75,10 +76,11 @@ class ClientRuntime:
         """What the client's device affords in this round."""
         data, options = self.federation.clients[client].train, self.options
         cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, data)
-        node = Node(
-            client, len(self.federation.clients), round, options.seed, cost, probe,
-            *count_work(options, len(data)), options.global_width,
-        )  # fmt: skip
+        clients, device = len(self.federation.clients), None
+        if options.fleet is not None:
+            device = find_fleet(options.fleet).device(client, clients, options.seed)
+        work = count_work(options, len(data))
+        node = Node(client, clients, round, options.seed, cost, probe, *work, options.global_width, device, options.deadline)
         return self.plugins.profile(node)
 
     def train(self, client: int, sent: Instruction, state: ClientState) -> Reply:
@@ -180,10 +182,11 @@ class ClientRuntime:
         return measure_statistics(model, batches)
 
     def _task(self, client: int, sent: Instruction, state: ClientState) -> Task:
-        full, public = self.builder.full, self.federation.public
+        full, public, options = self.builder.full, self.federation.public, self.options
+        options = options.model_copy(update={"local_steps": sent.steps}) if sent.steps else options
         return Task(
             client=client, round=sent.round, model=self._model(sent, state), data=self.federation.clients[client],
-            options=self.options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full,
+            options=options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full,
             extras=move_state(sent.extras, self.device), client_state=move_state(recall(state, "memory"), self.device),
             builder=self.builder, masks=move_state(sent.masks, self.device),
             public=None if public is None else public.tune, draws=self.builder.widths.draws,

@@ -14,7 +14,7 @@ from hetfl.hooks.values import Coverage, ReceivedReply
 from hetfl.models.state import State
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
-from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
+from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients, sample_size
 from hetfl.rounds.evaluation import evaluate_round
 from hetfl.rounds.limits import has_finite_outputs
 from hetfl.rounds.messages import Assignment, Engine
@@ -22,6 +22,7 @@ from hetfl.rounds.norm_statistics import renew_statistics
 from hetfl.rounds.receiving import leave_out, receive_replies
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
 from hetfl.rounds.state import RoundState, RunState
+from hetfl.rounds.timing import keep_in_time, settle
 from hetfl.rounds.validation import is_finite
 from hetfl.submodel.plan import Patches
 
@@ -42,6 +43,7 @@ def run_rounds(run: RunState, engine: Engine) -> None:
 def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     """Does round `number`, with the clients on `engine`; its rows are added to those of `run`."""
     server, now, before = run.server, RoundState(run, number, engine), (run.server.state, run.server.branches)
+    began = run.clock.now if run.clock else 0.0
 
     # 1. Sample clients, and ask each what its device affords.
     with now.phase("profile"):
@@ -50,6 +52,7 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     # 2. Extract a submodel for each.
     with now.phase("extract"):
         now.assignments = assign_submodels(now, clients)
+        keep_in_time(now, sample_size(run.clients, run.options.fraction))
 
     # 3. The clients train. Nothing waits for all of them: replies are checked as they come, in client order, and
     # 4. recovered, each to an update in global coordinates, while
@@ -79,6 +82,7 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
         evaluate_round(now)
 
     # 9. Report.
+    settle(now, began)
     report_round(now)
     return now
 

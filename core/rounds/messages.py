@@ -32,7 +32,8 @@ class Instruction:
     it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
     classes that the client does not hold put to 0. `state_version`: the round whose client state the server counts on.
-    `most_bytes`: of the answer's message (None: any), which stays with the engine.
+    `most_bytes`: of the answer's message (None: any), which stays with the engine. `steps`: train so many, in place of what the
+    options say; 0: those.
     `encoded`: what codecs (hook `encode_down`) made of tensors that are then not in `state`.
     """
 
@@ -47,6 +48,7 @@ class Instruction:
     local: bool = False
     state_version: int = 0
     most_bytes: int | None = None
+    steps: int = 0
     encoded: State = field(default_factory=dict)
 
 
@@ -136,6 +138,7 @@ class Assignment:
     extras: State = field(default_factory=dict)
     encoded: State = field(default_factory=dict)  # what travels in place of some of `travels`
     arrived: State = field(default_factory=dict)  # these, as the client then has them
+    steps: int = 0  # of training, where they are fewer than the options say
 
     @property
     def bytes(self) -> int:
@@ -152,5 +155,5 @@ class Assignment:
         state = {n: t for n, t in self.travels.items() if n not in self.arrived} if encoded else self.travels
         return Instruction(
             round, state, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
-            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS, encoded=encoded,
+            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS, steps=self.steps if train else 0, encoded=encoded,
         )  # fmt: skip

@@ -17,10 +17,16 @@ OWN_ACCURACY, OWN_LOSS, SECONDS = "own accuracy", "own loss", "seconds"  # metri
 CLIENTS, LEFT_OUT, CLIENT_SECONDS, ALARMS = "clients", "left out", "client seconds", "alarms"
 TAKEN = "taken"
 STATISTICS_BYTES = "statistics bytes"  # of both ways' bytes, those of --norm-policy static
+# under --fleet
+SIMULATED, JOULES, CLOCK, JOULES_SO_FAR = "simulated seconds", "joules", "simulated seconds so far", "joules so far"
+DROPPED, DEVICE = "dropped", "device"
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
 CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
 MEAN_LEVEL, WORST_LEVEL = "mean level@test", "worst level@test"
-RESERVED = {ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE}
+RESERVED = {
+    ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE,
+    SIMULATED, JOULES, DROPPED, DEVICE,
+}  # fmt: skip
 
 
 def is_of_global(name: str) -> bool:
@@ -44,11 +50,16 @@ class ClientRow:
     fault: str = ""
     traceback: str = ""
     costs: dict[str, int] = field(default_factory=dict)
+    dropped: str = ""  # why it was not merged, though nothing is wrong with it
+    device: str = ""
+    simulated: float | None = None
+    joules: float | None = None
 
     def columns(self) -> Row:
         """The line; what is not known has no column."""
         some = {LEVEL: self.level, BOTTLENECK: self.bottleneck}
-        more = {CHANGE: self.change, FAULT: self.fault or None, TRACEBACK: self.traceback or None}
+        time = {SIMULATED: self.simulated, JOULES: self.joules, DEVICE: self.device or None, DROPPED: self.dropped or None}
+        more = {**time, CHANGE: self.change, FAULT: self.fault or None, TRACEBACK: self.traceback or None}
         return {
             ROUND: self.round, CLIENT: self.client, **{k: v for k, v in some.items() if v},
             BYTES_DOWN: self.bytes_down, BYTES_UP: self.bytes_up,
@@ -72,6 +83,7 @@ class RoundRow:
     phases: dict[str, float] = field(default_factory=dict)
     server_steps: Counter[int] = field(default_factory=Counter)
     steps_saved: int = 0
+    simulated: tuple[float, float, float, float] | None = None  # seconds and joules of the round, and of the run so far
 
     def add_mean_and_decile(self, name: str, values: Sequence[float]) -> None:
         """The mean and the worst decile over clients, under the metric's name."""
@@ -89,12 +101,14 @@ class RoundRow:
     def columns(self) -> Row:
         """The line."""
         people = self.clients.values()
+        time = dict(zip((SIMULATED, JOULES, CLOCK, JOULES_SO_FAR), self.simulated or (), strict=False))
+        time |= {DROPPED: sum(bool(c.dropped) for c in people)} if self.simulated else {}
         return {
             ROUND: self.round, **self.facts, **self.results,
             BYTES_DOWN: sum(c.bytes_down for c in people), BYTES_UP: sum(c.bytes_up for c in people),
             **({} if self.taken is None else {TAKEN: int(self.taken)}),
             CLIENTS: len(people), LEFT_OUT: sum(bool(c.fault) for c in people),
-            CLIENT_SECONDS: sum(c.metrics.get(SECONDS, 0.0) for c in people), SECONDS: self.seconds,
+            **time, CLIENT_SECONDS: sum(c.metrics.get(SECONDS, 0.0) for c in people), SECONDS: self.seconds,
             SERVER_STEPS: self.server_steps.total(), STEPS_SAVED: self.steps_saved,
             **{f"{PHASE}{name}": value for name, value in self.phases.items()},
             **({ALARMS: "; ".join(self.alarms)} if self.alarms else {}),

@@ -15,6 +15,7 @@ from hetfl.hooks.values import Coverage
 from hetfl.models.normalization import drop_statistics
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
+from hetfl.rounds.clock import Clock, Turn
 from hetfl.rounds.evaluator import Evaluator
 from hetfl.rounds.limits import Limits
 from hetfl.rounds.messages import Assignment, Engine
@@ -45,6 +46,7 @@ class RunState:
     device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     client_rows: list[Row] = field(default_factory=list)
+    clock: Clock | None = None  # of a run with --fleet
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class RoundState:
         self.row = RoundRow(number)
         self.versions = dict(run.state_versions)  # of the clients' own states before this round
         self.assignments: dict[int, Assignment] = {}
+        self.turns: dict[int, Turn] = {}  # under --fleet: what each client's part takes
         self.limits = Limits(run.options.max_change, run.client_rows)
         self.coverage: list[Coverage] = []
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data

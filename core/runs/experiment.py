@@ -14,6 +14,7 @@ from hetfl.hooks.server import Server
 from hetfl.models.state import State, tensors
 from hetfl.parallel import Pool
 from hetfl.rounds.assignment import refuse_too_many
+from hetfl.rounds.clock import Clock, choose_fleet
 from hetfl.rounds.messages import Engine
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.setup import build_setup, choose_group_size, sums_on_device
@@ -57,6 +58,7 @@ def prepare(
 
     `context` says where clients in other processes are. Raises UsageError for what cannot work together.
     """
+    fleet = choose_fleet(given)
     setup = build_setup(given, callback)
     federation, builder, plugins = setup.federation, setup.builder, setup.plugins
     clients = len(federation.clients)
@@ -91,6 +93,7 @@ def prepare(
         control=server.state,
         initial=server.state,
         device=options.device if sums_on_device(setup) else "cpu",
+        clock=None if fleet is None else Clock(fleet, options, [len(client.train) for client in federation.clients]),
     )
     config = format_run_file(options, plugins.options())
     engine = make_engine(

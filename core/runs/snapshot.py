@@ -129,6 +129,8 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
         run.rows.append(row)
         run.client_rows += people
     run.metric_names = {name for row in run.client_rows for name in row} - RESERVED
+    if run.clock is not None:
+        run.clock.set(run.rows)
     for key, plugin in experiment.plugins.plugins.items():
         if state := snapshot.tensors[f"plugin/{key}"]:
             plugin.load_state_dict(state)

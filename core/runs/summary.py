@@ -20,6 +20,7 @@ from hetfl.rounds.rows import (
     BYTES_DOWN,
     BYTES_UP,
     CLIENT_SECONDS,
+    DROPPED,
     FAULT,
     LEVEL,
     MACS,
@@ -114,7 +115,7 @@ COSTS = (PARAMETERS, MACS, MEMORY, BYTES_DOWN, BYTES_UP, SECONDS)
 
 def level_costs(experiment: Experiment) -> list[dict[str, Any]]:
     """What the clients of each level spent in a round, on average: the papers' tables of memory, time and communication."""
-    rows = [row for row in experiment.state.client_rows if FAULT not in row]
+    rows = [row for row in experiment.state.client_rows if FAULT not in row and DROPPED not in row]
     levels = sorted({row[LEVEL] for row in rows}, key=float, reverse=True)
     return [{"level": level} | averages([row for row in rows if row[LEVEL] == level]) for level in levels]
 

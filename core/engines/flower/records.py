@@ -146,6 +146,7 @@ def write_masks(masks: State) -> Values:
 def write_instruction(sent: Instruction) -> RecordDict:
     values: Values = {"form": "instruction", "round": sent.round, "held": sent.held, "local": sent.local}
     values |= {"state_version": sent.state_version, **({"model": sent.model} if sent.model else {})}
+    values |= {"steps": sent.steps} if sent.steps else {}
     values |= {} if sent.sizes is None else {"sizes": json.dumps(sent.sizes)}
     values |= {} if sent.up is None else {"up": json.dumps(sorted(sent.up))}
     values |= {**write_masks(sent.masks), **write_group("extra", sent.extras), **write_group("encoded", sent.encoded)}
@@ -160,7 +161,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
         bool(values["held"]), bool(values["local"]), int(values["state_version"]),
-        encoded=read_group("encoded", values),
+        int(values.get("steps", 0)), encoded=read_group("encoded", values),
     )  # fmt: skip
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hetfl.plugins.profiles.budget import Budget
-from hetfl.plugins.profiles.devices import Devices, read_table
+from hetfl.plugins.profiles.devices import Devices
 from hetfl.plugins.profiles.measure import Measure
 from hetfl.plugins.profiles.schedule import Trace
 from hetfl.profiling import cost
 from hetfl.profiling.cost import Cost
+from hetfl.profiling.fleets import find_fleet
 from hetfl.profiling.node import Node
 from hetfl.submodel.slicing import build_submodel
 
@@ -30,15 +33,17 @@ def test_fedconvs_testbed_has_its_ratios():
 
 
 def test_a_devices_memory_binds_too():
-    tight = Devices(fleet="p500", share=1e-4)  # 0.2 MB
-    with pytest.raises(ValueError, match=r"even width 0.25 is too much: memory: laptop, Quadro P500 has 2GB"):
-        tight.profile(node())
+    huge = replace(node(), cost=lambda ratio: replace(priced(ratio), memory=int(3e9)))
+    with pytest.raises(ValueError, match=r"even width 0.25 is too much: memory: training may use 1 GB of laptop, Quadro P500"):
+        Devices(fleet="p500").profile(huge)
 
 
-def test_every_class_says_where_its_figures_come_from():
-    assert all({"what", "memory", "tflops", "from"} <= set(device) for device in read_table()["class"].values())
-    for fleet in read_table()["fleet"]:
-        Devices(fleet=fleet)
+def test_under_a_deadline_the_width_that_ends_in_time_counts():
+    """Of a link of 1 kB/s both ways and 4000 r^2 bytes each way, 5 s allow r^2 < 0.625."""
+    device = replace(find_fleet("fedgmr").typical("fedgmr-high"), down=1000.0, up=1000.0)
+    asked = replace(node(), device=device, deadline=5.0)
+    assert Devices().profile(asked).width == 0.75
+    assert Devices().profile(asked).bottleneck == "deadline: 8 of 5 s on FedGMR's high class"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""The virtual clock of a run with --fleet: who is there, who is in time, what a round takes. It reads no clock of this machine.
+
+A client's seconds follow from its device, the cost of its submodel as counted, its steps and its bytes; so the same bits come out
+however fast the machine is, and a run that goes on knows the time from its last row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hetfl.config import RunOptions
+from hetfl.errors import RunError, UsageError
+from hetfl.profiling.device import Device, Spent, Work
+from hetfl.profiling.fleets import Fleet, find_fleet
+from hetfl.rounds.messages import Assignment
+from hetfl.rounds.rows import CLOCK, JOULES_SO_FAR, Row
+
+YEAR = 366 * 86400.0
+
+
+def choose_fleet(options: RunOptions) -> Fleet | None:
+    """The run's fleet; None: it has no clock. Raises UsageError for options that need one."""
+    if options.fleet is None:
+        given = [flag for flag, used in (("--deadline", options.deadline), ("--over-select", options.over_select > 1)) if used]
+        if given:
+            raise UsageError(f"{given[0]} needs simulated time: give a fleet with --fleet (hfl fleets lists them)")
+        return None
+    return find_fleet(options.fleet)
+
+
+@dataclass(eq=False)
+class Turn:
+    """A client's part in a round: what it would spend, how long it can (`limit`), and why it is not merged (`fate`; "": it is)."""
+
+    assignment: Assignment
+    device: Device
+    work: Work
+    spent: Spent
+    limit: float
+    fate: str = ""
+
+    @property
+    def client(self) -> int:
+        return self.assignment.client.id
+
+
+class Clock:
+    """Simulated time of a run: `now` in seconds since its begin. `examples` are each client's."""
+
+    def __init__(self, fleet: Fleet, options: RunOptions, examples: Sequence[int]) -> None:
+        self.options, self.examples, self.now, self.joules = options, examples, 0.0, 0.0
+        self._fleet, self._when, self._devices = fleet, fleet.when(options.seed), dict[int, Device]()
+
+    def set(self, rows: Sequence[Row]) -> None:
+        """To the end of the last of `rows` of metrics.csv."""
+        self.now, self.joules = (float(rows[-1][CLOCK]), float(rows[-1][JOULES_SO_FAR])) if rows else (0.0, 0.0)
+
+    def device(self, client: int) -> Device:
+        """The client's device."""
+        if client not in self._devices:
+            self._devices[client] = self._fleet.device(client, len(self.examples), self.options.seed)
+        return self._devices[client]
+
+    def find_ready(self) -> list[int]:
+        """The clients that are there; where they are fewer than --min-clients, the clock first goes on until they are not.
+
+        Raises RunError where that takes a year.
+        """
+        everyone, when = range(len(self.examples)), self._when
+        if when is None:
+            return list(everyone)
+        began = self.now
+        while len(ready := [i for i in everyone if when.is_ready(i, self.now)]) < self.options.min_clients:
+            self.now = min(when.next_change(i, self.now) for i in everyone)
+            if self.now - began > YEAR:
+                raise RunError(f"in a year of simulated time no {self.options.min_clients} clients of the fleet were there at once")
+        return ready
+
+    def stay(self, client: int) -> float:
+        """Seconds that a client that is there will stay."""
+        return self._when.next_change(client, self.now) - self.now if self._when else math.inf
+
+
+def judge(turn: Turn, options: RunOptions) -> None:
+    """Says why the client is not merged, where it does not fit its device or does not end in time."""
+    device, work = turn.device, turn.work
+    if work.cost.memory > device.memory:
+        turn.fate = f"memory: {work.cost.memory:,} of {device.memory:,.0f} bytes that training may use of {device.what}"
+        turn.limit = 0.0
+        return
+    if turn.spent.seconds > turn.limit and options.on_deadline == "partial":
+        steps = device.fitting_steps(work, turn.limit)
+        if 0 < steps < work.steps:
+            turn.assignment.steps = steps
+            turn.work = replace(work, steps=steps, examples=work.examples * steps / work.steps)
+            turn.spent = device.spend(turn.work)
+    if turn.spent.seconds > turn.limit:
+        late = turn.limit == options.deadline
+        turn.fate = f"{'late' if late else 'it left'}: {turn.spent.seconds:.4g} of {turn.limit:.4g} s"
