@@ -56,6 +56,7 @@ COMMANDS = (
     check.check,
     show.inspect,
     show.profile,
+    show.fleets,
 )
 
 for command in COMMANDS:

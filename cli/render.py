@@ -19,6 +19,7 @@ from hetfl.registry import BUILT_IN, Entry
 
 if TYPE_CHECKING:
     from hetfl.hooks.base import Plugin
+    from hetfl.profiling.fleets import Fleet
     from hetfl.profiling.inspection import ModelReport, WidthReport
     from hetfl.runs.cell import TrialResult
 
@@ -109,6 +110,9 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds by phase"].items() if seconds >= 0.005)
     say(f"bytes: {format_bytes(summary['bytes down'])} down, {format_bytes(summary['bytes up'])} up")
     say(f"seconds: {phases}; clients' own time {summary['client seconds']:.2f}")
+    if "simulated seconds" in summary:
+        reached = ", ".join(f"{float(t):.0%} after {s:,.0f} s" for t, s in summary["simulated seconds to accuracy"].items())
+        say(f"simulated: {summary['simulated seconds']:,.1f} s, {summary['joules']:,.1f} J; {reached or 'below 50%'}")
     for note in summary["notes"]:
         say(f"note: {note}", "yellow")
     say(f"run folder: {path}")
@@ -230,6 +234,28 @@ def print_width_reports(model: str, reports: Sequence[WidthReport]) -> None:
     next_up = min((r for r in reports if r.exceeded and (best is None or r.ratio > best)), key=lambda r: r.ratio, default=None)
     why = f"; width {next_up.ratio:g} is too much: {next_up.exceeded}" if next_up else ""
     say(f"{model}: this machine {verdict}{why}", "bold")
+
+
+def print_fleets(fleets: Sequence[Fleet]) -> None:
+    """Every fleet."""
+    rows = [(f.name, f.about, f"{f.down[0]:g} / {f.up[0]:g}", f.availability or "always", f.mix) for f in fleets]
+    console.print(table(("fleet", "what", "Mb/s down / up", "there", "classes"), rows))
+
+
+def print_fleet(fleet: Fleet) -> None:
+    """One fleet: its classes, and where every figure comes from."""
+    say(f"{fleet.name}: {fleet.about} ({fleet.mix})", "bold")
+    kinds, reference = {name: fleet.typical(name) for name in dict.fromkeys(n for n, _ in fleet.members())}, fleet.reference.step[1]
+    shown = [
+        (name, d.what, "measured" if fleet.kinds[name].step else f"{reference / d.step.mac:.3g} x", format_bytes(d.memory),
+         f"{d.watts:g}", f"{8e-6 * d.down:g} / {8e-6 * d.up:g}")
+        for name, d in kinds.items()
+    ]  # fmt: skip
+    console.print(table(("class", "what", "speed", "for training", "W", "Mb/s down / up"), shown))
+    sources = {fleet.name: fleet.source, **{name: fleet.kinds[name].source for name in kinds}, "speed 1": fleet.reference.source}
+    sources |= {"availability": fleet.rhythm.source} if fleet.rhythm else {}
+    for name, source in sources.items():
+        say(f"{name}: {source}")
 
 
 Rows = tuple[list[str], list[list[str]]]

@@ -58,11 +58,11 @@ def level_table(report: Report) -> str:
 
 
 def protocol_tables(report: Report) -> str:
-    """Quality under a budget and cost to a target by bytes and by compute; robustness over the points of a sweep."""
+    """Quality under a budget and cost to a target by bytes, compute, simulated time, energy; robustness over the sweep's points."""
     from hetfl.runs.report import TARGETS
 
     parts = []
-    for axis in ("MB", "training GMACs"):
+    for axis in (a for a in report.axes if a not in ("round", "seconds")):
         budgets, rows = report.quality_under_budget(axis)
         parts.append(number_table(f"Quality under a budget: best global accuracy, %, within so many {axis}",
                                   [f"{b:.3g}" for b in budgets], rows, highest=True))  # fmt: skip

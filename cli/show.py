@@ -64,6 +64,8 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, help="training steps of a round")] = 100,
     deadline: Annotated[float, typer.Option(min=0, help="seconds for a round's training")] = 60.0,
     share: Annotated[float, typer.Option(min=0, max=1, help="share of the free memory that training may use")] = 0.5,
+    export: Annotated[Path | None, typer.Option(help="write what was measured as a fleet of this device, for --fleet FILE")] = None,
+    watts: Annotated[float, typer.Option(min=0.001, help="what this device draws while it works, for --export")] = 10.0,
     debug: Debug = False,
 ) -> None:
     """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
@@ -74,6 +76,8 @@ def profile(
     args = parse_pairs(model_args or [], "--model-args")
     reports = inspection.measure_widths(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share)
     render.print_width_reports(model, reports)
+    if export is not None:
+        say(f"fleet file: {export}; {inspection.export_fleet(export, model, reports, share, watts)}")
 
 
 def parse_ratios(levels: str) -> list[float]:
@@ -85,6 +89,19 @@ def parse_ratios(levels: str) -> list[float]:
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise UsageError(f"--levels takes width ratios in (0, 1] such as 1,0.5,0.25, not '{levels}'")
     return ratios
+
+
+def fleets(
+    name: Annotated[str | None, typer.Argument(help="show this fleet, mix or file with its classes")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the fleets of devices that --fleet takes, or show one and where its figures come from."""
+    from hetfl.profiling.fleets import find_fleet, list_fleets
+
+    if name is None:
+        render.print_fleets(list_fleets())
+    else:
+        render.print_fleet(find_fleet(name))
 
 
 def list_plugins() -> None:

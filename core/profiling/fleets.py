@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 import torch
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -119,6 +121,10 @@ class Fleet(Options):
                 raise ValueError(f"no device class '{name}'{nearest(name, self.kinds)} (classes: {', '.join(self.kinds)})")
         return self
 
+    def members(self) -> list[tuple[str, float]]:
+        """The classes and their counts or shares."""
+        return [(name, float(share)) for name, share in parse_mix(self.mix, str)]
+
     def device(self, client: int, clients: int, seed: int) -> Device:
         """The device of a client: its class by the mix, speed and network drawn once from the client's stream."""
         name = assign_mix(self.mix, str, clients)[client]
@@ -194,6 +200,13 @@ def read_fleet_file(path: Path) -> Fleet:
     if len(given.get("fleet", {})) != 1:
         raise UsageError(f"fleet file '{path}' must hold one [fleet.NAME], not {len(given.get('fleet', {}))}")
     return make_fleet(merge_options(read_builtin(), given), next(iter(given["fleet"])), f"fleet file '{path}': ")
+
+
+def format_fleet(name: str, what: str, step: StepTime, memory: float, watts: float, source: str) -> str:
+    """The text of a fleet file of one class, this device."""
+    kind = {"what": what, "memory": f"{memory:.0f}", "step": list(astuple(step)), "watts": watts, "from": source}
+    fleet = {"about": what, "classes": name, "share": 1.0, "from": f"{source}; network and nJ a bit: hetfl's defaults"}
+    return tomli_w.dumps({"fleet": {name: fleet}, "class": {name: kind}})
 
 
 def make_fleet(table: Mapping[str, Any], name: str, where: str = "") -> Fleet:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from hetfl.data.catalog import KNOWN
 from hetfl.data.dataset import Examples
 from hetfl.data.inputs import Inputs
 from hetfl.errors import UsageError
+from hetfl.files import reason
 from hetfl.models import factory, normalization
 from hetfl.profiling.cost import Cost
+from hetfl.profiling.fleets import format_fleet
 from hetfl.profiling.meter import Meter, free_memory
+from hetfl.profiling.steptime import fit_step_time
 from hetfl.rng import stream
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.tracing.groups import trace
@@ -92,6 +96,26 @@ def measure_widths(
         exceeded += [f"it takes {taken:.3g} s, the deadline is {deadline:g} s"] if taken > deadline else []
         reports.append(WidthReport(ratio, cost, seconds, "; ".join(exceeded)))
     return reports
+
+
+def export_fleet(path: Path, model: str, reports: Sequence[WidthReport], share: float, watts: float) -> str:
+    """Writes this device as a fleet file of one class; returns how well the fitted step time meets what was measured.
+
+    Raises UsageError where there are fewer than two widths, or the file cannot be written.
+    """
+    if len(reports) < 2:
+        raise UsageError("--export needs two widths or more, e.g. --levels 1,0.25")
+    fit = fit_step_time([r.cost for r in reports], [r.seconds for r in reports])
+    worst = max(abs(fit.seconds(r.cost) / r.seconds - 1) for r in reports)
+    widths = ", ".join(f"{r.ratio:g}" for r in reports)
+    none = [part for part, seconds in asdict(fit).items() if not seconds]
+    fitted = f"fitted within {worst:.0%}" + (f", nothing left for {' and '.join(none)}" if none else "")
+    source = f"step: measured on {model} at widths {widths}, {fitted}; memory: {share:g} of what was free; watts: as given"
+    try:
+        path.write_text(format_fleet("this", "this device", fit, share * free_memory(), watts, source), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be written: {reason(error)}") from error
+    return f"step times {fitted}"
 
 
 def make_meter(model: nn.Module, inputs: Inputs, batch: int, heads: Heads = "width") -> Meter:

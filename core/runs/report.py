@@ -13,11 +13,14 @@ from typing import Any
 
 from hetfl.errors import UsageError
 from hetfl.profiling.steptime import PASSES
-from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, EXAMPLES, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS, is_of_global
+from hetfl.rounds.rows import (
+    BYTES_DOWN, BYTES_UP, CLOCK, EXAMPLES, JOULES_SO_FAR, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS, is_of_global,
+)  # fmt: skip
 from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.folder import RunFolder
 
 AXES = ("round", "MB", "training GMACs", "seconds")  # what a curve is drawn over: each cumulative but the first
+SIMULATED_AXES = {"simulated seconds": CLOCK, "joules": JOULES_SO_FAR}  # further ones, where all runs had --fleet
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
 BUDGETS = (0.25, 0.5, 1.0)  # of the most that any pair spent
 
@@ -26,8 +29,9 @@ BUDGETS = (0.25, 0.5, 1.0)  # of the most that any pair spent
 class Curve:
     """One pair at one point of a sweep over its seeds, at the evaluated rounds.
 
-    `x` has a list for each of AXES; `y` for each metric a list of [mean, standard deviation] in percent, None where it was not
-    measured. `levels` are rows of level, accuracy in percent and costs, `own` the clients' accuracies after the last round.
+    `x` has a list for each of AXES, and of SIMULATED_AXES where its runs had --fleet; `y` for each metric a list of [mean, standard
+    deviation] in percent, None where it was not measured. `levels` are rows of level, accuracy in percent and costs, `own` the
+    clients' accuracies after the last round.
     """
 
     pair: str
@@ -55,9 +59,14 @@ class Report:
     classes: list[str]
     notes: list[str]
 
+    @property
+    def axes(self) -> list[str]:
+        """What all curves can be drawn over."""
+        return [*AXES, *(axis for axis in SIMULATED_AXES if all(axis in c.x for c in self.curves))]
+
     def data(self) -> dict[str, Any]:
         """What the page's script draws, as JSON-able values."""
-        return {"axes": AXES, "curves": [{**asdict(c), "name": c.name} for c in self.curves], "counts": self.counts,
+        return {"axes": self.axes, "curves": [{**asdict(c), "name": c.name} for c in self.curves], "counts": self.counts,
                 "classes": self.classes}  # fmt: skip
 
     def cost_to_target(self, axis: str) -> list[tuple[str, list[float | None]]]:
@@ -160,7 +169,11 @@ def join_runs(pair: str, point: str, folders: Sequence[RunFolder]) -> Curve:
     people = [read_rows(folder, "clients.csv") for folder in folders]
     measured = [i for i, row in enumerate(runs[0]) if row.get("global@test") and all(len(run) > i for run in runs)]
     axes = [cumulate(run, those, folder) for run, those, folder in zip(runs, people, folders, strict=True)]
-    x = {axis: [statistics.fmean(one[axis][i] for one in axes) for i in measured] for axis in AXES}
+    x = {
+        axis: [statistics.fmean(one[axis][i] for one in axes) for i in measured]
+        for axis in axes[0]
+        if all(axis in one for one in axes)
+    }
     names = [n for n in runs[0][0] if "@" in n and not n.endswith((" loss", " p10")) and not n.startswith("sent")]
     y = {name: [spread(100 * float(run[i][name]) for run in runs if run[i].get(name)) for i in measured] for name in names}
     if NOT_APPLICABLE in folders[0].read("summary.json"):
@@ -185,6 +198,9 @@ def cumulate(rows: Sequence[Mapping[str, str]], people: Sequence[Mapping[str, st
         seconds += float(row[SECONDS])
         for axis, value in zip(AXES, (float(row[ROUND]), sent, spent, seconds), strict=True):
             found[axis].append(value)
+    for axis, column in SIMULATED_AXES.items():
+        if all(row.get(column) for row in rows):
+            found[axis] = [float(row[column]) for row in rows]
     return found
 
 

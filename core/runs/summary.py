@@ -20,14 +20,18 @@ from hetfl.rounds.rows import (
     BYTES_DOWN,
     BYTES_UP,
     CLIENT_SECONDS,
+    CLOCK,
     DROPPED,
     FAULT,
+    JOULES,
+    JOULES_SO_FAR,
     LEVEL,
     MACS,
     MEMORY,
     PARAMETERS,
     PHASE,
     SECONDS,
+    SIMULATED,
     Row,
     is_of_global,
 )  # fmt: skip
@@ -88,10 +92,24 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
         **({} if trains_global else {NOT_APPLICABLE: WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
-        BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
+        **time_to_accuracy(rows), BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
         "weights sha256": digest_tensors(experiment.server.state, shapes=False),
         "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment),
                   *(compare_to_control(measured, len(experiment.federation.test)) if trains_global else [])],
+    }  # fmt: skip
+
+
+TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def time_to_accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of a run with --fleet: its simulated seconds and joules, and the seconds until the global model first reached TARGETS."""
+    if not rows or CLOCK not in rows[-1]:
+        return {}
+    reached = {f"{t:g}": next((r[CLOCK] for r in rows if r.get("global@test", 0.0) >= t), None) for t in TARGETS}
+    return {
+        SIMULATED: rows[-1][CLOCK], JOULES: rows[-1][JOULES_SO_FAR], DROPPED: sum(row[DROPPED] for row in rows),
+        "simulated seconds to accuracy": {target: moment for target, moment in reached.items() if moment is not None},
     }  # fmt: skip
 
 
