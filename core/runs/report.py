@@ -14,7 +14,18 @@ from typing import Any
 from hetfl.errors import UsageError
 from hetfl.profiling.steptime import PASSES
 from hetfl.rounds.rows import (
-    BYTES_DOWN, BYTES_UP, CLOCK, EXAMPLES, JOULES_SO_FAR, LEVEL, MACS, OWN_ACCURACY, PARAMETERS, ROUND, SECONDS, is_of_global,
+    BYTES_DOWN,
+    BYTES_UP,
+    CLOCK,
+    EXAMPLES,
+    JOULES_SO_FAR,
+    LEVEL,
+    MACS,
+    OWN_ACCURACY,
+    PARAMETERS,
+    ROUND,
+    SECONDS,
+    is_of_global,
 )  # fmt: skip
 from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.folder import RunFolder

@@ -161,7 +161,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
         values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
         bool(values["held"]), bool(values["local"]), int(values["state_version"]),
-        int(values.get("steps", 0)), encoded=read_group("encoded", values),
+        steps=int(values.get("steps", 0)), encoded=read_group("encoded", values),
     )  # fmt: skip
 
 
