@@ -56,7 +56,7 @@ def panel_of(name: str) -> str:
             return title
     if name in RUNNING:
         return PANELS[-1]
-    return PANELS[0] if name in ("profile", "wrap", "model_args", "heads") else "Rounds"
+    return PANELS[0] if name in ("profile", "select", "wrap", "model_args", "heads") else "Rounds"
 
 
 def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -94,6 +94,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     extract: str = Field("fedconv", description="how a client's submodel is taken")
     aggregate: str | None = Field(None, description="how updates are merged (default: the extraction's natural partner)")
     profile: str = Field("levels", description="how a device's capacity is found")
+    select: str = Field("uniform", description="who takes part in a round")
     wrap: tuple[str, ...] = Field((), description="plugins around local training, from the outside in")
     model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
     model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")

@@ -18,7 +18,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import UsageError, unknown
 from hetfl.files import find_resource
 
-ROLES = ("extract", "aggregate", "profile", "wrap")
+ROLES = ("extract", "aggregate", "profile", "select", "wrap")
 
 PATH = find_resource("index/registry.toml", "registry.toml")
 
@@ -130,7 +130,7 @@ def partner_of(extract: str) -> str:
 
 
 def choose_entries(options: RunOptions) -> list[Entry]:
-    """The registry entries of a run's plugins, found without importing them: extraction, aggregation, profile, wraps.
+    """The registry entries of a run's plugins, found without importing them: extraction, aggregation, profile, selection, wraps.
 
     Raises UsageError for two different plugins of one role and name, and for an object that the engine's processes cannot get.
     """
@@ -138,6 +138,7 @@ def choose_entries(options: RunOptions) -> list[Entry]:
         find("extract", options.extract),
         find("aggregate", options.aggregate or partner_of(options.extract)),
         find("profile", options.profile),
+        find("select", options.select),
         *(find("wrap", name) for name in options.wrap),
     ]
     for i, entry in enumerate(found):

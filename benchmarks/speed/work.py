@@ -87,9 +87,10 @@ class Work:
     def chosen(self, round: int) -> list[int]:
         """The clients of a round, as hetfl samples them."""
         from hetfl.rng import stream
-        from hetfl.rounds.assignment import draw_clients
+        from hetfl.rounds.assignment import sample_size
 
-        return draw_clients(self.clients, self.options.fraction, stream(0, "sample", round))
+        order = torch.randperm(self.clients, generator=stream(0, "sample", round))
+        return sorted(order[: sample_size(self.clients, self.options.fraction)].tolist())
 
     def rows(self, round: int, client: int) -> torch.Tensor:
         """A client's examples in the order in which it sees them."""

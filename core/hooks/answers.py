@@ -37,6 +37,18 @@ def find_plan_fault(plans: Any, clients: Sequence[Client]) -> str | None:
     return None
 
 
+def find_sample_fault(chosen: Any, clients: Sequence[Client], wanted: int) -> str | None:
+    """That a selection's answer is not the ids of some of `clients`, none twice and at most `wanted`."""
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not all(type(client) is int for client in chosen):
+        return "did not answer with a list of clients' ids"
+    strangers = set(chosen) - {client.id for client in clients}
+    if strangers:
+        return f"chose client {min(strangers)}, which is not among those that are there"
+    if len(set(chosen)) < len(chosen) or not 0 < len(chosen) <= wanted:
+        return f"chose {len(chosen)} clients, {len(set(chosen))} different ones, where 1 to {wanted} are wanted"
+    return None
+
+
 def plan_faults(plan: Any) -> Iterator[str]:
     """What is wrong with one plan."""
     if lacking := [name for name in PLAN if not hasattr(plan, name)]:

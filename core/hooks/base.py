@@ -47,11 +47,12 @@ class Plugin(BaseModel):
     all have equally many examples, over the clients that cover an entry ("covering") or over all, of whom one that lacks an entry
     votes for its old value ("all"). `trains_global`: whether its rounds make a global model; where they do not, accuracies
     of the global model are not applicable. `expected_failures`: checks of `hfl check` that the plugin
-    cannot pass, each with the reason.
+    cannot pass, each with the reason. `uniform`: a selection that gives every client the same chance.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     mean: ClassVar[Literal["covering", "all"] | None] = None
+    uniform: ClassVar[bool] = False
     trains_global: ClassVar[bool] = True
     extras_down: ClassVar[dict[str, ExtraSpec]] = {}
     extras_up: ClassVar[dict[str, ExtraSpec]] = {}

@@ -22,6 +22,11 @@ class Defaults:
     """What the core does where no plugin answers."""
 
     @hookimpl
+    def sample(self, server: Server, clients: Sequence[Client], round: int) -> list[int]:
+        order = torch.randperm(len(clients), generator=server.sample_stream(round))
+        return [clients[place].id for place in order[: server.wanted].tolist()]
+
+    @hookimpl
     def profile(self, node: Node) -> Profile:
         return Profile()
 

@@ -34,6 +34,11 @@ def prepare(server: Server) -> None:
 
 
 @hookspec(firstresult=True)
+def sample(server: Server, clients: Sequence[Client], round: int) -> Sequence[int] | None:
+    """Server: the ids of the round's clients, `server.wanted` of those that are there. Default: each with the same chance."""
+
+
+@hookspec(firstresult=True)
 def profile(node: Node) -> Profile | None:
     """Node, every round: what this device can afford. Default: the full width."""
 

@@ -17,7 +17,12 @@ from hetfl.hooks.base import HOOKS, Plugin
 from hetfl.hooks.manager import PluginManager
 from hetfl.registry import ROLES, Entry
 
-ROLE_HOOKS = {"extract": ("extract",), "aggregate": ("aggregate",), "profile": ("profile",)}  # a wrap's may be any other
+ROLE_HOOKS = {
+    "extract": ("extract",),
+    "aggregate": ("aggregate",),
+    "profile": ("profile",),
+    "select": ("sample",),
+}  # a wrap's may be any other
 
 
 def load_class(entry: Entry) -> type[Plugin]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks import hookspecs
-from hetfl.hooks.answers import find_merge_fault, find_plan_fault, find_type_fault
+from hetfl.hooks.answers import find_merge_fault, find_plan_fault, find_sample_fault, find_type_fault
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
@@ -45,7 +45,7 @@ class PluginManager:
         self._manager = pluggy.PluginManager("hetfl")
         self._manager.add_hookspecs(hookspecs)
         self._manager.register(Defaults(), "core")
-        order = ("extract", "aggregate", "profile", "wrap")
+        order = ("extract", "aggregate", "profile", "select", "wrap")
         for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):  # noqa: C414 (the sort is stable)
             self._register(key)
         self._callers: dict[tuple[str, ...], Any] = {}
@@ -115,6 +115,18 @@ class PluginManager:
     def prepare(self, server: Server) -> None:
         with self._naming("prepare"):
             self._manager.hook.prepare(server=server)
+
+    def sample(self, server: Server, clients: Sequence[Client], round: int) -> list[int]:
+        """The ids of the round's clients, in ascending order. Raises RunError where the answer is something else."""
+        with self._naming("sample", round):
+            chosen = self._ask("sample", "select")(server=server, clients=clients, round=round)
+            self.refuse(find_sample_fault(chosen, clients, server.wanted), "sample", "select", round)
+        return sorted(chosen)
+
+    @property
+    def samples_uniformly(self) -> bool:
+        """Whether every client has the same chance to take part."""
+        return all(plugin.uniform for key, plugin in self.plugins.items() if key.startswith("select."))
 
     def profile(self, node: Node) -> Profile:
         try:

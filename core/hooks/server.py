@@ -32,8 +32,8 @@ class Server:
     """`state` is the global model, `branches` further models by name, as patches of it; `widths` are the groups that can be cut;
     `clients` has every client by its id as it was when last sampled.
 
-    `sampled` of `population` clients take part in a round; `averages` tells over whom the aggregation takes a mean ("covering" an
-    entry, or "all"; None: it takes none). `key` is the server's secret: 32 bytes that never leave it but for its checkpoints; with
+    `wanted` clients are to be chosen for the round; `sampled` of `population` take part, drawn uniformly, or all of as many.
+    `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the server's secret: 32 bytes that never leave it but for its checkpoints; with
     `hides_sample` even who takes part is drawn from it. `public` is the server's labelled data or None; `taken` counts the training
     steps on it by their batch size, `steps_saved` and `epochs_saved` what early stopping left out.
     """
@@ -49,6 +49,7 @@ class Server:
         self.notes: list[str] = []
         self.alarms: list[str] = []  # of this round, not said yet
         self.sampled, self.population, self.averages = 0, 0, cast(str | None, None)
+        self.wanted = 0
         self.key, self.hides_sample = secrets.token_bytes(32), False
         self._public, self._counting = public, threading.Lock()
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}

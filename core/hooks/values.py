@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,16 @@ from hetfl.training.task import Reply
 
 @dataclass(frozen=True)
 class Client:
-    """A sampled client as the server sees it: `last_round` is that of its last valid reply (0: none), `extras` came with it."""
+    """A client as the server sees it: `last_round` is that of its last valid reply (0: none), `extras` came with it.
+
+    `last` is its line of clients.csv of the last round that it took part in, empty before.
+    """
 
     id: int
     profile: Profile
     extras: State = field(default_factory=dict)
     last_round: int = 0
+    last: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from hetfl.config import RunOptions
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks.server import Server
@@ -17,26 +15,31 @@ from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import Assignment, Failure, exchange
 from hetfl.rounds.receiving import leave_out
-from hetfl.rounds.state import RoundState
+from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.validation import check_profile, extras_fault
 from hetfl.submodel import encoding
 from hetfl.submodel.plan import Plan
 
 
 def sample_clients(now: RoundState) -> list[int]:
-    """The clients of the round, of whom the server notes how many of how many they are."""
-    run = now.run
-    there = run.clock.find_ready() if run.clock else list(range(run.clients))
-    wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9)
-    drawn = torch.randperm(len(there), generator=run.server.sample_stream(now.number))[:wanted]
-    chosen = sorted(there[i] for i in drawn.tolist())
-    run.server.sampled, run.server.population, run.server.averages = len(chosen), run.clients, run.plugins.averages
+    """The clients of the round, chosen of those that are there; the server notes how many of how many they are.
+
+    Where not every client had the same chance they count as all that there are: privacy is not amplified by such a choice.
+    """
+    run, server = now.run, now.run.server
+    there = run.clock.find_ready() if run.clock else range(run.clients)
+    server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9)
+    chosen = run.plugins.sample(server, [recall_client(run, client) for client in there], now.number)
+    uniform = run.clock is None and run.plugins.samples_uniformly
+    server.sampled, server.population, server.averages = len(chosen), run.clients if uniform else len(chosen), run.plugins.averages
     return chosen
 
 
-def draw_clients(clients: int, fraction: float, generator: torch.Generator) -> list[int]:
-    """ceil(fraction * clients) of the client ids, without replacement, in ascending order."""
-    return sorted(torch.randperm(clients, generator=generator)[: sample_size(clients, fraction)].tolist())
+def recall_client(run: RunState, client: int) -> Client:
+    """A client as it was when it last took part; one that never did, with the whole width."""
+    known = run.server.clients.get(client)
+    profile = known.profile if known else Profile()
+    return Client(client, profile, run.extras.get(client, {}), run.last_round.get(client, 0), run.latest.get(client, {}))
 
 
 def sample_size(clients: int, fraction: float) -> int:

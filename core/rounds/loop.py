@@ -195,7 +195,9 @@ def report_round(now: RoundState) -> None:
     row.add_mean_and_decile("client@own", accuracies)
     now.close()
     run.rows.append(row.columns())
-    run.client_rows += [c.columns() for c in row.clients.values()]
+    lines = {client: c.columns() for client, c in row.clients.items()}
+    run.client_rows += lines.values()
+    run.latest |= lines
     for text in [
         *dict.fromkeys([*now.engine.notices, *run.server.alarms]),
         *find_alarms(run.rows, run.client_rows, run.server.classes),

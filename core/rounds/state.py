@@ -46,6 +46,7 @@ class RunState:
     device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     client_rows: list[Row] = field(default_factory=list)
+    latest: dict[int, Row] = field(default_factory=dict)  # by client: the last of these
     clock: Clock | None = None  # of a run with --fleet
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)

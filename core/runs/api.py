@@ -19,20 +19,20 @@ from hetfl.runs.observers import Observers, progress_line
 from hetfl.runs.process import for_programs, own_settings
 from hetfl.runs.result import Matrix, Run
 
-OBJECTS = {"model", "data", "extract", "aggregate", "profile", "wrap"}  # what may be given as an object
+OBJECTS = {"model", "data", "extract", "aggregate", "profile", "select", "wrap"}  # what may be given as an object
 
 
 @for_programs
 def run(
-    *, model: Any = None, data: Any = None, extract: Any = None, aggregate: Any = None, profile: Any = None, wrap: Any = None,
-    callback: Any = None, progress: bool | str = "auto", out: str | Path | None = None, **options: Any,
+    *, model: Any = None, data: Any = None, extract: Any = None, aggregate: Any = None, profile: Any = None, select: Any = None,
+    wrap: Any = None, callback: Any = None, progress: bool | str = "auto", out: str | Path | None = None, **options: Any,
 ) -> Run:  # fmt: skip
     """Runs one experiment and returns what came of it; nothing is written unless `out` names a folder.
 
     `model`: a name (docs/models.md), an nn.Module, of which a copy is trained from the weights that it has, or a factory,
     called with those of classes, channels, size, vocab, length and inputs that its signature names. `data`: a name or path
     (docs/data.md), a torch Dataset (each example is taken once, transforms and all), a pair (x, y), a datasets.Dataset, or
-    {"train": …, "test": …} of these. `extract`, `aggregate`, `profile`, `wrap` (one or several): a name,
+    {"train": …, "test": …} of these. `extract`, `aggregate`, `profile`, `select`, `wrap` (one or several): a name,
     "package.module:Class", a Plugin class or an object of one. `callback`: an object, or several, with any of the methods
     on_run_start(info), on_round_start(round), on_phase(round, name), on_round_end(row), on_fact(text), on_note(text),
     on_alarm(text), on_run_end(summary). `progress`: True, False, or "auto", a line in a terminal or a notebook. Everything else
@@ -47,7 +47,7 @@ def run(
     >>> run.model(x).shape, run.submodel(0.5)(x).shape
     (torch.Size([1, 10]), torch.Size([1, 10]))
     """
-    given, chosen = Given(), {"extract": extract, "aggregate": aggregate, "profile": profile, "wrap": wrap}
+    given, chosen = Given(), {"extract": extract, "aggregate": aggregate, "profile": profile, "select": select, "wrap": wrap}
     asked = config.resolve(gather(given, options, model=model, dataset=data, out=out, **chosen))
     given.refuse_elsewhere(asked.engine)
     if asked.engine == "flower":

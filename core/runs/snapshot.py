@@ -17,7 +17,7 @@ from hetfl.errors import RunError
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.rows import RESERVED, ROUND
+from hetfl.rounds.rows import CLIENT, RESERVED, ROUND
 from hetfl.rounds.state import RunState
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
@@ -128,6 +128,7 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     for row, people in list_rounds(snapshot):
         run.rows.append(row)
         run.client_rows += people
+        run.latest |= {line[CLIENT]: line for line in people}
     run.metric_names = {name for row in run.client_rows for name in row} - RESERVED
     if run.clock is not None:
         run.clock.set(run.rows)

@@ -155,7 +155,7 @@ def test_the_natural_partner_is_decided_in_one_place(own):
     assert registry.partner_of("fedconv") == "kld"
     assert registry.partner_of("own_plugins:Last") == "overlap"
     options = resolve({"extract": "own_plugins:Last"})
-    assert [e.name for e in registry.choose_entries(options)] == ["Last", "overlap", "levels"]
+    assert [e.name for e in registry.choose_entries(options)] == ["Last", "overlap", "levels", "uniform"]
     assert cli_options.run_path(options).name.endswith("-Last-overlap")
     assert sweep.cross_plugins(["own_plugins:Last"], ["natural"])[0] == ("own_plugins:Last", "overlap")
 

@@ -53,7 +53,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
     (package / RUN).write_text(format_run_file(options, common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(describe_run(common, mods)))
-    for name in (options.model, options.extract, options.aggregate, options.profile, *options.wrap):
+    for name in (options.model, options.extract, options.aggregate, options.profile, options.select, *options.wrap):
         copy_module(name, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MOST:
