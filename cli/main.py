@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from hetfl.cli import check, compare, new_plugin, reproduce, run, show, stopping, study
+from hetfl.cli import check, compare, new_plugin, plan, reproduce, run, show, stopping, study
 from hetfl.cli import report as reports
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
@@ -57,6 +57,7 @@ COMMANDS = (
     show.inspect,
     show.profile,
     show.fleets,
+    plan.plan,
 )
 
 for command in COMMANDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hetfl.hooks.base import Plugin
     from hetfl.profiling.fleets import Fleet
     from hetfl.profiling.inspection import ModelReport, WidthReport
+    from hetfl.profiling.planning import ClassPlan
     from hetfl.runs.cell import TrialResult
 
 
@@ -256,6 +257,28 @@ def print_fleet(fleet: Fleet) -> None:
     sources |= {"availability": fleet.rhythm.source} if fleet.rhythm else {}
     for name, source in sources.items():
         say(f"{name}: {source}")
+
+
+def print_plans(title: str, plans: Mapping[str, tuple[list[str], list[ClassPlan]]], rounds: int) -> None:
+    """What each class of a fleet holds under the extractions of each kind."""
+    from hetfl.profiling.planning import COMPUTES
+
+    for kind, (names, classes) in plans.items():
+        say(f"{title}: {', '.join(names)} (a client computes {COMPUTES[kind]})", "bold")
+        rows = [
+            (c.name, f"{c.share:.0%}", "none" if c.width is None else f"{c.width:g}", f"{c.spent.seconds:,.3g}",
+             f"{c.spent.down:,.3g} / {c.spent.compute:,.3g} / {c.spent.up:,.3g}", f"{c.spent.joules:,.3g}", format_bytes(c.bytes),
+             c.binds or "nothing")
+            for c in classes
+        ]  # fmt: skip
+        columns = ("class", "share", "width", "s a round", "down / train / up", "J", "sent", "what binds")
+        console.print(table(columns, rows))
+        if held := [c for c in classes if c.width is not None]:
+            seconds = max(c.spent.seconds for c in held)
+            share = sum(c.share for c in held)
+            say(f"{rounds} rounds with {share:.0%} of the fleet: {rounds * seconds / 3600:,.3g} h, the slowest class waited for")
+        else:
+            say("no class can take part")
 
 
 Rows = tuple[list[str], list[list[str]]]

@@ -33,9 +33,10 @@ class Server:
     `clients` has every client by its id as it was when last sampled.
 
     `wanted` clients are to be chosen for the round; `sampled` of `population` take part, drawn uniformly, or all of as many.
-    `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the server's secret: 32 bytes that never leave it but for its checkpoints; with
-    `hides_sample` even who takes part is drawn from it. `public` is the server's labelled data or None; `taken` counts the training
-    steps on it by their batch size, `steps_saved` and `epochs_saved` what early stopping left out.
+    `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the
+    server's secret: 32 bytes that never leave it but for its checkpoints; with `hides_sample` even who takes part is drawn from it.
+    `public` is the server's labelled data or None; `taken` counts the training steps on it by their batch size, `steps_saved` and
+    `epochs_saved` what early stopping left out.
     """
 
     def __init__(

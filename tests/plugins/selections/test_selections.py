@@ -22,14 +22,14 @@ from hetfl.runs.experiment import prepare
 from hetfl.runs.folder import RunFolder
 
 TINY = {
-    "dataset": "digits", "limit": 300, "clients": 10, "rounds": 3, "epochs": 1, "batch_size": 16, "pretrain_steps": 0, "vmap": "off",
-    "partition": "iid", "server_data": 0, "control": False, "model": "mlp", "model_args": {"hidden": [8, 6]}, "levels": "1",
-    "extract": "heterofl", "fraction": 0.3, "fleet": "phones-always",
+    "dataset": "digits", "limit": 300, "clients": 10, "rounds": 3, "epochs": 1, "batch_size": 16, "pretrain_steps": 0,
+    "vmap": "off", "partition": "iid", "server_data": 0, "control": False, "model": "mlp", "model_args": {"hidden": [8, 6]},
+    "levels": "1", "extract": "heterofl", "fraction": 0.3, "fleet": "phones-always",
 }  # fmt: skip
 
 
 def server(wanted):
-    return SimpleNamespace(wanted=wanted, sample_stream=lambda round: stream(0, "sample", round))
+    return SimpleNamespace(wanted=wanted, sample_stream=lambda number: stream(0, "sample", number))
 
 
 def client(i, last_round=0, **last):
