@@ -58,8 +58,10 @@ def test_every_extraction_stands_in_one_group():
 
 
 def test_a_run_takes_what_was_planned():
-    values = {"dataset": "digits", "limit": 300, "clients": 3, "epochs": 1, "pretrain_steps": 0, "partition": "iid",
-              "server_data": 0, "model": "mlp", "extract": "heterofl", "levels": "0.5", "fleet": "fedgmr", "own_test": 0.0}  # fmt: skip
+    values = {
+        "dataset": "digits", "limit": 300, "clients": 3, "epochs": 1, "pretrain_steps": 0, "partition": "iid", "server_data": 0,
+        "model": "mlp", "extract": "heterofl", "levels": "0.5", "fleet": "fedgmr", "own_test": 0.0,
+    }  # fmt: skip
     made = prepare(resolve(values), NoCallback())
     run_round(made.state, 1, made.engine)
     made.close()
