@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from hetfl.rng import seed_of, stream
 
@@ -25,7 +25,8 @@ class Availability:
     def __init__(
         self, session: tuple[float, float], gap: tuple[float, float], longest: float, rhythm: dict[float, float], seed: int
     ) -> None:
-        self._parameters, self._longest, self._seed = (gap, session), longest, seed
+        self._longest, self._seed = longest, seed
+        self._middles, self._spreads = np.array([gap, session]).T[:, :, None]
         points = sorted(rhythm.items()) or [(0.0, 1.0)]
         rates = [interpolate(points, hour) for hour in range(24)]
         self._rates = [rate / max(rates) for rate in rates]
@@ -62,29 +63,24 @@ class Availability:
         """The client's next intervals."""
         chunk = self._chunks.get(client, 0)
         self._chunks[client] = chunk + 1
-        generator = stream(self._seed, "availability", chunk, client)
+        generator, cycles = stream(self._seed, "availability", chunk, client), CHUNK + (0 if chunk else CANDIDATES)
+        normal = torch.randn(2, cycles, generator=generator, dtype=torch.float64).numpy()
+        lengths = np.exp(self._middles + self._spreads * normal).clip(1.0, self._longest)
         if chunk == 0:
-            self._begin(client, generator)
-        gaps, sessions = self._lengths_of(CHUNK, generator)
+            self._begin(client, lengths[:, CHUNK:], torch.rand(2, generator=generator, dtype=torch.float64).tolist())
+        gaps, sessions = lengths[:, :CHUNK]
         ends = self._ends[client]
         for gap, session in zip(gaps.tolist(), sessions.tolist(), strict=True):
             for _ in range(2):
                 ready = self._first[client] == (len(ends) % 2 == 0)
                 ends.append(ends[-1] + (session if ready else gap))
 
-    def _begin(self, client: int, generator: torch.Generator) -> None:
-        """The rest of the interval under way at time 0."""
-        both = torch.cat(self._lengths_of(CANDIDATES, generator))
-        picked = int(torch.multinomial(both, 1, generator=generator))
-        self._first[client] = picked >= CANDIDATES
-        self._ends[client] = [float(both[picked] * torch.rand((), generator=generator, dtype=torch.float64))]
-
-    def _lengths_of(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """So many gaps and sessions, in seconds."""
-        normal = torch.randn(2, count, generator=generator, dtype=torch.float64)
-        (low, spread), (middle, width) = self._parameters
-        both = (low + spread * normal[0]).exp(), (middle + width * normal[1]).exp()
-        return both[0].clamp(1.0, self._longest), both[1].clamp(1.0, self._longest)
+    def _begin(self, client: int, lengths: np.ndarray, drawn: Sequence[float]) -> None:
+        """The rest of the interval under way at time 0, one of gaps and sessions (2, CANDIDATES) by two numbers in [0, 1)."""
+        ends = lengths.ravel().cumsum()
+        picked = int(np.searchsorted(ends, drawn[0] * ends[-1], side="right"))
+        self._first[client] = picked >= lengths.shape[1]
+        self._ends[client] = [float(lengths.ravel()[picked]) * drawn[1]]
 
 
 def interpolate(points: Sequence[tuple[float, float]], hour: float) -> float:

@@ -25,7 +25,8 @@ def keep_in_time(now: RoundState, wanted: int) -> None:
     run, clock = now.run, now.run.clock
     if clock is None or not now.assignments:
         return
-    turns = [make_turn(now, clock, assignment) for assignment in now.assignments.values()]
+    sizes: dict[object, int] = {}
+    turns = [make_turn(now, clock, assignment, sizes) for assignment in now.assignments.values()]
     for turn in turns:
         judge(turn, clock.options)
     arrived = sorted((t for t in turns if not t.fate), key=lambda t: (t.spent.seconds, t.client))
@@ -46,12 +47,14 @@ def keep_in_time(now: RoundState, wanted: int) -> None:
         now.alarm(f"none of the {len(turns)} clients of the round got through in time; the global model stays as it was")
 
 
-def make_turn(now: RoundState, clock: Clock, assignment: Assignment) -> Turn:
-    """What the client would spend, and how long it can."""
+def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict[object, int]) -> Turn:
+    """What the client would spend, and how long it can. `sizes`: of uploads, which clients of a plan have in common."""
     run, client, plan = now.run, assignment.client.id, assignment.plan
     examples, steps = count_work(run.options, clock.examples[client])
-    up = run.travelling({name: tensor for name, tensor in assignment.state.items() if name in assignment.up})
-    work = Work(run.meter.cost(plan.sizes, plan.model), steps, examples, assignment.bytes, upload_bytes(plan, Reply(up, 0)))
+    if (key := (id(plan), id(assignment.state), assignment.up)) not in sizes:
+        up = run.travelling({name: tensor for name, tensor in assignment.state.items() if name in assignment.up})
+        sizes[key] = upload_bytes(plan, Reply(up, 0))
+    work = Work(run.meter.cost(plan.sizes, plan.model), steps, examples, assignment.bytes, sizes[key])
     device = clock.device(client)
     return Turn(assignment, device, work, device.spend(work), min(clock.options.deadline or math.inf, clock.stay(client)))
 
