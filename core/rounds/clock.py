@@ -17,7 +17,7 @@ from hetfl.profiling.fleets import Fleet, find_fleet
 from hetfl.rounds.messages import Assignment
 from hetfl.rounds.rows import CLOCK, JOULES_SO_FAR, Row
 
-YEAR = 366 * 86400.0
+MOST_CHANGES = 5000
 
 
 def choose_fleet(options: RunOptions) -> Fleet | None:
@@ -66,17 +66,18 @@ class Clock:
     def find_ready(self) -> list[int]:
         """The clients that are there; where they are fewer than --min-clients, the clock first goes on until they are not.
 
-        Raises RunError where that takes a year.
+        Raises RunError where that takes MOST_CHANGES comings and goings.
         """
-        everyone, when = range(len(self.examples)), self._when
+        everyone, when, need = range(len(self.examples)), self._when, self.options.min_clients
         if when is None:
             return list(everyone)
         began = self.now
-        while len(ready := [i for i in everyone if when.is_ready(i, self.now)]) < self.options.min_clients:
+        for _ in range(MOST_CHANGES):
+            if len(ready := [i for i in everyone if when.is_ready(i, self.now)]) >= need:
+                return ready
             self.now = min(when.next_change(i, self.now) for i in everyone)
-            if self.now - began > YEAR:
-                raise RunError(f"in a year of simulated time no {self.options.min_clients} clients of the fleet were there at once")
-        return ready
+        hours = (self.now - began) / 3600
+        raise RunError(f"in {hours:,.0f} hours of simulated time no {need} clients of the fleet were there at once (--min-clients)")
 
     def stay(self, client: int) -> float:
         """Seconds that a client that is there will stay."""

@@ -127,6 +127,12 @@ def test_only_who_is_there_is_asked_and_the_clock_waits_for_them():
         assert row["simulated seconds"] >= now - begins[number - 1]
 
 
+def test_clients_that_are_never_there_at_once_end_the_run(monkeypatch):
+    monkeypatch.setattr("hetfl.rounds.clock.MOST_CHANGES", 50)
+    with pytest.raises(RunError, match=r"^in [\d,]+ hours of simulated time no 12 clients of the fleet were there at once"):
+        ran(fleet="phones", clients=12, min_clients=12)
+
+
 def test_who_leaves_before_it_ends_is_dropped():
     fleet = find_fleet("phones-always")
     clock = Clock(fleet, resolve(TINY), [8] * 6)
