@@ -239,8 +239,9 @@ def print_width_reports(model: str, reports: Sequence[WidthReport]) -> None:
 
 def print_fleets(fleets: Sequence[Fleet]) -> None:
     """Every fleet."""
-    rows = [(f.name, f.about, f"{f.down[0]:g} / {f.up[0]:g}", f.availability or "always", f.mix) for f in fleets]
-    console.print(table(("fleet", "what", "Mb/s down / up", "there", "classes"), rows))
+    for f in fleets:
+        when = f"there as {f.availability}" if f.availability else "always there"
+        say(f"{f.name}: {f.about}; {f.mix}; {f.down[0]:g} / {f.up[0]:g} Mb/s down / up; {when}")
 
 
 def print_fleet(fleet: Fleet) -> None:
