@@ -1,6 +1,6 @@
 """hetfl beside a hand-written torch loop, Flower's Ray simulation and Apple's pfl: `python benchmarks/compare.py`.
 
-With `--device cuda` on a GPU, and then hetfl in several ways; benchmarks/gpu.py makes a page of that.
+`compare_on_gpu` does the same on a GPU, with hetfl in several ways; benchmarks/gpu.py makes a page of that.
 
 Needs the extra `bench`. Every contender runs alone, in a process of its own, one after the other, and so `--repeats` times: a ratio
 is between runs that stand beside each other in time. All must come to the same parameters. Writes docs/performance.md with
