@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from helpers.cli import hfl
+from hetfl.cli.new_plugin import Kind
 from hetfl.hooks.loading import roles_of
-from hetfl.registry import ROLES
 from hetfl.testing.report import check_plugin
 from hetfl.testing.subject import Subject
 
@@ -20,7 +21,7 @@ QUICK = ["repeats", "order_changes_nothing", "federation_changes_nothing", "puts
          "keeps_uncovered_entries", "agrees_with_its_oracle"]  # fmt: skip
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", get_args(Kind))
 def test_a_template_is_a_right_plugin(role):
     kind = importlib.import_module(f"hetfl.cli.templates.{role}").Template
     oracle = importlib.import_module(f"hetfl.cli.templates.{role}_oracle").check_by_hand

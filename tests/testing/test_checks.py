@@ -42,7 +42,7 @@ RIGHT = {"extract": faulty.Leading, "aggregate": "overlap", "profile": "levels"}
 @pytest.fixture
 def few_partners(monkeypatch):
     """Two built-in partners in place of all."""
-    few = [e for e in registry.builtins() if e.name in ("overlap", "median", "heterofl", "fjord", "levels")]
+    few = [e for e in registry.builtins() if e.name in ("overlap", "median", "heterofl", "fjord", "levels", "uniform")]
     monkeypatch.setattr(registry, "builtins", lambda: tuple(few))
 
 
