@@ -32,7 +32,7 @@ def test_a_template_is_a_right_plugin(role):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["extract", "wrap"])
+@pytest.mark.parametrize("role", ["wrap"])
 def test_it_installs_and_reaches_gold(role, tmp_path, capsys, monkeypatch):
     pytest.importorskip("setuptools", reason="building without network needs setuptools")
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,7 @@ def folder_of(stops, path, engine, rounds=None, **values):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
 @pytest.mark.parametrize(
     "values",
-    [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "fiarse", "aggregate": "overlap"}, {"extract": "hermes"}],
+    [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "hermes"}],
     ids=lambda v: v["extract"],
 )
 def test_flowers_simulation_gives_the_bits_of_the_local_engine(tmp_path, stops, values):

@@ -35,7 +35,7 @@ def federated(path, values, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("fiarse", "overlap"), ("hermes", "hermes")])
+@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("hermes", "hermes")])
 def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops, pair):
     if not (REAL / "mnist").is_dir():
         pytest.skip("no mnist here (HETFL_DATA)")
