@@ -95,12 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. Python's own way out would abort in torch where a client is still in training: one that is late, or one of
-    a run that ended for another client's fault."""
+    """Ends the process. Python's own way out would abort in torch where a client is still in training, or was until just now: one
+    that is late, or one of a run that ended for another client's fault."""
     workers, until = [thread for thread in threading.enumerate() if thread.daemon and thread.name == "hetfl"], time.monotonic() + 1
     for worker in workers:
         worker.join(max(0.0, until - time.monotonic()))
-    if any(worker.is_alive() for worker in workers):
+    if code == 1 or any(worker.is_alive() for worker in workers):
         stopping.end_now(code)
     sys.exit(code)
 
