@@ -54,8 +54,7 @@ def draw_run(folder: RunFolder) -> None:
     """Writes curves and partition into the run folder."""
     import matplotlib
 
-    with (folder.path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = folder.rows("metrics.csv")
     summary = folder.read("summary.json")
     title = f"{summary['extract']} x {summary['aggregate']} on {Path(summary['dataset']).name}, {summary['clients']} clients"
     with matplotlib.rc_context(STYLE):

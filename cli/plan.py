@@ -40,7 +40,6 @@ def plan(
     from hetfl.profiling import inspection, planning
     from hetfl.profiling.capacity import parse_quantity
     from hetfl.profiling.fleets import find_fleet
-    from hetfl.training.local import count_work
 
     try:
         limits = planning.Limits(deadline, energy, parse_quantity(traffic) if traffic is not None else None)
@@ -48,7 +47,7 @@ def plan(
         raise UsageError(f"--traffic: {error}") from error
     chosen = find_fleet(fleet)
     options = config.resolve({"epochs": epochs, "batch_size": batch_size})
-    trained, steps = count_work(options, examples)
+    trained, steps = options.count_work(examples)
     inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
     built = factory.build_model(model, parse_pairs(model_args or [], "--model-args"), inputs, 0)
     cost = inspection.make_meter(built, inputs, batch_size).width_cost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -144,8 +143,7 @@ def show_folder(path: Path) -> None:
         if fault := folder.weights_fault():
             raise RunError(f"{fault}: it was changed or damaged since")
     elif folder.holds("leaderboard.csv"):
-        with (path / "leaderboard.csv").open(newline="") as file:
-            render.print_written_leaderboard(list(csv.DictReader(file)), path)
+        render.print_written_leaderboard(folder.rows("leaderboard.csv"), path)
     elif folder.holds("config.toml"):
         raise UsageError(f"the run in '{path}' has not ended: hfl resume goes on with it")
     else:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hetfl.errors import UsageError, nearest
 
+PASSES = 3  # a training step's multiply-accumulates by those of its forward pass: backward takes about two
+
 
 class Options(BaseModel):
     """Options that know no others, cannot be changed and take no infinite number."""
@@ -70,6 +72,14 @@ class TrainOptions(Options):
     lr_milestones: tuple[int, ...] = Field((), description="rounds after which lr is multiplied by --lr-decay")
     lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
     lr_round_decay: float = Field(1.0, gt=0, le=1, description="factor after every round")
+
+    def count_work(self, examples: int) -> tuple[int, int]:
+        """(examples, steps) that a client with so many examples trains on in a round, before any batch is left out."""
+        each = -(-examples // self.batch_size)
+        if not self.local_steps or not examples:
+            return self.epochs * examples, self.epochs * each
+        passes, rest = divmod(self.local_steps, each)
+        return passes * examples + rest * self.batch_size, self.local_steps
 
 
 class ServerOptions(Options):

@@ -9,9 +9,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from hetfl.config import PASSES
 from hetfl.profiling.cost import Cost
 
-PASSES = 3  # a training step's multiply-accumulates by those of its forward pass: backward takes about two
 TRUST = 1e-2  # of the even split beside the measurements: they leave a direction open where they are few
 
 

@@ -28,7 +28,6 @@ from hetfl.submodel.widths import within
 from hetfl.training import vectorized
 from hetfl.training.cuda_graphs import GraphPool, hand_over, on_stream, own_stream
 from hetfl.training.evaluation import Score, evaluate
-from hetfl.training.local import count_work
 from hetfl.training.task import Reply, Task
 from hetfl.training.vectorized import Member
 
@@ -79,7 +78,7 @@ class ClientRuntime:
         clients, device = len(self.federation.clients), None
         if options.fleet is not None:
             device = find_fleet(options.fleet).device(client, clients, options.seed)
-        work = count_work(options, len(data))
+        work = options.count_work(len(data))
         node = Node(client, clients, round, options.seed, cost, probe, *work, options.global_width, device, options.deadline)
         return self.plugins.profile(node)
 

@@ -12,7 +12,6 @@ from hetfl.rounds.messages import Assignment
 from hetfl.rounds.receiving import begin_row
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import upload_bytes
-from hetfl.training.local import count_work
 from hetfl.training.task import Reply
 
 
@@ -50,7 +49,7 @@ def keep_in_time(now: RoundState, wanted: int) -> None:
 def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict[object, int]) -> Turn:
     """What the client would spend, and how long it can. `sizes`: of uploads, which clients of a plan have in common."""
     run, client, plan = now.run, assignment.client.id, assignment.plan
-    examples, steps = count_work(run.options, clock.examples[client])
+    examples, steps = run.options.count_work(clock.examples[client])
     if (key := (id(plan), id(assignment.state), assignment.up)) not in sizes:
         up = run.travelling({name: tensor for name, tensor in assignment.state.items() if name in assignment.up})
         sizes[key] = upload_bytes(plan, Reply(up, 0))

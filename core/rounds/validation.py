@@ -31,7 +31,6 @@ MOST_SECONDS = 1e8
 MOST_NUMBER = 1 << 63
 LEAST_WIDTH = 1e-4
 SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
-ENCODED = (torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 LARGEST_CODE, SLACK = 2, 4096  # an encoded update may be so many times as large as what was sent, and so many bytes larger
 
 
@@ -216,7 +215,8 @@ def mask_fault(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], state:
 
 def encoded_fault(encoded: State, sent: State) -> str | None:
     """Why what codecs are said to have made of the update of `sent` is not even decoded, or None."""
-    if odd := [n for n, t in encoded.items() if not isinstance(n, str) or not isinstance(t, Tensor) or t.dtype not in ENCODED]:
+    travels = {n for n, t in encoded.items() if isinstance(n, str) and isinstance(t, Tensor) and t.dtype in encoding.TRAVELS}
+    if odd := [n for n in encoded if n not in travels]:
         return f"its encoded update holds what does not travel ({', '.join(map(str, odd[:3]))})"
     most = LARGEST_CODE * encoding.payload_bytes(sent) + SLACK
     if (size := encoding.payload_bytes(encoded)) > most:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hetfl import registry
-from hetfl.config import RunOptions
+from hetfl.config import PASSES, RunOptions
 from hetfl.digest import digest_json
 from hetfl.errors import UsageError, nearest
+from hetfl.rounds.rows import EXAMPLES, MACS
 
 NOT_APPLICABLE = "not applicable"  # in a summary: why accuracies of the global model are none of the run's
 
@@ -72,7 +73,7 @@ METRIC = re.compile(  # the accuracies that a run may measure
     r"|(client|submodel|personal)@own|global@own masked)( p10)?"
 )
 
-EXAMPLES = (
+USUAL_METRICS = (
     "global@test", "sent@test", "level-0.25@test", "sent-0.25@test", "personal-0.25@test", "control@test", "pretrained@test",
     "client@own", "submodel@own", "personal@own", "global@own masked",
 )  # fmt: skip
@@ -81,7 +82,7 @@ EXAMPLES = (
 def check_metric(name: str) -> None:
     """Raises UsageError, before anything is run, where no run could measure an accuracy of that name."""
     if not METRIC.fullmatch(name):
-        raise UsageError(f"no run measures the metric '{name}'{nearest(name, EXAMPLES)} ({', '.join(EXAMPLES)})")
+        raise UsageError(f"no run measures the metric '{name}'{nearest(name, USUAL_METRICS)} ({', '.join(USUAL_METRICS)})")
 
 
 def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
@@ -99,3 +100,10 @@ def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
     totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
     why = {"why": summary[NOT_APPLICABLE]} if NOT_APPLICABLE in summary else {}
     return base | {"status": "ok", **why, **accuracies, **deciles, **costs, **totals, "config": trial.key}
+
+
+def count_training_macs(row: Mapping[str, str], options: RunOptions) -> float:
+    """The multiply-accumulates of a client's training in one round, from its line of clients.csv; 0 where it did not train."""
+    if not row.get(MACS) or not row.get(EXAMPLES):
+        return 0.0
+    return PASSES * float(row[MACS]) * options.count_work(int(row[EXAMPLES]))[0]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +12,15 @@ from typing import Any
 
 from hetfl.config import DataOptions, RunOptions, resolve
 from hetfl.errors import UsageError, nearest
-from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, EXAMPLES, MACS, ROUND, SECONDS
+from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, ROUND, SECONDS
+from hetfl.runs.cell import WITHOUT_EFFECT, count_training_macs
 from hetfl.runs.folder import RunFolder
 from hetfl.runs.leaderboard import quantile
 
-WITHOUT_EFFECT = {"out", "overwrite", "workers", "checkpoint_every", "keep_checkpoints", "preset", "vmap", "eval_batch_size"}
+UNCOMPARED = {*WITHOUT_EFFECT, "checkpoint_every", "keep_checkpoints", "preset", "vmap", "eval_batch_size"}
 SEEDS = {"seed", "partition_seed"}
 SETTING = {*DataOptions.model_fields, "model", "model_args", "levels", "rounds"} - SEEDS  # what rows must share to be compared
 FOLLOWING = {"extract", "aggregate", "norm_policy", "mean", "std", "tokens", "vocab"}  # said by the pair, or by the data
-
-BACKWARD = 2  # a backward pass counts as two forward ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +59,15 @@ class EndedRun:
 
     def way(self, metric: str, target: float) -> dict[str, float] | None:
         """Rounds, bytes, training MACs and seconds until `metric` first reached `target`; None where it never did."""
-        rows = self.table("metrics.csv")
+        rows = self.folder.rows("metrics.csv")
         reached = next((int(r[ROUND]) for r in rows if r.get(metric) and float(r[metric]) >= target), None)
         if reached is None:
             return None
         before = [r for r in rows if int(r[ROUND]) <= reached]
-        clients = [r for r in self.table("clients.csv") if int(r[ROUND]) <= reached and r.get(MACS) and r.get(EXAMPLES)]
-        macs = sum(float(r[MACS]) * float(r[EXAMPLES]) for r in clients) * self.options.epochs * (1 + BACKWARD)
+        clients = [r for r in self.folder.rows("clients.csv") if int(r[ROUND]) <= reached]
+        macs = sum(count_training_macs(r, self.options) for r in clients)
         sent = sum(float(r[BYTES_DOWN]) + float(r[BYTES_UP]) for r in before)
         return {"rounds": reached, "bytes": sent, "MACs": macs, "seconds": sum(float(r[SECONDS]) for r in before)}
-
-    def table(self, name: str) -> list[dict[str, str]]:
-        return list(csv.DictReader(io.StringIO(self.folder.bytes_of(name).decode())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +123,7 @@ def read_run(path: Path) -> EndedRun | None:
     name = next((n for n in ("summary.json", "refused.json") if folder.holds(n)), None)
     if name is None or not folder.holds("config.toml"):
         return None
-    values = tomllib.loads(folder.bytes_of("config.toml").decode())
+    values = folder.settings()
     summary = folder.read(name)
     if not values:
         return None
@@ -158,7 +151,7 @@ def group_runs(runs: Sequence[EndedRun]) -> list[Method]:
 
 def flatten(options: RunOptions) -> dict[str, Any]:
     """Options with an effect by name, those of plugins as role.plugin.option."""
-    values = options.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    values = options.model_dump(mode="json", exclude=UNCOMPARED)
     for role, plugins in values.pop("set").items():
         for plugin, mine in plugins.items() if isinstance(plugins, dict) else ():
             values |= {f"{role}.{plugin}.{n}": v for n, v in mine.items()} if isinstance(mine, dict) else {f"{role}.{plugin}": mine}

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import tempfile
+import tomllib
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -148,6 +149,17 @@ class RunFolder:
             raise UsageError(f"'{self.path}' {what}: it holds no {name}") from error
         except (OSError, ValueError) as error:
             raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """The lines of a table of this run or matrix. Raises UsageError when there is none."""
+        try:
+            return list(csv.DictReader(io.StringIO(self.bytes_of(name).decode())))
+        except FileNotFoundError as error:
+            raise UsageError(f"'{self.path}' is no run folder or matrix of hetfl: it holds no {name}") from error
+
+    def settings(self) -> dict[str, Any]:
+        """The values of this run's config.toml."""
+        return tomllib.loads(self.bytes_of("config.toml").decode())
 
     def weights_fault(self) -> str:
         """Why the final weights are not those that the summary is of; "" where they are."""

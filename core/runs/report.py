@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hetfl.config import resolve
 from hetfl.errors import UsageError
-from hetfl.profiling.steptime import PASSES
 from hetfl.rounds.rows import (
     BYTES_DOWN,
     BYTES_UP,
     CLOCK,
-    EXAMPLES,
     JOULES_SO_FAR,
     LEVEL,
     MACS,
@@ -27,7 +23,7 @@ from hetfl.rounds.rows import (
     SECONDS,
     is_of_global,
 )  # fmt: skip
-from hetfl.runs.cell import NOT_APPLICABLE
+from hetfl.runs.cell import NOT_APPLICABLE, count_training_macs
 from hetfl.runs.folder import RunFolder
 
 AXES = ("round", "MB", "training GMACs", "seconds")  # what a curve is drawn over: each cumulative but the first
@@ -127,7 +123,7 @@ def read_report(path: Path) -> Report:
 
 def read_matrix(folder: RunFolder) -> Report:
     """The report of a matrix: a curve for each pair and point, over the seeds. Raises UsageError where no run has ended."""
-    rows = read_rows(folder, "matrix.csv")
+    rows = folder.rows("matrix.csv")
     groups: dict[tuple[str, str], list[RunFolder]] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -151,7 +147,7 @@ def read_matrix(folder: RunFolder) -> Report:
 
 def identify(folder: RunFolder, facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
     """What identifies a run and answers a reproducibility checklist: code, data, splits, seeds, hardware, time."""
-    options = tomllib.loads(folder.bytes_of("config.toml").decode())
+    options = folder.settings()
     examples = facts["examples"]
     given = [f"{name} {value}" for name, value in facts["versions"].items()]
     preset = facts.get("preset", {})
@@ -176,8 +172,8 @@ def identify(folder: RunFolder, facts: Mapping[str, Any], summary: Mapping[str, 
 
 def join_runs(pair: str, point: str, folders: Sequence[RunFolder]) -> Curve:
     """One curve from the runs of a pair at a point, one a seed; rounds that not all of them have are left out."""
-    runs = [read_rows(folder, "metrics.csv") for folder in folders]
-    people = [read_rows(folder, "clients.csv") for folder in folders]
+    runs = [folder.rows("metrics.csv") for folder in folders]
+    people = [folder.rows("clients.csv") for folder in folders]
     measured = [i for i, row in enumerate(runs[0]) if row.get("global@test") and all(len(run) > i for run in runs)]
     axes = [cumulate(run, those, folder) for run, those, folder in zip(runs, people, folders, strict=True)]
     x = {
@@ -196,11 +192,9 @@ def join_runs(pair: str, point: str, folders: Sequence[RunFolder]) -> Curve:
 
 def cumulate(rows: Sequence[Mapping[str, str]], people: Sequence[Mapping[str, str]], folder: RunFolder) -> dict[str, list[float]]:
     """A run's value on each of AXES after every round."""
-    epochs = int(tomllib.loads(folder.bytes_of("config.toml").decode()).get("epochs", 1))
-    macs: dict[str, float] = {}
+    options, macs = resolve(folder.settings()), dict[str, float]()
     for row in people:
-        if row.get(MACS) and row.get(EXAMPLES):
-            macs[row[ROUND]] = macs.get(row[ROUND], 0.0) + PASSES * float(row[MACS]) * float(row[EXAMPLES]) * epochs
+        macs[row[ROUND]] = macs.get(row[ROUND], 0.0) + count_training_macs(row, options)
     found: dict[str, list[float]] = {axis: [] for axis in AXES}
     sent = spent = seconds = 0.0
     for row in rows:
@@ -247,11 +241,3 @@ def mean_of(rows: Sequence[Mapping[str, str]], column: str) -> float:
     """The mean of a column over the rows that have it; 0 without any."""
     values = [float(row[column]) for row in rows if row.get(column)]
     return statistics.fmean(values) if values else 0.0
-
-
-def read_rows(folder: RunFolder, name: str) -> list[dict[str, str]]:
-    """A table of a run folder. Raises UsageError where there is none."""
-    try:
-        return list(csv.DictReader(io.StringIO(folder.bytes_of(name).decode())))
-    except FileNotFoundError as error:
-        raise UsageError(f"'{folder.path}' is no run folder or matrix of hetfl: it holds no {name}") from error

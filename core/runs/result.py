@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tomllib
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from html import escape
@@ -50,7 +49,7 @@ class Run:
     @cached_property
     def options(self) -> RunOptions:
         """Every option with its value; what was given as an object has the name that it had in the run."""
-        values = tomllib.loads(self._folder.bytes_of("config.toml").decode())
+        values = self._folder.settings()
         return resolve({**values, **self.names})
 
     @property

@@ -94,15 +94,6 @@ def move_rows(batches: list[Tensor], data: Examples) -> list[Tensor]:
     return list(torch.cat(batches).to(data.x.device).split([len(rows) for rows in batches]))
 
 
-def count_work(options: RunOptions, examples: int) -> tuple[int, int]:
-    """(examples, steps) that a client with so many examples trains on in a round, before any batch is left out."""
-    each = -(-examples // options.batch_size)
-    if not options.local_steps or not examples:
-        return options.epochs * examples, options.epochs * each
-    passes, rest = divmod(options.local_steps, each)
-    return passes * examples + rest * options.batch_size, options.local_steps
-
-
 def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.optim.Optimizer:
     """The local optimiser of all parameters of `model` that are trained."""
     return make_optimizer_for([p for p in model.parameters() if p.requires_grad], options, round)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from helpers.ended import ended
+from hetfl.config import resolve
 from hetfl.errors import UsageError
 from hetfl.runs import comparison
+from hetfl.runs.cell import count_training_macs
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_method(tmp_path):
@@ -56,6 +58,13 @@ def test_the_way_to_a_target_counts_all_rounds_up_to_it(tmp_path):
     (run,) = comparison.find_runs([tmp_path / "a"])
     assert run.way("global@test", 0.6) == {"rounds": 3, "bytes": 33, "MACs": 3 * 2 * 7 * 100 * 5 * 3, "seconds": 6}
     assert run.way("global@test", 0.7) is None
+
+
+def test_training_counts_the_examples_of_local_steps():
+    row = {"MACs": "7", "examples": "100"}
+    assert count_training_macs(row, resolve({"epochs": 5})) == 3 * 7 * 500
+    assert count_training_macs(row, resolve({"local_steps": 5, "batch_size": 32})) == 3 * 7 * (100 + 32)  # a pass has 4 steps
+    assert count_training_macs({"MACs": "7", "examples": ""}, resolve({})) == 0
 
 
 def test_what_holds_no_run_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from hetfl.data.dataset import Examples
 from hetfl.models.state import tensors
 from hetfl.rng import stream
 from hetfl.submodel.plan import Patch
-from hetfl.training.local import batch_rows, count_work, descend, learning_rate
+from hetfl.training.local import batch_rows, descend, learning_rate
 
 
 def test_fedavg_of_one_client_is_a_central_step():
@@ -44,7 +44,7 @@ def test_local_steps_break_passes_off_or_begin_new_ones(steps, sizes):
     options = resolve({"epochs": 2, "batch_size": 4, "local_steps": steps})
     rows = batch_rows(data, options, stream(0, "batches"), nn.Identity())
     assert [len(r) for r in rows] == sizes
-    assert count_work(options, 10) == (sum(sizes), len(sizes))
+    assert options.count_work(10) == (sum(sizes), len(sizes))
     for start in range(0, len(rows) - 2, 3):
         assert sorted(torch.cat(rows[start : start + 3]).tolist()) == list(range(10, 20))
     assert torch.equal(

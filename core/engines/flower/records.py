@@ -26,7 +26,7 @@ from hetfl.rounds.messages import Instruction
 from hetfl.submodel import encoding
 from hetfl.training.task import Reply
 
-DTYPES = {"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"}
+DTYPES = {str(dtype).removeprefix("torch.") for dtype in encoding.TRAVELS}
 
 LONGEST = 10_000  # characters of an array's header
 
