@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 
+from hetfl.config import resolve
 from hetfl.data.inputs import Inputs
 from hetfl.models import factory
 from hetfl.profiling.cost import Cost
 from hetfl.profiling.inspection import make_examples, make_meter
 from hetfl.profiling.steptime import fit_step_time
+from hetfl.training.local import make_step
 
 IMAGE, TEXT = Inputs((3, 32, 32), 10), Inputs((64,), 4, 8192)
 MODELS = {"cnn": IMAGE, "resnet18": IMAGE, "mobilenetv2": IMAGE, "encoder": TEXT}
@@ -25,7 +28,8 @@ WIDTHS = (1.0, 0.5, 0.25)
 def measure(model: str, inputs: Inputs, batch: int, repeats: int) -> dict[float, tuple[Cost, float]]:
     """The cost and the least of the medians of three passes over the widths, in turn, so that a busy moment harms none alone."""
     meter, data = make_meter(factory.build_model(model, {}, inputs, 0), inputs, batch), make_examples(inputs)
-    passes = [{w: meter.step_seconds(data, w, repeats) for w in WIDTHS} for _ in range(3)]
+    step = partial(make_step, options=resolve({"batch_size": batch}))
+    passes = [{w: meter.step_seconds(step, data, w, repeats) for w in WIDTHS} for _ in range(3)]
     return {w: (meter.width_cost(w), min(p[w] for p in passes)) for w in WIDTHS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -70,10 +71,14 @@ def profile(
     """Show what this machine can afford of a model, measured here and now, and what keeps it from more."""
     ratios = parse_ratios(levels)
     from hetfl.profiling import inspection
+    from hetfl.training.local import make_step
 
     inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
     args = parse_pairs(model_args or [], "--model-args")
-    reports = inspection.measure_widths(model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share)
+    reports = inspection.measure_widths(
+        model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share,
+        make_step=partial(make_step, options=config.resolve({"batch_size": batch_size})),
+    )  # fmt: skip
     render.print_width_reports(model, reports)
     if export is not None:
         say(f"fleet file: {export}; {inspection.export_fleet(export, model, reports, share, watts)}")

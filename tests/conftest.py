@@ -95,7 +95,16 @@ def go_on(path):
     return watch
 
 
+def changes_nothing(place, options, after=2):
+    """Whether a run that is stopped after a round and goes on ends as one that is not stopped; both lie in `place`."""
+    runner.run(options, RunFolder(place / "whole").open(), NoCallback())
+    with pytest.raises(Stopped):
+        runner.run(options, RunFolder(place / "part").open(), Stopping(after))
+    go_on(place / "part")
+    return equal(place / "whole", place / "part")
+
+
 @pytest.fixture
 def stops():
-    """Runs that are stopped and go on: Stopped, Stopping(after), go_on(path), equal(path, path)."""
-    return SimpleNamespace(Stopped=Stopped, Stopping=Stopping, go_on=go_on, equal=equal)
+    """Runs that are stopped and go on: Stopped, Stopping(after), go_on(path), equal(path, path), changes_nothing(path, options)."""
+    return SimpleNamespace(Stopped=Stopped, Stopping=Stopping, go_on=go_on, equal=equal, changes_nothing=changes_nothing)

@@ -21,7 +21,7 @@ from hetfl.files import reason
 from hetfl.models import factory, normalization
 from hetfl.profiling.cost import Cost
 from hetfl.profiling.fleets import format_fleet
-from hetfl.profiling.meter import Meter, free_memory
+from hetfl.profiling.meter import MakeStep, Meter, free_memory
 from hetfl.profiling.steptime import fit_step_time
 from hetfl.rng import stream
 from hetfl.submodel.builder import SubmodelBuilder
@@ -84,13 +84,14 @@ def inspect_model(
 
 def measure_widths(
     name: str, args: Mapping[str, Any], inputs: Inputs, levels: Sequence[float], *,
-    batch: int, steps: int, deadline: float, share: float,
+    batch: int, steps: int, deadline: float, share: float, make_step: MakeStep,
 ) -> list[WidthReport]:  # fmt: skip
-    """Each width of the model `name` measured on this machine, against a deadline for `steps` steps and a share of free memory."""
+    """Each width of the model `name` measured on this machine, against a deadline for `steps` steps, as `make_step` makes
+    them, and a share of free memory."""
     meter, allowed = make_meter(factory.build_model(name, args, inputs, 0), inputs, batch), share * free_memory()
     data, reports = make_examples(inputs), []
     for ratio in levels:
-        cost, seconds = meter.width_cost(ratio), meter.step_seconds(data, ratio)
+        cost, seconds = meter.width_cost(ratio), meter.step_seconds(make_step, data, ratio)
         used, taken = cost.memory / 1e6, seconds * steps
         exceeded = [f"it needs {used:,.0f} MB, {allowed / 1e6:,.0f} MB may be used"] if cost.memory > allowed else []
         exceeded += [f"it takes {taken:.3g} s, the deadline is {deadline:g} s"] if taken > deadline else []

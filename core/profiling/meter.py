@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
@@ -19,33 +18,20 @@ from hetfl.profiling.cost import Cost, MakeOptimizer, measure_cost, use_momentum
 from hetfl.submodel.builder import SubmodelBuilder, to_fast_layout
 
 Step = Callable[[Tensor, Tensor], None]  # of training, on a batch x (N, *shape), y (N,)
-
-
-def make_plain_step(model: nn.Module) -> Step:
-    """A training step as a run takes it by default, without clipping."""
-    optimizer = use_momentum(model.train())
-
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
+MakeStep = Callable[[nn.Module], Step]
 
 
 class Meter:
     """Costs of the submodels of `builder`, for profile plugins, reports, `hfl inspect` and `hfl profile`.
 
-    Measured are local steps of `optimizer` on batches of the first two examples of `sample`, with the batch size of `options`;
-    timed are those that `make_step` makes for a model.
+    Measured are local steps of `optimizer` on batches of the first two examples of `sample`, with the batch size of `options`.
     """
 
     def __init__(
         self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, classes: int,
-        optimizer: MakeOptimizer = use_momentum, make_step: Callable[[nn.Module], Step] = make_plain_step,
+        optimizer: MakeOptimizer = use_momentum,
     ) -> None:  # fmt: skip
-        self._options, self.builder, self._classes = options, builder, classes
-        self._optimizer, self._make_step = optimizer, make_step
+        self._options, self.builder, self._classes, self._optimizer = options, builder, classes, optimizer
         self._x = sample.x[sample.index[:2]].cpu()
         self._costs: dict[object, Cost] = {}
         self._lock = threading.Lock()
@@ -67,11 +53,11 @@ class Meter:
                     self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._optimizer)
         return self._costs[key]
 
-    def step_seconds(self, data: Examples, ratio: float, repeats: int = 3) -> float:
-        """The median seconds of a training step at width `ratio` on a batch of `data`, timed now, on its device."""
+    def step_seconds(self, make_step: MakeStep, data: Examples, ratio: float, repeats: int = 3) -> float:
+        """The median seconds of a step that `make_step` makes, at width `ratio` on a batch of `data`, timed now, on its device."""
         model = to_fast_layout(self.builder.build(self._sizes(ratio))).to(data.x.device)
         rows = data.index[torch.arange(self._options.batch_size) % len(data)]
-        return time_step(self._make_step(model), data.x[rows], data.y[rows], repeats)
+        return time_step(make_step(model), data.x[rows], data.y[rows], repeats)
 
     def _sizes(self, ratio: float) -> dict[str, int]:
         return {name: len(units) for name, units in self.builder.widths.prefix(ratio).items()}

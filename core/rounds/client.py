@@ -28,6 +28,7 @@ from hetfl.submodel.widths import within
 from hetfl.training import vectorized
 from hetfl.training.cuda_graphs import GraphPool, hand_over, on_stream, own_stream
 from hetfl.training.evaluation import Score, evaluate
+from hetfl.training.local import make_step
 from hetfl.training.task import Reply, Task
 from hetfl.training.vectorized import Member
 
@@ -74,7 +75,7 @@ class ClientRuntime:
     def profile(self, client: int, round: int) -> Profile:
         """What the client's device affords in this round."""
         data, options = self.federation.clients[client].train, self.options
-        cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, data)
+        cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, partial(make_step, options=options), data)
         clients, device = len(self.federation.clients), None
         if options.fleet is not None:
             device = find_fleet(options.fleet).device(client, clients, options.seed)

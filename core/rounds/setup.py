@@ -32,7 +32,7 @@ from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.widths import Widths
 from hetfl.training import device, vectorized
-from hetfl.training.local import make_optimizer, make_step
+from hetfl.training.local import make_optimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +78,9 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
 
 
 def make_meter(options: RunOptions, builder: SubmodelBuilder, federation: FederatedDataset) -> Meter:
-    """What measures the costs of submodels, with the run's own optimiser and steps."""
-    optimizer, step = partial(make_optimizer, options=options, round=1), partial(make_step, options=options)
-    return Meter(options, builder, federation.test, len(federation.classes), optimizer, step)
+    """What measures the costs of submodels, with the run's own optimiser."""
+    optimizer = partial(make_optimizer, options=options, round=1)
+    return Meter(options, builder, federation.test, len(federation.classes), optimizer)
 
 
 def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:

@@ -16,9 +16,7 @@ from hetfl.rounds.clock import Clock, Turn, judge
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Instruction
 from hetfl.rounds.reporting import NoCallback
-from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
-from hetfl.runs.folder import RunFolder
 
 TINY = {
     "dataset": "digits", "limit": 300, "clients": 6, "rounds": 2, "epochs": 1, "batch_size": 8, "pretrain_steps": 0,
@@ -191,11 +189,7 @@ def test_processes_simulate_what_threads_do():
 
 def test_a_stopped_run_goes_on_at_the_same_time(tmp_path, stops):
     options = resolve({**TINY, "rounds": 3, "fleet": "phones", "levels": "1", "over_select": 1.3, "fraction": 0.5, "clients": 8})
-    runner.run(options, RunFolder(tmp_path / "whole").open(), NoCallback())
-    with pytest.raises(stops.Stopped):
-        runner.run(options, RunFolder(tmp_path / "part").open(), stops.Stopping(2))
-    stops.go_on(tmp_path / "part")
-    assert stops.equal(tmp_path / "whole", tmp_path / "part")
+    assert stops.changes_nothing(tmp_path, options)
 
 
 def test_the_number_of_steps_travels():
