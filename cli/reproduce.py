@@ -11,10 +11,9 @@ import typer
 
 from hetfl.cli import render
 from hetfl.cli.console import console, say
-from hetfl.cli.live import SweepDisplay
 from hetfl.cli.options import Debug
-from hetfl.cli.study import make_folder
-from hetfl.errors import RunError, UsageError
+from hetfl.cli.study import make_folder, refuse_failed, show_trials
+from hetfl.errors import UsageError
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
@@ -53,15 +52,13 @@ def reproduce(
     trials = [trial for row in chosen for trial in plan(row)]
     sweep.refuse_bad(trials)
     results: list[TrialResult] = []
-    with SweepDisplay(trials, "global@test") as display:
-        for result in reproduction.run_rows(chosen, out, jobs, plan, seconds):
-            results.append(result)
-            display.show(results)
-    scores = reproduction.score_rows(chosen, out, plan)
-    RunFolder(out).table("scorecard.csv", reproduction.score_lines(scores, device))
+    try:
+        show_trials(reproduction.run_rows(chosen, out, jobs, plan, seconds), trials, "global@test", results)
+    finally:
+        scores = reproduction.score_rows(chosen, out, plan)
+        RunFolder(out).table("scorecard.csv", reproduction.score_lines(scores, device))
     print_scores(scores, out)
-    if failed := [result for result in results if result.status == "failed"]:
-        raise RunError(f"{len(failed)} of {len(results)} runs failed, the first: {failed[0].trial.name}: {failed[0].row['why']}")
+    refuse_failed(results)
 
 
 def parse_duration(text: str) -> float:

@@ -82,8 +82,7 @@ def resume(
     from hetfl.runs.folder import RunFolder
 
     folder = RunFolder(path)
-    if not (path / "config.toml").exists():
-        raise UsageError(f"'{path}' is no run folder of hetfl: it holds no config.toml")
+    folder.require_run()
     if (path / "summary.json").exists():
         say(f"this run has ended; nothing is left to do in {path}")
         render.print_summary(folder.read("summary.json"), path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from hetfl.errors import RunError, UsageError, nearest
 GOES_ON = "stopped; the same command goes on: runs that have ended are kept"
 
 if TYPE_CHECKING:
-    from hetfl.runs.cell import TrialResult
+    from hetfl.runs.cell import Trial, TrialResult
 
 
 @with_run_options
@@ -55,14 +55,26 @@ def matrix(
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []
     try:
-        with resumable(lambda: GOES_ON), SweepDisplay(trials, metric) as display:
-            for result in sweeps.run_trials(trials, out, jobs):
-                results.append(result)
-                display.show(results)
+        show_trials(sweeps.run_trials(trials, out, jobs), trials, metric, results)
     finally:
         results = leaderboard.sort_results(results, trials)
         leaderboard.write_tables([*results, *sweeps.read_others(out, trials)], metric, out)
     conclude(results, metric, out)
+
+
+def show_trials(running: Iterable[TrialResult], trials: Sequence[Trial], metric: str, results: list[TrialResult]) -> None:
+    """Shows the `trials` as they end, and adds them to `results`; whoever stops this is told how it goes on."""
+    with resumable(lambda: GOES_ON), SweepDisplay(trials, metric) as display:
+        for result in running:
+            results.append(result)
+            display.show(results)
+
+
+def refuse_failed(results: Sequence[TrialResult]) -> None:
+    """Raises RunError where trials failed."""
+    if failed := [result for result in results if result.status == "failed"]:
+        first = failed[0]
+        raise RunError(f"{len(failed)} of {len(results)} trials failed, the first: {first.trial.name}: {first.row['why']}")
 
 
 def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -103,9 +115,7 @@ def conclude(results: list[TrialResult], metric: str, out: Path) -> None:
     names = {name for result in results for name in result.row if "@" in name}
     if metric not in names:
         raise UsageError(f"--metric '{metric}' is not among what was measured{nearest(metric, names)} ({', '.join(sorted(names))})")
-    if failed := [result for result in results if result.status == "failed"]:
-        first = failed[0]
-        raise RunError(f"{len(failed)} of {len(results)} trials failed, the first: {first.trial.name}: {first.row['why']}")
+    refuse_failed(results)
 
 
 @with_run_options

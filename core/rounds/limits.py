@@ -14,7 +14,7 @@ import torch
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
-from hetfl.submodel.encoding import STATISTICS
+from hetfl.submodel.encoding import STATISTICS, VARIANCE
 from hetfl.training.task import Reply
 
 LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the norm of what it was sent
@@ -42,7 +42,7 @@ class Limits:
             return fault
         if reply.examples > self._examples:
             return f"it says that it has {reply.examples:,} examples, of which {self._examples:,.0f} are believed"
-        negative = next((name for name, t in reply.state.items() if name.endswith("running_var") and bool((t < 0).any())), None)
+        negative = find_negative_variance(reply.state)
         return None if negative is None else f"the variances {negative} are negative"
 
     def _change_fault(self, state: State, sent: State) -> str | None:
@@ -54,6 +54,11 @@ class Limits:
             if (change := relative_change(tensors, sent)) > bound:
                 return f"it changed its {kind} by {change:.3g} times their norm, of which {bound:.3g} is allowed (--max-change)"
         return None
+
+
+def find_negative_variance(state: State) -> str | None:
+    """The name of batch norm variances of which some are negative, or None."""
+    return next((name for name, t in state.items() if name.endswith(VARIANCE) and bool((t < 0).any())), None)
 
 
 def relative_change(state: State, before: State) -> float:

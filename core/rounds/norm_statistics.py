@@ -15,14 +15,14 @@ from hetfl.hooks.values import ReceivedReply
 from hetfl.models.normalization import STATIC, measure_statistics, running_names
 from hetfl.models.state import State
 from hetfl.rounds.assignment import passing
+from hetfl.rounds.limits import find_negative_variance
 from hetfl.rounds.messages import Assignment, Failure, exchange
 from hetfl.rounds.rows import STATISTICS_BYTES
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_statistics
 from hetfl.submodel import encoding
+from hetfl.submodel.encoding import MEAN, VARIANCE
 from hetfl.submodel.plan import Plan, Selection, is_whole
-
-MEAN, VARIANCE = "running_mean", "running_var"
 
 EXTREME = 1000.0  # times the middle client's
 
@@ -130,8 +130,7 @@ def leave_out_extremes(now: RoundState, received: list[ReceivedReply]) -> list[R
     sizes = [max(float(t.abs().max()) for t in r.reply.state.values()) if r.reply.state else 0.0 for r in received]
     usual, examples = statistics.median(sizes or [0.0]), statistics.median([r.reply.examples for r in received] or [0])
     for r, size in zip(received, sizes, strict=True):
-        negative = any(name.endswith("running_var") and bool((t < 0).any()) for name, t in r.reply.state.items())
-        if negative or size > EXTREME * max(usual, 1.0) or r.reply.examples > EXTREME * examples:
+        if find_negative_variance(r.reply.state) or size > EXTREME * max(usual, 1.0) or r.reply.examples > EXTREME * examples:
             now.alarm(f"the normalisation statistics of client {r.client.id} are beyond belief and were left out")
         else:
             found.append(r)

@@ -78,8 +78,7 @@ def load(path: str | Path, **objects: Any) -> Run:
     True
     """
     folder = RunFolder(Path(path))
-    if not folder.holds("config.toml"):
-        raise UsageError(f"'{path}' is no run folder of hetfl: it holds no config.toml")
+    folder.require_run()
     if not folder.bytes_of("config.toml"):
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again")
     for name in objects.keys() - OBJECTS:

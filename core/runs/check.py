@@ -18,8 +18,7 @@ def check_folder(path: Path) -> Iterator[tuple[str, str]]:
     """What there is in a run folder, by its name, with what is wrong with it; "" where nothing is. A damaged part of a checkpoint
     that has a copy is mended, which is said. Raises UsageError where the folder is no run's."""
     folder = RunFolder(path)
-    if not folder.holds("config.toml"):
-        raise UsageError(f"'{path}' is no run folder of hetfl: it holds no config.toml")
+    folder.require_run()
     yield "config.toml", config_fault(path)
     for name in ("run.json", "summary.json"):
         if folder.holds(name):

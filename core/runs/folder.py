@@ -157,6 +157,11 @@ class RunFolder:
         except FileNotFoundError as error:
             raise UsageError(f"'{self.path}' is no run folder or matrix of hetfl: it holds no {name}") from error
 
+    def require_run(self) -> None:
+        """Raises UsageError where no run of hetfl began in this folder."""
+        if not self.holds("config.toml"):
+            raise UsageError(f"'{self.path}' is no run folder of hetfl: it holds no config.toml")
+
     def settings(self) -> dict[str, Any]:
         """The values of this run's config.toml."""
         return tomllib.loads(self.bytes_of("config.toml").decode())

@@ -18,7 +18,7 @@ BITS = "/mask"  # what follows a tensor's name in the name of its mask's bits
 
 TRAVELS = (torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
-STATISTICS = ("running_mean", "running_var")  # what the names of batch norm's running statistics end with
+MEAN, VARIANCE = STATISTICS = ("running_mean", "running_var")  # what the names of batch norm's running statistics end with
 
 
 def list_updated(state: Mapping[str, Tensor]) -> list[str]:

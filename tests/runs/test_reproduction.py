@@ -136,3 +136,14 @@ def test_the_list_runs_nothing(tmp_path, capsys):
     assert hfl("heterofl-mnist-iid", "--list", "--out", str(tmp_path / "none")) == 0
     assert "a-b-c-d-e" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_what_had_ended_is_scored_when_it_is_stopped(tiny, tmp_path, monkeypatch):
+    def stopped(trials, out, jobs):
+        yield TrialResult(trials[0], "ok", {"global@test": 0.5, "seconds": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduction, "run_trials", stopped)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(["reproduce", "tiny", "--out", str(tmp_path)])
+    assert (tmp_path / "scorecard.csv").read_text().count("not run") == 3
