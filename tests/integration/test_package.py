@@ -23,7 +23,7 @@ def shipped_files():
         yield from (ROOT / folder).rglob("*.py")
     yield from (path for path in (ROOT / "core" / "data" / "digits").iterdir() if path.suffix in (".parquet", ".md"))
     yield from (ROOT / "plugins").rglob("*.toml")
-    yield from (ROOT / "core" / "py.typed", ROOT / "registry.toml")
+    yield from (ROOT / "core" / "py.typed", ROOT / "cli" / "report.html", ROOT / "registry.toml")
 
 
 @pytest.mark.slow
