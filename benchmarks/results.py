@@ -19,7 +19,7 @@ from typing import Any
 
 from hetfl.presets import find_preset
 from hetfl.runs.cell import Row, Trial
-from hetfl.runs.leaderboard import interval
+from hetfl.runs.leaderboard import measure_spread
 from hetfl.runs.sweep import cross_plugins, plan_trials, run_trials
 
 PRESETS = {  # the preset that says what belongs to an extraction in its paper
@@ -32,7 +32,7 @@ PRESETS = {  # the preset that says what belongs to an extraction in its paper
 
 PARTS = ("wrap", "norm_policy")  # of a preset; its other options are those of the experiment
 
-ACCURACIES = ("global@test", "level-0.25@test", "sent-0.25@test")
+ACCURACIES = ("global@test", "level-0.25@test", "sent-0.25@test", "mean level@test", "worst level@test")
 
 LEVELS = "1:2,0.75:3,0.5:3,0.25:2"
 
@@ -65,8 +65,8 @@ def text(values: Iterable[Any]) -> str:
     found = [100 * float(v) for v in values if v not in (None, "")]
     if not found:
         return "-"
-    mean, half, n = interval(found)
-    return f"{mean:.1f} ± {half:.1f}" if n > 1 else f"{mean:.1f}"
+    spread = measure_spread(found)
+    return f"{spread.mean:.1f} ± {spread.half:.1f}" if spread.seeds > 1 else f"{spread.mean:.1f}"
 
 
 def own(row: Row) -> Any:
@@ -78,24 +78,27 @@ def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean([float(r[name]) for r in rows if r.get(name) is not None] or [0.0])
 
 
-def table(rows: Sequence[Row], alphas: Sequence[float]) -> list[str]:
-    """The lines of the table, the best at the first alpha first."""
-    head = [f"{name}, alpha {alpha:g}" for alpha in alphas for name in (*ACCURACIES, "own")]
-    columns = ["pair", *head, "MB sent", "parameters", "MACs", "seconds a run"]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    tables = {name: [r for r in rows if r["name"] == name and r["status"] == "ok"] for name in names}
-    lines = []
-    for name, ours in sorted(tables.items(), key=lambda t: -mean([r for r in t[1] if r["alpha"] == alphas[0]], "global@test")):
-        cells = [name]
-        for alpha in alphas:
-            at = [r for r in ours if r["alpha"] == alpha]
-            cells += [*(text(r.get(a) for r in at) for a in ACCURACIES), text(own(r) for r in at)]
-        sent = mean(ours, "bytes down") + mean(ours, "bytes up")
-        cells += [f"{sent / 1e6:.2f}", *(f"{mean(ours, n):,.0f}" for n in ("parameters", "MACs")), f"{mean(ours, 'seconds'):.0f}"]
+def table(rows: Sequence[Row], alpha: float) -> list[str]:
+    """The lines of the table at `alpha`, the best global model first."""
+    found = [row for row in rows if row["alpha"] == alpha and row["status"] == "ok"]
+    ours = {name: [row for row in found if row["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
+    columns = [
+        "pair",
+        *(name.removesuffix("@test") for name in ACCURACIES),
+        "own",
+        "MB sent",
+        "parameters",
+        "MACs",
+        "seconds a run",
+    ]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for name, runs in sorted(ours.items(), key=lambda pair: -mean(pair[1], "global@test")):
+        cells = [name, *(text(row.get(a) for row in runs) for a in ACCURACIES), text(own(row) for row in runs)]
+        cells += [f"{(mean(runs, 'bytes down') + mean(runs, 'bytes up')) / 1e6:.2f}"]
+        cells += [*(f"{mean(runs, n):,.0f}" for n in ("parameters", "MACs")), f"{mean(runs, 'seconds'):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    control = [{r["seed"]: r["control@test"] for r in rows if r["alpha"] == alpha and r.get("control@test")} for alpha in alphas]
-    lines.append("| control (server data alone) | " + " | ".join(f"{text(c.values())} | - | - | -" for c in control) + " | | | | |")
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]
+    control = {row["seed"]: row["control@test"] for row in found if row.get("control@test")}
+    return [*lines, f"| control (server data alone) | {text(control.values())} |" + " - |" * 5 + " |" * 4]
 
 
 def main() -> None:
@@ -121,7 +124,8 @@ def main() -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    print("\n".join(table(rows, alphas)))
+    for alpha in alphas:
+        print(f"\nalpha {alpha:g}\n", *table(rows, alpha), sep="\n")
     for row in (r for r in rows if r["status"] != "ok"):
         print(f"{row['name']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
     print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
