@@ -10,11 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from hetfl.config import read_run_file, resolve
+from hetfl.parallel import cores
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import experiment, runner
 from hetfl.runs.folder import RunFolder
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process a core, at most eight, for the whole suite; a single one for chosen paths and for slow tests."""
+    whole = config.args == config.getini("testpaths") and config.option.markexpr == "not slow"
+    return min(cores(), 8) if whole else 0
 
 
 @pytest.fixture(autouse=True, scope="session")
