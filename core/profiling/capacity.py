@@ -48,11 +48,11 @@ WidthGrid = Annotated[str, AfterValidator(check_grid)]  # the type of a plugin's
 
 
 def parse_ratio(text: str) -> float:
-    """A width in (0, 1], as a number, a fraction such as 1/4, or a power such as 0.75^2."""
+    """A width in (0, 1], as a number, a fraction such as 1/4, or a power such as 0.75^2 or 0.2^1/2."""
     base, _, power = text.strip().partition("^")
     try:
-        value = float(Fraction(base)) ** int(power or 1)
-    except (ValueError, ZeroDivisionError) as error:
+        value = float(Fraction(base)) ** float(Fraction(power or 1))
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"'{text}' is no ratio, such as 0.5, 1/4 or 0.75^2") from error
     if not 0 < value <= 1:
         raise ValueError(f"ratio {text} is outside (0, 1]; a ratio is the width that remains")

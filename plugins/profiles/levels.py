@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from hetfl import Field, Node, Plugin, Profile, hookimpl
 from hetfl.profiling.capacity import assign_mix, parse_mix, parse_ratio
@@ -14,7 +16,7 @@ LETTERS = re.compile(r"[a-z]\d+(-[a-z]\d+)*")
 
 
 class Levels(Plugin):
-    """`mix` is ratio:share, …; a ratio is the REMAINING width in (0, 1], also 1/4 or 0.75^2.
+    """`mix` is ratio:share, …; a ratio is the REMAINING width in (0, 1], also 1/4 or 0.75^2; of a fifth of the parameters, 0.2^0.5.
 
     Shares that sum to the clients are counts. The papers' letters serve as well: a6-b10-c11-d18-e55, where a is 1, b 1/2, c 1/4,
     d 1/8 and e 1/16. The widest ratio is held by one client at least, however few there are: what nobody holds, nobody trains.
@@ -24,6 +26,9 @@ class Levels(Plugin):
 
     mix: str = Field("1:2,0.75:3,0.5:3,0.25:2", description="ratios with counts or shares; the last takes the remainder")
     redraw: bool = Field(False, description="draw every client's level anew each round, by the shares")
+    tiers: int | None = Field(
+        None, ge=1, description="draw each round among the levels so many places from a client's own (NeFL: 2)"
+    )
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -36,20 +41,37 @@ class Levels(Plugin):
         parse_mix(expand_letters(text), parse_ratio)
         return text
 
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Levels:
+        if self.redraw and self.tiers:
+            raise ValueError("redraw draws among all levels, tiers among those near a client's own; give one of the two")
+        return self
+
     @property
     def declared_widths(self) -> list[float]:
-        return [ratio for ratio, _ in parse_mix(expand_letters(self.mix), parse_ratio)]
+        return [ratio for ratio, _ in self._levels()]
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
+        levels = self._levels()
         if self.redraw:
-            levels = parse_mix(expand_letters(self.mix), parse_ratio)
-            shares = torch.tensor([float(share) for _, share in levels])
-            number = int(torch.multinomial(shares, 1, generator=node.stream("levels")))
-            share = levels[number][0]
+            share = levels[draw([float(share) for _, share in levels], node)][0]
         else:
             share = assign_mix(expand_letters(self.mix), parse_ratio, node.clients, max)[node.client]
+        if self.tiers:
+            own = [ratio for ratio, _ in levels].index(share)
+            near = levels[max(0, own - self.tiers) : own + self.tiers + 1]
+            share = near[draw([1.0] * len(near), node)][0]
         return Profile(min(1.0, share / node.global_width))
+
+    def _levels(self) -> list[tuple[float, Fraction]]:
+        """(ratio, share) in the order of the mix."""
+        return parse_mix(expand_letters(self.mix), parse_ratio)
+
+
+def draw(chances: Sequence[float], node: Node) -> int:
+    """The number of a level in this round, by chances in proportion."""
+    return int(torch.multinomial(torch.tensor(chances), 1, generator=node.stream("levels")))
 
 
 def expand_letters(text: str) -> str:

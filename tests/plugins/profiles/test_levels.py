@@ -47,7 +47,21 @@ def test_redrawn_levels_change_and_repeat():
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-@pytest.mark.parametrize("mix", ["0:1", "1.5", "a:1", "1:0", "1:-2", "", "nan"])
+def test_a_client_draws_among_the_levels_near_its_own():
+    """NeFL's setting: five sizes, a client of tier x has one of x - 2 to x + 2 each round, all with the same chance."""
+    from hetfl.profiling.node import Node
+
+    levels = Levels(mix="1,0.8^1/2,0.6^0.5,0.4^0.5,0.2^0.5", tiers=1)
+    widths = levels.declared_widths
+    assert [round(width**2, 9) for width in widths] == [1, 0.8, 0.6, 0.4, 0.2]
+    drawn = [[widths.index(levels.profile(Node(c, 5, r, 0)).width) for r in range(300)] for c in range(5)]
+    assert [sorted(set(tiers)) for tiers in drawn] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4]]
+    assert all(abs(drawn[2].count(tier) - 100) < 30 for tier in (1, 2, 3))  # 3.7 standard deviations
+    with pytest.raises(ValueError, match="give one of the two"):
+        Levels(redraw=True, tiers=2)
+
+
+@pytest.mark.parametrize("mix", ["0:1", "1.5", "0.5^x", "a:1", "1:0", "1:-2", "", "nan"])
 def test_levels_outside_their_range_are_refused(mix):
     with pytest.raises(ValueError, match=r"ratio|share"):
         Levels(mix=mix)
