@@ -72,8 +72,8 @@ def prepare(
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     for line in describe_setup(setup):
         callback.fact(line)
-    for text in find_oddities(setup):
-        server.notes.append(text)
+    server.notes += find_oddities(setup)
+    for text in server.notes:
         callback.note(text)
     began = time.perf_counter()
     server.state = pretrain(server, callback) if pretrained is None else pretrained
@@ -81,7 +81,10 @@ def prepare(
     if server.has_public and options.pretrain_steps:
         score = server.score(pretrained, federation.test)
         callback.fact(f"before round 1: global@test {score.accuracy:.1%}")
+    said = len(server.notes)
     plugins.prepare(server)
+    for text in server.notes[said:]:
+        callback.note(text)
     state = RunState(
         server,
         plugins,

@@ -114,11 +114,9 @@ class RunRecorder:
         self._checkpoints = Checkpoints(folder.path / CHECKPOINTS, experiment.options.keep_checkpoints)
 
     def begin(self, anew: bool) -> None:
-        """The tables as they are so far, and the state before round 1; says what was noted before it."""
+        """The tables as they are so far, and the state before round 1."""
         if self._state.rows:
             self._tables()
-        for text in self._state.server.notes if anew else ():
-            self._callback.note(text)
         if anew and self._every:
             self._checkpoints.save(capture(self._experiment, self._rounds))
 
