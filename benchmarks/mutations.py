@@ -8,16 +8,20 @@ not in its file (exactly once) any more or its tests fail without it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 0.1  # share of mutations that may survive
+UNMUTATED = ("hetfl.runs.runner", "torch._dynamo", "datasets", "flwr_datasets", "hypothesis", "scipy.stats", "dp_accounting.rdp")
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
 
 
@@ -208,7 +212,8 @@ MUTATIONS = [
     ),
     *of("methods/fedconv/tuning", f"{ROUNDS}/test_fedconv.py",
         ("fedconv never halves its rate", "lr=halve_rate(options.lr, round, options.halve_every)", "lr=options.lr"),
-        ("fedconv never halves its dilators' rate", "lr=halve_rate(options.dilator_lr, round, options.halve_every)", "lr=options.dilator_lr"),
+        ("fedconv never halves its dilators' rate",
+         "halve_rate(options.dilator_lr, round, options.halve_every)", "options.dilator_lr"),
     ),
     *of("methods/fedconv/strategy", f"{ROUNDS}/test_fedconv.py",
         ("fedconv ignores upload_epochs", "server.train(state, steps, \"upload\"", "server.train(state, 0, \"upload\""),
@@ -283,14 +288,34 @@ def copy_tree(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to / "tree", symlinks=True, ignore=leave_out))
 
 
+def import_unmutated(tree: Path) -> None:
+    """Imports what no mutation changes, the core from `tree` among it, for the forks that run tests."""
+    sys.dont_write_bytecode = True  # a mutated file may be as long as the whole one, and as old
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # pytest warns of a plugin, hypothesis's, that is imported already
+    sys.path[:0] = [str(tree / ".typings"), str(tree / "tests")]
+    for module in UNMUTATED:
+        importlib.import_module(module)
+    loaded = [name for name in sys.modules if name.startswith("hetfl.plugins.")]
+    assert not loaded, f"mutations of {loaded} would not be seen"
+
+
 def passes(tree: Path, tests: str) -> bool:
-    """Whether the tests pass there. Raises RuntimeError where pytest finds none to run."""
-    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
-    environment = {**os.environ, "PYTHONPATH": str(tree / ".typings"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, shell=True, cwd=tree, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest {tests}: {done.stdout}{done.stderr}")
-    return done.returncode == 0
+    """Whether the tests pass there, run in a fork of this process. Raises RuntimeError where pytest finds none to run."""
+    with tempfile.TemporaryFile() as said:
+        if not (child := os.fork()):
+            code = pytest.ExitCode.INTERNAL_ERROR
+            try:
+                os.chdir(tree)
+                for descriptor in (1, 2):
+                    os.dup2(said.fileno(), descriptor)
+                code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", *shlex.split(tests)])
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, 1):
+            said.seek(0)
+            raise RuntimeError(f"pytest {tests}: {said.read().decode()}")
+    return code == 0
 
 
 def survives(tree: Path, mutation: Mutation) -> bool:
@@ -327,6 +352,7 @@ def main() -> int:
     survived = []
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder))
+        import_unmutated(tree)
         if broken := [tests for tests in dict.fromkeys(m.tests for m in chosen) if not passes(tree, tests)]:
             print("these fail without any mutation: " + "; ".join(broken), file=sys.stderr)
             return 2

@@ -71,7 +71,8 @@ def builtins() -> tuple[Entry, ...]:
 
 def third_party() -> list[Entry]:
     """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …)."""
-    points = [(role, point) for role in ROLES for point in entry_points(group=f"hetfl.{role}")]
+    found = entry_points()  # reads all distributions: once, not once a role
+    points = [(role, point) for role in ROLES for point in found.select(group=f"hetfl.{role}")]
     return list(dict.fromkeys(read_entry_point(role, point) for role, point in points))
 
 
