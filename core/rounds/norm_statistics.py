@@ -42,14 +42,27 @@ def choose_norm_policy(given: str, wanted: str | None, public: bool) -> str:
 
 
 def renew_statistics(now: RoundState) -> None:
-    """Gives the new global model its normalisation statistics; nothing under the policy "aggregate", which averages them."""
+    """Gives the new global model its normalisation statistics; under the policy "aggregate", which averages them, says in round 1
+    where that is over models of several widths."""
     run = now.run
     names = running_names(run.server.builder.module())
     if not names or run.norm_policy == "aggregate":
+        if names and now.number == 1:
+            warn_of_mixed_widths(now, names)
         return
     with now.phase("statistics"):
         found = pool_passes(now) if run.norm_policy in STATIC else measure_on_server(now)
     run.server.state = {**run.server.state, **{name: found[name] for name in names if name in found}}
+
+
+def warn_of_mixed_widths(now: RoundState, names: Sequence[str]) -> None:
+    """Says that narrower models are tested with statistics that are not theirs, where clients of several widths send these."""
+    plans = [a.plan for a in now.assignments.values() if isinstance(a.plan, Selection) and not a.up.isdisjoint(names)]
+    if len({tuple(plan.sizes.items()) for plan in plans}) > 1:
+        now.run.callback.note(
+            "batch norm's statistics are averaged over models of several widths, so narrow ones are tested with statistics that "
+            "are not theirs, which can take them down to chance; --norm-policy static gives each its own (docs/norms.md)"
+        )
 
 
 def pool_passes(now: RoundState) -> State:

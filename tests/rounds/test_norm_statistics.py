@@ -102,3 +102,16 @@ def test_local_statistics_never_travel(tmp_path):
     assert local["accuracy"] == again["accuracy"]
     with pytest.raises(UsageError, match="--norm-policy local needs public data"):
         run(tmp_path / "d", norm_policy="local", server_data=0, **NORMED)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({}, 1), ({"norm_policy": "static"}, 0), ({"levels": "0.5"}, 0), ({"extract": "standalone"}, 0), ({"model": "mlp"}, 0)],
+)
+def test_that_narrow_models_are_tested_with_the_statistics_of_others_is_said_once(simulate, stops, values, said):
+    values = {**CNN, "clients": 3, **values}
+    made = simulate(0, **{**values, "model_args": {} if values["model"] == "mlp" else values["model_args"]})
+    made.state.callback = stops.Stopping(None)
+    for number in (1, 2):
+        run_round(made.state, number, made.engine)
+    assert sum("statistics that are not theirs" in note for note in made.state.callback.notes) == said
