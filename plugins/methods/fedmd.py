@@ -93,6 +93,14 @@ class Consensus(Plugin):
         return True
 
     @hookimpl
+    def prepare(self, server: Server) -> None:
+        if server.options.fraction < 1:
+            server.notes.append(
+                f"fedmd: under --fraction {server.options.fraction:g} clients digest the consensus of those who took part in the "
+                "round before, where the paper's is of all"
+            )
+
+    @hookimpl
     def exchange(self) -> Exchange:
         return Exchange(down=(), up=())
 

@@ -12,6 +12,7 @@ from helpers.oracles import T, close
 from helpers.states import same
 from hetfl.errors import UsageError
 from hetfl.plugins.methods import fedmd
+from hetfl.rounds.loop import run_round
 from hetfl.submodel import encoding
 from hetfl.submodel.plan import OwnModel
 
@@ -72,6 +73,26 @@ def test_fedmd_sends_scores_and_no_parameters(simulate):
     assert all(row["bytes up"] == array for row in made.state.client_rows)
     assert encoding.payload_bytes({"s": torch.zeros(5000, 16)}) - encoding.payload_bytes({"s": torch.zeros(1, 16)}) == 4999 * 16 * 4
     assert "personal@own" in made.state.rows[-1]
+
+
+def test_a_fraction_digests_the_consensus_of_the_round_before(simulate, monkeypatch):
+    """The page's words: who takes part now need not have had a say in it; the paper's clients all have."""
+    said, digested, average, batches = [], [], fedmd.average_scores, fedmd.shuffle_batches
+
+    def watched(x, goal, *rest):
+        digested.extend([(len(said), goal)] if goal.is_floating_point() else [])
+        return batches(x, goal, *rest)
+
+    monkeypatch.setattr(fedmd, "average_scores", lambda scores: said.append(average(scores)) or said[-1])
+    monkeypatch.setattr(fedmd, "shuffle_batches", watched)
+    values = {"clients": 6, "fraction": 0.34, "levels": "1", "set": {"fedmd": {"public_epochs": 1}}}
+    made = simulate(0, extract="fedmd", aggregate="fedmd", **values)
+    asked = [{*run_round(made.state, r, made.engine).assignments} for r in range(1, 5)]
+    assert len(set.union(*asked)) > 3
+    assert [rounds for rounds, _ in digested] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert all(torch.equal(goal, said[rounds - 1]) for rounds, goal in digested)
+    assert any("the consensus of those who took part in the round before" in note for note in made.server.notes)
+    assert not any("fedmd" in note for note in simulate(0, extract="fedmd", aggregate="fedmd").server.notes)
 
 
 def test_fedmd_of_foreign_architectures(simulate):
