@@ -3,7 +3,7 @@
 Every extraction with its natural aggregation and the controls, at each --alphas (10000 is IID) with each seed. A method whose paper
 has more to it than the extraction runs as published, with the wraps and the policy for batch norm of its preset, and again bare, as
 an ablation. Options after the script's own are those of a run, such as dataset=mnist rounds=30. What is in --out already is not run
-again; every run is a line of its results.csv.
+again; every run is a line of its results.csv. --page puts the tables into a page of docs/.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--page", type=Path, help="a page whose lines between <!-- NAME --> and <!-- end NAME --> are to be the tables"
+    )
+    parser.add_argument("--section", default="digits", help="that NAME")
     parser.add_argument("options", nargs="*", metavar="option=value")
     given = parser.parse_args()
     base: dict[str, Any] = {"levels": LEVELS}
@@ -124,8 +128,12 @@ def main() -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    for alpha in alphas:
-        print(f"\nalpha {alpha:g}\n", *table(rows, alpha), sep="\n")
+    tables = "\n".join(line for alpha in alphas for line in ("", f"Alpha {alpha:g}:", "", *table(rows, alpha), ""))
+    print(tables)
+    if given.page:
+        begin, end = f"<!-- {given.section} -->\n", f"<!-- end {given.section} -->"
+        before, _, rest = given.page.read_text().partition(begin)
+        given.page.write_text(before + begin + tables + end + rest.partition(end)[2])
     for row in (r for r in rows if r["status"] != "ok"):
         print(f"{row['name']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
     print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
