@@ -50,8 +50,8 @@ def measure(name: str, clients: int) -> None:
     from hetfl.parallel import Pool
     from hetfl.profiling.node import Profile
     from hetfl.submodel.builder import SubmodelBuilder
-    from hetfl.submodel.plan import prefix
     from hetfl.submodel.tracing.groups import trace
+    from hetfl.submodel.widths import prefix
 
     model = models.ZOO["resnet18"](classes=10, channels=3)
     widths = trace(model, torch.randn(2, 3, 32, 32), verify=False)

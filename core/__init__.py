@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hetfl.profiling.node import Node, Profile
     from hetfl.runs.api import load, matrix, resume, run
     from hetfl.runs.result import Matrix, Run
-    from hetfl.submodel.plan import OwnModel, Patch, Plan, Selection, prefix, window
+    from hetfl.submodel.plan import OwnModel, Patch, Plan, Selection
     from hetfl.submodel.shrinking import Shrunk, shrink, width_groups
-    from hetfl.submodel.widths import Widths, unit_count
+    from hetfl.submodel.widths import Widths, prefix, unit_count, window
     from hetfl.training.task import Reply, Task
 
 __version__ = "0.1.0"
@@ -40,9 +40,9 @@ _HOMES = {
     "profiling.node": ("Node", "Profile"),
     "runs.api": ("load", "matrix", "resume", "run"),
     "runs.result": ("Matrix", "Run"),
-    "submodel.plan": ("OwnModel", "Patch", "Plan", "Selection", "prefix", "window"),
+    "submodel.plan": ("OwnModel", "Patch", "Plan", "Selection"),
     "submodel.shrinking": ("Shrunk", "shrink", "width_groups"),
-    "submodel.widths": ("Widths", "unit_count"),
+    "submodel.widths": ("Widths", "prefix", "unit_count", "window"),
     "training.task": ("Reply", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

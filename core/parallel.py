@@ -1,4 +1,4 @@
-"""Worker threads that each run one thread of torch, one client or one evaluation per core; and a cache for each thread."""
+"""Worker threads that each run one thread of torch, one client or one evaluation per core."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,8 +21,6 @@ AHEAD = 8  # jobs for each worker that may be running, or finished and not yet c
 In = TypeVar("In")
 
 Out = TypeVar("Out")
-
-Value = TypeVar("Value")
 
 
 def cores() -> int:
@@ -155,19 +153,3 @@ class Pool:
         self._closed = True
         for _ in range(self.workers):
             self._jobs.put(None)
-
-
-class ThreadCache(Generic[Value]):
-    """For each thread its own values by key, of which the `size` last used stay (LRU): what one thread gets no other one uses."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._local = size, threading.local()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """This thread's value for `key`, made where there is none."""
-        values: dict[Hashable, Value] = self._local.__dict__.setdefault("values", {})
-        value = values.pop(key) if key in values else make()
-        values[key] = value  # dicts keep the order of insertion: the first key is the least recently used
-        if len(values) > self._size:
-            del values[next(iter(values))]
-        return value

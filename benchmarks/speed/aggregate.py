@@ -37,8 +37,9 @@ def main() -> None:
     from hetfl.models.state import tensors
     from hetfl.parallel import Pool
     from hetfl.submodel.builder import SubmodelBuilder
-    from hetfl.submodel.plan import Plan, prefix
+    from hetfl.submodel.plan import Plan
     from hetfl.submodel.tracing.groups import trace
+    from hetfl.submodel.widths import prefix
     from hetfl.submodel.widths import unit_count as count
 
     torch.set_num_threads(1)

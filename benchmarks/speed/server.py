@@ -30,8 +30,8 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     from hetfl.plugins.methods.fedconv.tiling import tile_parameters
     from hetfl.profiling.node import Profile
     from hetfl.submodel.builder import SubmodelBuilder
-    from hetfl.submodel.plan import prefix
     from hetfl.submodel.tracing.groups import trace
+    from hetfl.submodel.widths import prefix
 
     torch.set_num_threads(1)
     model = models.ZOO[net](classes=10, channels=shape[0], **args)

@@ -1,13 +1,22 @@
-"""Clients in this process, on worker threads, or each in a process of its own that a thread waits for."""
+"""The engine of one machine: clients on worker threads, or each in a process of its own that a thread waits for.
+
+Worker threads take small clients several at a time, and train equal shapes as one model (vmap).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from hetfl.models.state import tensors
 from hetfl.parallel import Pool
+from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import Answer, ClientState, Content, Failure, Instruction, Kind
+from hetfl.training import vectorized
+
+SLIGHT = 1e7  # parameters x examples up to which several clients share a job
+JOBS_PER_WORKER = 8  # that a worker gets at least, where there are enough clients
 
 
 @dataclass(eq=False)
@@ -20,20 +29,20 @@ class Call:
     state: ClientState
 
 
-class Job(Protocol):
-    """Some calls for one worker; `cost` is the predicted work."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Some calls for one worker, in client order, and their predicted `cost`; with `group`, they train as one batched model."""
 
-    @property
-    def calls(self) -> Sequence[Call]: ...
-    @property
-    def cost(self) -> float: ...
+    calls: list[Call]
+    cost: float
+    group: bool = False
 
 
 class Workers(Protocol):
     """Who answers: `split` deals calls out as jobs, `work` does one of these, in any thread."""
 
-    def split(self, calls: Sequence[Call]) -> Sequence[Any]: ...
-    def work(self, job: Any) -> list[Answer]: ...
+    def split(self, calls: Sequence[Call]) -> Sequence[Job]: ...
+    def work(self, job: Job) -> list[Answer]: ...
     def close(self) -> None: ...
 
 
@@ -86,3 +95,75 @@ class LocalEngine:
     def close(self) -> None:
         """Ends the workers."""
         self._workers.close()
+
+
+class ThreadWorkers:
+    """Answers for all clients of one process; `group_size` is how many clients may train as one."""
+
+    def __init__(self, runtime: ClientRuntime, workers: int, group_size: int = 1) -> None:
+        self._runtime, self._workers, self._group_size = runtime, workers, group_size
+        self._slight = SLIGHT if runtime.options.timeout is None else 0.0  # a client that may be given up has a job of its own
+        self._examples = [len(client.train) for client in runtime.federation.clients]
+        self._forms: dict[tuple[int, ...], tuple[frozenset[str], bool]] = {}  # of submodels: tensors, and if they may be padded
+
+    def split(self, calls: Sequence[Call]) -> list[Job]:
+        """The jobs, in the order of the first client of each; the split never changes a result."""
+        alone, groups = list[Call](), dict[object, list[Call]]()
+        for call in calls:
+            shape = self._shape(call)
+            alone.append(call) if shape is None else groups.setdefault(shape, []).append(call)
+        size = self._group_size
+        together = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+        return self._batch(alone) + [Job(group, sum(map(self._cost, group)), group=True) for group in together]
+
+    def _batch(self, calls: list[Call]) -> list[Job]:
+        """Jobs of one client each, or of several where these are slight."""
+        most, jobs = max(1, len(calls) // (self._workers * JOBS_PER_WORKER)), list[Job]()
+        for call in calls:
+            cost = self._cost(call)
+            if jobs and len(jobs[-1].calls) < most and jobs[-1].cost + cost <= self._slight:
+                jobs[-1] = Job([*jobs[-1].calls, call], jobs[-1].cost + cost)
+            else:
+                jobs.append(Job([call], cost))
+        return jobs
+
+    def _cost(self, call: Call) -> float:
+        """Predicted work: parameters times examples."""
+        if not isinstance(call.content, Instruction):
+            return 0.0
+        return float(self._examples[call.client] * sum(t.numel() for t in call.content.state.values()))
+
+    def _shape(self, call: Call) -> object:
+        """What clients of one vmap group have in common; None for a client that trains by itself."""
+        sent = call.content
+        if self._group_size < 2 or call.kind != "train" or not isinstance(sent, Instruction):
+            return None
+        if sent.model or sent.masks or sent.local or sent.up is not None or sent.sizes is None or sent.steps:
+            return None
+        shape = tuple(sent.sizes.values())
+        if shape not in self._forms:
+            model = self._runtime.builder.module(sent.sizes)
+            self._forms[shape] = frozenset(tensors(model)), vectorized.allows_padding(model)
+        names, padded = self._forms[shape]
+        return (shape, None if padded else self._examples[call.client]) if sent.state.keys() >= names else None
+
+    def work(self, job: Job) -> list[Answer]:
+        """The answers of a job, in its clients' order; a Failure for a client that raises."""
+        if job.group:
+            try:
+                sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
+                return [*self._runtime.train_group([call.client for call in job.calls], sent)]
+            except Exception:
+                pass
+        return [self._answer(call) for call in job.calls]
+
+    def _answer(self, call: Call) -> Answer:
+        try:
+            return self._runtime.answer(call.kind, call.client, call.content, call.state)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return Failure.of(error)
+
+    def close(self) -> None:
+        """Nothing is kept that outlives the threads."""

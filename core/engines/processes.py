@@ -12,7 +12,6 @@ import pickle
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as LateError
-from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from typing import Any
 
@@ -21,20 +20,12 @@ from pebble import ProcessExpired, ProcessPool
 from torch import Tensor
 
 from hetfl.config import resolve
-from hetfl.engines.local import Call
+from hetfl.engines.local import Call, Job
 from hetfl.parallel import end_with_parent
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import Answer, Failure, Instruction, too_long
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_setup
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One call; the widest clients are the dearest."""
-
-    calls: list[Call]
-    cost: float
 
 
 class ProcessWorkers:
@@ -46,7 +37,7 @@ class ProcessWorkers:
         self._pool = ProcessPool(workers, context=get_context("spawn"), initializer=begin, initargs=(config, os.getpid()))
 
     def split(self, calls: Sequence[Call]) -> list[Job]:
-        """A job for each call."""
+        """A job for each call; the widest clients are the dearest."""
         return [Job([call], float(entries(call))) for call in calls]
 
     def work(self, job: Job) -> list[Answer]:

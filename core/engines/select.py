@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetfl.engines.local import LocalEngine
-from hetfl.engines.threads import ThreadWorkers
+from hetfl.engines.local import LocalEngine, ThreadWorkers
 from hetfl.errors import UsageError
 from hetfl.parallel import Pool
 from hetfl.rounds.client import ClientRuntime

@@ -20,9 +20,9 @@ from hetfl.hooks.values import Client
 from hetfl.models.state import State, copy_state, move_state
 from hetfl.parallel import Pool
 from hetfl.rng import secret_normal, stream
-from hetfl.submodel.builder import SubmodelBuilder, fast_layout
+from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.plan import Patches, Selection, grow
-from hetfl.submodel.widths import Kept, Widths
+from hetfl.submodel.widths import Kept
 from hetfl.training.dropout import seeded_random
 from hetfl.training.evaluation import Score, evaluate
 from hetfl.training.tuning import TuningResult, explain_risen_loss, tune, tune_together
@@ -35,14 +35,15 @@ class Server:
     `wanted` clients are to be chosen for the round; `sampled` of `population` take part, drawn uniformly, or all of as many.
     `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the
     server's secret: 32 bytes that never leave it but for its checkpoints; with `hides_sample` even who takes part is drawn from it.
-    `public` is the server's labelled data or None; `taken` counts the training steps on it by their batch size, `steps_saved` and
-    `epochs_saved` what early stopping left out.
+    `public` is the server's labelled data, if it `has_public`; `taken` counts the training steps on it by their batch size,
+    `steps_saved` and `epochs_saved` what early stopping left out.
     """
 
     def __init__(
         self, options: RunOptions, builder: SubmodelBuilder, state: State, classes: int, public: ServerData | None, pool: Pool
     ) -> None:
         self.options, self.builder, self.state, self.classes, self.pool = options, builder, state, classes, pool
+        self.widths, self.has_public = builder.widths, public is not None
         self.branches: dict[str, Patches] = {}
         self.example: Tensor | None = None  # two random inputs, for a look at what a model computes
         self.clients: dict[int, Client] = {}
@@ -54,10 +55,6 @@ class Server:
         self.key, self.hides_sample = secrets.token_bytes(32), False
         self._public, self._counting = public, threading.Lock()
         self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
-
-    @property
-    def widths(self) -> Widths:
-        return self.builder.widths
 
     @property
     def public(self) -> ServerData:
@@ -75,10 +72,6 @@ class Server:
         """Counts training steps on the server's data that a plugin takes itself; the control takes as many of as many examples."""
         with self._counting:
             self.taken[batch] += steps
-
-    @property
-    def has_public(self) -> bool:
-        return self._public is not None
 
     def branch(self, name: str) -> State | None:
         """The whole state of a branch, the global model where the branch says nothing; None where there is no such branch."""
@@ -111,12 +104,7 @@ class Server:
 
     def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
-        model = self.builder.module(sizes).eval()
-        form, weights = fast_layout(model), {name: t.to(x.device) for name, t in state.items()}
-        if form != torch.contiguous_format:
-            weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
-        out: Tensor = torch.func.functional_call(model, weights, (x,))
-        return out
+        return self.builder.logits(state, x, sizes)
 
     def predict(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """`logits` without a gradient, in batches of evaluation."""

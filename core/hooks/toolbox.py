@@ -23,10 +23,10 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
         "importance of the units of width groups, and gates on them",
     ),
     "submodel.widths": (("Axis", "within"), "width groups, and where their units lie in each tensor"),
-    "training.clipping": (("clip_factors",), "factors that bring norms down to a bound"),
     "training.dropout": (("seeded_random",), "dropout from a random stream of its own"),
     "training.evaluation": (("evaluate",), "accuracy and loss of a model on examples"),
     "training.local": (("descend", "kl_divergence", "local_batches"), "steps, batches and losses of local training"),
+    "training.stacking": (("clip_factors",), "factors that bring norms down to a bound"),
     "training.tuning": (("cycle_batches", "halve_rate"), "endless shuffled batches of row numbers, and rates by the round"),
     "training.vectorized": (("find_stacking_error", "is_worthwhile"), "whether copies of a model are to be computed as one"),
 }

@@ -25,7 +25,7 @@ from hetfl.submodel import encoding
 from hetfl.submodel.blocks import take_blocks
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import within
-from hetfl.training import vectorized
+from hetfl.training import stacking, vectorized
 from hetfl.training.cuda_graphs import GraphPool, hand_over, on_stream, own_stream
 from hetfl.training.evaluation import Score, evaluate
 from hetfl.training.local import make_step
@@ -149,7 +149,7 @@ class ClientRuntime:
             states = [self._as_tested(clients[k], sent[k].round, trained[k].state, sent[k].sizes) for k in having]
             tests = [self.federation.clients[clients[k]].test for k in having]
             model = self.builder.module(sent[0].sizes)
-            for k, score in zip(having, vectorized.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
+            for k, score in zip(having, stacking.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
                 replies[k].metrics |= own_metrics(score)
         return [self._send_home(reply) for reply in replies]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hetfl.data.dataset import Examples
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
-from hetfl.submodel.plan import Plan, Selection, is_whole
+from hetfl.submodel.plan import Plan, Selection
 from hetfl.training.evaluation import BatchScore, Score, score_batches, sum_scores
 
 PIECE = 2  # batches of evaluation that one worker takes at a time
@@ -27,7 +27,7 @@ class EvalJob:
 
     @cached_property
     def key(self) -> tuple[int, int]:
-        plain = self.plan is None or (isinstance(self.plan, Selection) and is_whole(self.plan))
+        plain = self.plan is None or (isinstance(self.plan, Selection) and self.plan.whole)
         return 0 if plain else id(self.plan), id(self.source)
 
 

@@ -22,7 +22,7 @@ from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_statistics
 from hetfl.submodel import encoding
 from hetfl.submodel.encoding import MEAN, VARIANCE
-from hetfl.submodel.plan import Plan, Selection, is_whole
+from hetfl.submodel.plan import Plan, Selection
 
 EXTREME = 1000.0  # times the middle client's
 
@@ -85,7 +85,7 @@ def pool_passes(now: RoundState) -> State:
 def needs_own_statistics(now: RoundState, plan: Plan) -> bool:
     """Whether the submodel of `plan` is a network of its own under the policies STATIC: fewer channels feed each of its own, so the
     global network's statistics are far off for it."""
-    slices = now.run.norm_policy in STATIC and isinstance(plan, Selection) and not is_whole(plan)
+    slices = now.run.norm_policy in STATIC and isinstance(plan, Selection) and not plan.whole
     return slices and bool(running_names(now.run.server.builder.module()))
 
 

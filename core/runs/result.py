@@ -29,7 +29,8 @@ from hetfl.runs.folder import MemoryFolder, RunFolder
 from hetfl.runs.given import Given
 from hetfl.runs.process import one_at_a_time
 from hetfl.submodel.builder import SubmodelBuilder
-from hetfl.submodel.plan import Selection, prefix
+from hetfl.submodel.plan import Selection
+from hetfl.submodel.widths import prefix
 
 
 class Run:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hetfl.models.state import State, load_state, tensors
-from hetfl.parallel import ThreadCache
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.widths import DEPTH, Widths
 
@@ -35,13 +34,18 @@ class SubmodelBuilder:
     ) -> None:
         self.model, self.widths, self.device, self._other, self._whole = model, widths, device, other, whole
         self.full = {group.name: group.size for group in widths.groups}
-        self._cache, self._lock = ThreadCache[nn.Module](CACHED), threading.Lock()
+        self._local, self._lock = threading.local(), threading.Lock()
         self._untrained: dict[str | None, nn.Module] = {None: model}
 
     def module(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` units of each group (None: the whole model), with the values of its last use."""
-        units = () if model else tuple((self.full if sizes is None else sizes).items())
-        return self._cache.get((model, units), lambda: to_fast_layout(self._make(dict(units), model)).to(self.device))
+        key = (model, () if model else tuple((self.full if sizes is None else sizes).items()))
+        mine: dict[Hashable, nn.Module] = self._local.__dict__.setdefault("modules", {})
+        found = mine.pop(key) if key in mine else to_fast_layout(self._make(dict(key[1]), model)).to(self.device)
+        mine[key] = found  # dicts keep the order of insertion: the first key is the least recently used
+        if len(mine) > CACHED:
+            del mine[next(iter(mine))]
+        return found
 
     def _make(self, sizes: dict[str, int], name: str | None) -> nn.Module:
         model = self.untrained(name)
@@ -78,6 +82,15 @@ class SubmodelBuilder:
     def load(self, state: State, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` with the values of `state`."""
         return load_state(self.module(sizes, model), state)
+
+    def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+        """f(x; state) of the submodel of `sizes` in evaluation mode, differentiable in `state`, its tensors."""
+        model = self.module(sizes).eval()
+        form, weights = fast_layout(model), {name: t.to(x.device) for name, t in state.items()}
+        if form != torch.contiguous_format:
+            weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
+        out: Tensor = torch.func.functional_call(model, weights, (x,))
+        return out
 
 
 def to_fast_layout(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetfl.models.state import State
 from hetfl.submodel.blocks import Index, cells, is_leading, take_blocks
-from hetfl.submodel.widths import DEPTH, Group, Kept, Widths, unit_count, within
+from hetfl.submodel.widths import DEPTH, Kept, Widths, within
 
 WHOLE = Index()  # the index of a tensor that is not cut
 
@@ -109,6 +109,13 @@ class Selection:
         shapes = self.widths.shapes
         return {name: cut(index, shapes[name]) if name in shapes else index for name, index in self.index.items()}
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether this is the global model itself, every unit in its own place."""
+        cut = any(len(self.kept[g.name]) < g.size for g in self.widths.groups)
+        plain = not self.masks and self.names is None and self.depth is None and self.model is None
+        return plain and not cut and all(is_leading(units) for units in self.kept.values())
+
     def take(self, state: State) -> State:
         mine = state if self.names is None else {name: t for name, t in state.items() if name in self.names}
         small = take_blocks(mine, self.cuts)
@@ -121,13 +128,6 @@ class Selection:
         units = {name: units[kept[name]] if name in kept else units for name, units in self.kept.items()}
         inner = within(self.widths, self.sizes, kept) if kept else {}
         return replace(self, kept=units, masks={**take_blocks(self.masks, inner), **masks})
-
-
-def is_whole(selection: Selection) -> bool:
-    """Whether a selection is the global model itself, every unit in its own place."""
-    cut = any(len(selection.kept[g.name]) < g.size for g in selection.widths.groups)
-    plain = not selection.masks and selection.names is None and selection.depth is None and selection.model is None
-    return plain and not cut and all(is_leading(units) for units in selection.kept.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,19 +164,3 @@ def grow(patches: Patches, like: State) -> tuple[State, State]:
     full = absent | {name: patch.full(like.get(name, patch.values)) for name, patch in patches.items()}
     order = dict.fromkeys([*like, *full])
     return {name: full[name][0] for name in order}, {name: full[name][1] for name in order}
-
-
-def prefix(ratio: float) -> Callable[[int], Tensor]:
-    """For `Server.select`: of a group of `size` the first `ceil(ratio * size)` units (spec heterofl 2.1)."""
-    return lambda size: torch.arange(unit_count(size, ratio))
-
-
-def window(group: Group, ratio: float, start: int) -> Tensor:
-    """For `Server.select`: of the units of `group` `ceil(ratio * size)` from `start` on, wrapping around (spec fedrolex 2.1).
-
-    In attention the roll goes on from one head to the next: all channels are rolled, and each head keeps the first of what has come
-    to its place, (kept, heads). Of 2 heads of 4 rolled to 7 0 1 2 3 4 5 6, two of each are 7 0 and 3 4 (spec 2.2).
-    """
-    channels = (start + torch.arange(group.heads * group.size)) % (group.heads * group.size)
-    kept = channels.view(group.heads, group.size)[:, : unit_count(group.size, ratio)].T
-    return kept.squeeze(1) if group.heads == 1 else kept

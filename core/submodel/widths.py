@@ -27,6 +27,11 @@ def unit_count(size: int, ratio: float) -> int:
     return max(1, math.ceil(size * ratio - 1e-9))
 
 
+def prefix(ratio: float) -> Callable[[int], Tensor]:
+    """For `Server.select`: of a group of `size` the first `ceil(ratio * size)` units (spec heterofl 2.1)."""
+    return lambda size: torch.arange(unit_count(size, ratio))
+
+
 @dataclass(frozen=True)
 class Group:
     """Channels that can only be cut together, as the ordered units 0 … size - 1 (a pruning library's "dependency group").
@@ -37,6 +42,17 @@ class Group:
     name: str
     size: int
     heads: int = 1
+
+
+def window(group: Group, ratio: float, start: int) -> Tensor:
+    """For `Server.select`: of the units of `group` `ceil(ratio * size)` from `start` on, wrapping around (spec fedrolex 2.1).
+
+    In attention the roll goes on from one head to the next: all channels are rolled, and each head keeps the first of what has come
+    to its place, (kept, heads). Of 2 heads of 4 rolled to 7 0 1 2 3 4 5 6, two of each are 7 0 and 3 4 (spec 2.2).
+    """
+    channels = (start + torch.arange(group.heads * group.size)) % (group.heads * group.size)
+    kept = channels.view(group.heads, group.size)[:, : unit_count(group.size, ratio)].T
+    return kept.squeeze(1) if group.heads == 1 else kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +133,7 @@ class Widths:
 
     def prefix(self, ratio: float) -> dict[str, Tensor]:
         """The leading `ceil(ratio * size)` units of every group."""
-        return self.select(lambda size: torch.arange(unit_count(size, ratio)))
+        return self.select(prefix(ratio))
 
     def index(self, kept: Kept) -> dict[str, Index]:
         """For each tensor that can be cut: dim -> the positions that `kept` leaves, in the order of the submodel."""

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from hetfl.aggregation.updates import Merged
 from hetfl.engines.flower.records import RecordCodec
-from hetfl.engines.local import LocalEngine
-from hetfl.engines.threads import ThreadWorkers
+from hetfl.engines.local import LocalEngine, ThreadWorkers
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.hookspecs import hookimpl
 from hetfl.hooks.loading import load_plugins

@@ -13,7 +13,6 @@ from hetfl.data.dataset import Examples
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import copy_state
 from hetfl.training.augmentation import augment
-from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
 from hetfl.training.dropout import seeded_random
 from hetfl.training.task import Reply, Task
@@ -55,7 +54,7 @@ def descend(
                 if parameter.grad is not None:
                     parameter.grad.mul_(mask)
             if task.options.clip:
-                clip_gradients(model.parameters(), task.options.clip)
+                nn.utils.clip_grad_norm_(model.parameters(), task.options.clip)
             optimizer.step()
         return last.item()
 
@@ -109,7 +108,7 @@ def make_step(model: nn.Module, options: RunOptions) -> Callable[[Tensor, Tensor
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         if options.clip:
-            clip_gradients(model.parameters(), options.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
 
     return step

@@ -1,4 +1,4 @@
-"""Several clients' models of one shape as one stacked model (torch.func.vmap), their batches side by side, and a step of all."""
+"""Several clients' models of one shape as one (torch.func.vmap): their batches side by side, a step of all, and their scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.models.state import State
 from hetfl.training.augmentation import augment
-from hetfl.training.clipping import clip_gradients
 from hetfl.training.device import autocast
+from hetfl.training.evaluation import Score
 from hetfl.training.local import make_optimizer_for
 
 
@@ -89,9 +89,28 @@ class EagerStep:
         losses = (each * weights).sum(1)
         losses.sum().backward()
         if self._options.clip:
-            clip_gradients(self.stack.parameters, self._options.clip, stacked=True)
+            self._clip(self._options.clip)
         self.optimizer.step()
         return losses.detach()
+
+    def _clip(self, most: float) -> None:
+        """Scales the gradient of each client by itself, IN PLACE, to a norm of at most `most`."""
+        grads = [p.grad for p in self.stack.parameters if p.grad is not None]
+        factors = clip_factors(grads, most, 1e-6)
+        for grad in grads:
+            grad.mul_(factors.view(-1, *[1] * (grad.ndim - 1)))
+
+
+def clip_factors(tensors: Sequence[Tensor], most: float, slack: float = 0.0) -> Tensor:
+    """Factors (clients,) in (0, 1] that bring the L2 norm over all of a client's tensors to at most `most`.
+
+    `tensors` are those of all clients, (clients, *shape) each. The factor is most / (norm + slack), at most 1. Example: for the
+    tensors [[3.], [0.]] and [[4.], [1.]] the norms are 5 and 1, and with `most` 2 the factors 0.4 and 1.
+    """
+    each = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim))) if t.ndim > 1 else t.abs() for t in tensors]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    factors: Tensor = (most / (norms + slack)).clamp(max=1.0)
+    return factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,3 +161,19 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
         real = torch.arange(int(counts.max())) < counts[:, None]
         weights = real / counts.clamp(min=1)[:, None] if mean else real.float()
         yield GroupBatch(pad_sequence(rows, True), weights, [k for k, order in enumerate(orders) if len(order) == step + 1])
+
+
+def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:
+    """Accuracy and loss of each state on its own examples, in batches of `batch`."""
+    counts = [len(d) for d in data]
+    right, loss = torch.zeros(len(data)), torch.zeros(len(data))
+    with torch.inference_mode():
+        stack = ModelStack(model.eval(), states, trained=False)
+        for step in align_batches([d.rows(batch) for d in data], mean=False):
+            x, y = step.gather(data[0])
+            logits = stack(x)
+            each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+            loss += (each.cpu() * step.weights).sum(1)
+            right += ((logits.argmax(-1) == y).cpu() * step.weights).sum(1)
+    totals = zip(right.tolist(), loss.tolist(), counts, strict=True)
+    return [Score(r / max(n, 1), total / max(n, 1), n) for r, total, n in totals]

@@ -17,7 +17,6 @@ from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
 from hetfl.rng import stream
 from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
-from hetfl.training.evaluation import Score
 from hetfl.training.local import batch_rows
 from hetfl.training.stacking import EagerStep, ModelStack, align_batches, run_steps
 
@@ -105,7 +104,7 @@ def train(
             step = EagerStep(ModelStack(model.train(), states), options, round)
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest))
-        draws = [stream(options.seed, "augment", round, m.client) for m in members]
+        draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []
         for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws):
             if batch.ending:
                 now, last = step.stack.states(), losses.tolist()
@@ -113,19 +112,3 @@ def train(
                 for k in batch.ending:
                     results[k] = MemberResult({n: t.clone() if shared else t for n, t in now[k].items()}, last[k])
     return [results[k] if k in results else MemberResult(m.state, 0.0) for k, m in enumerate(members)]
-
-
-def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:
-    """Accuracy and loss of each state on its own examples, in batches of `batch`."""
-    counts = [len(d) for d in data]
-    right, loss = torch.zeros(len(data)), torch.zeros(len(data))
-    with torch.inference_mode():
-        stack = ModelStack(model.eval(), states, trained=False)
-        for step in align_batches([d.rows(batch) for d in data], mean=False):
-            x, y = step.gather(data[0])
-            logits = stack(x)
-            each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-            loss += (each.cpu() * step.weights).sum(1)
-            right += ((logits.argmax(-1) == y).cpu() * step.weights).sum(1)
-    totals = zip(right.tolist(), loss.tolist(), counts, strict=True)
-    return [Score(r / max(n, 1), total / max(n, 1), n) for r, total, n in totals]

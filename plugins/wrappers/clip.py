@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hetfl import Field, Plugin, ReceivedReply, State, hookimpl
-from hetfl.training.clipping import clip_factors
+from hetfl.training.stacking import clip_factors
 
 
 class Clip(Plugin):

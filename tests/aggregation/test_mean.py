@@ -15,8 +15,8 @@ from hetfl.aggregation.mean import MeanAggregator, mean, mean_with_absent
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.hooks.loading import load_class
 from hetfl.hooks.manager import PluginManager
-from hetfl.submodel.plan import Patch, window
-from hetfl.submodel.widths import Group
+from hetfl.submodel.plan import Patch
+from hetfl.submodel.widths import Group, window
 
 
 def covering(client, values, index=None, weight=1.0, coverage=None):

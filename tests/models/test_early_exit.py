@@ -7,9 +7,10 @@ import torch
 from hetfl.models.convnets import FedConvCNN
 from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.models.state import tensors
-from hetfl.submodel.plan import Selection, grow, prefix
+from hetfl.submodel.plan import Selection, grow
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.widths import prefix
 
 
 def test_exits_of_a_model_end_where_they_should():

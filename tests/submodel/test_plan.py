@@ -13,9 +13,9 @@ from helpers.modules import SplitAttention
 from helpers.oracles import quick
 from hetfl.models.convnets import MLP
 from hetfl.models.state import tensors
-from hetfl.submodel.plan import Selection, grow, prefix, window
+from hetfl.submodel.plan import Selection, grow
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.widths import Group, within
+from hetfl.submodel.widths import Group, prefix, window, within
 
 
 def rolled(widths, ratio, start):

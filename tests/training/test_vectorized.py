@@ -14,7 +14,7 @@ from hetfl.models.state import copy_state, load_state, tensors
 from hetfl.models.zoo import ZOO
 from hetfl.rng import stream
 from hetfl.submodel.builder import to_fast_layout
-from hetfl.training import evaluation, local, vectorized
+from hetfl.training import evaluation, local, stacking, vectorized
 from hetfl.training.cuda_graphs import GraphPool
 from hetfl.training.vectorized import Member
 
@@ -74,7 +74,7 @@ def test_a_vmap_group_scores_as_its_clients_would_alone():
     x, y = torch.randn(40, 1, 6, 6), torch.arange(40) % 3
     states = [{n: t + 0.1 * i if t.is_floating_point() else t for n, t in tensors(model).items()} for i in range(3)]
     data = [Examples(x, y, torch.arange(n)) for n in (1, 9, 40)]
-    for state, own, score in zip(states, data, vectorized.evaluate(model, states, data, 8), strict=True):
+    for state, own, score in zip(states, data, stacking.evaluate(model, states, data, 8), strict=True):
         wanted = evaluation.evaluate(load_state(SMALL_NETS["cnn"](), state), own, 8)
         assert score.examples == wanted.examples
         assert score.accuracy == pytest.approx(wanted.accuracy)

@@ -12,7 +12,7 @@ from hetfl.aggregation.mean import mean
 from hetfl.aggregation.updates import Updates
 from hetfl.models.early_exit import all_exits
 from hetfl.plugins.methods import scalefl
-from hetfl.submodel.plan import prefix
+from hetfl.submodel.widths import prefix
 
 Z = (T([[1.0, 0]]), T([[2.0, 0]]))
 

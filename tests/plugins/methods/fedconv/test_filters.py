@@ -16,8 +16,9 @@ from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
 from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
 from hetfl.plugins.methods.fedconv.filters import Filters, mlr, residual_of
 from hetfl.plugins.methods.fedconv.tiling import Block, Part, tile_parameters, tile_tensor, to_images
-from hetfl.submodel.plan import Selection, grow, prefix
+from hetfl.submodel.plan import Selection, grow
 from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.widths import prefix
 
 
 def one_filter(v, small, large, p=0.0, q=0.0):
