@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetfl.aggregation.updates import Merged
-from hetfl.hooks.values import Client
+from hetfl.hooks.values import Client, ExtraSpec
 from hetfl.models.state import State
 from hetfl.submodel.plan import Selection
 from hetfl.submodel.widths import Widths
@@ -88,4 +88,12 @@ def find_merge_fault(merged: Any, state: State) -> str | None:
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shown = f"in shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
             return f"answered a Merged with tensor '{name}' {shown}, not {tuple(tensor.shape)}"
+    return None
+
+
+def find_extras_fault(extras: State, allowed: Mapping[str, ExtraSpec]) -> str | None:
+    """What is wrong with the extras of a plan or a reply."""
+    for name, extra in extras.items():
+        if name not in allowed or not allowed[name].admits(extra):
+            return f"extra '{name}' is undeclared or not as declared"
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks import hookspecs
-from hetfl.hooks.answers import find_merge_fault, find_plan_fault, find_sample_fault, find_type_fault
+from hetfl.hooks.answers import find_extras_fault, find_merge_fault, find_plan_fault, find_sample_fault, find_type_fault
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
@@ -123,7 +123,7 @@ class PluginManager:
             self.refuse(find_sample_fault(chosen, clients, server.wanted), "sample", "select", round)
         return sorted(chosen)
 
-    @property
+    @cached_property
     def samples_uniformly(self) -> bool:
         """Whether every client has the same chance to take part."""
         return all(plugin.uniform for key, plugin in self.plugins.items() if key.startswith("select."))
@@ -135,7 +135,8 @@ class PluginManager:
             raise  # the profile's own sentence
         except Exception as error:
             raise RunError(self.explain(error, "profile", node.round, node.client) or repr(error)) from error
-        self.refuse(find_type_fault(answer, Profile), "profile", "profile", node.round, node.client)
+        if not isinstance(answer, Profile):
+            self.refuse(find_type_fault(answer, Profile), "profile", "profile", node.round, node.client)
         return cast(Profile, answer)
 
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
@@ -177,7 +178,8 @@ class PluginManager:
         with self._naming("client_extras", round, client.id):
             said = self._manager.hook.client_extras(server=server, client=client, plan=plan, round=round)
         for extras in said:
-            self.refuse(find_type_fault(extras, dict), "client_extras", None, round, client.id)
+            fault = find_type_fault(extras, dict) or find_extras_fault(extras, self.extras_down)
+            self.refuse(fault, "client_extras", None, round, client.id)
         return {name: tensor for extras in reversed(said) for name, tensor in extras.items()}
 
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan | None]:
@@ -255,8 +257,10 @@ class PluginManager:
             ]
         return self._single[hook, keys]
 
-    def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterable[Update]:
-        return cast(Iterable[Update], self._ask("recover", "extract", "wrap")(server=server, replies=replies, round=round))
+    def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterator[Update]:
+        for update in self._ask("recover", "extract", "wrap")(server=server, replies=replies, round=round):
+            self.refuse(find_type_fault(update, Update), "recover", "extract", round)
+            yield update
 
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
         """The next global model. Raises RunError where the aggregation gives none."""
@@ -288,6 +292,8 @@ class PluginManager:
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
         """What the plugins' last words make of `merged`, each getting what the one before made."""
+        if not self.finalizes:
+            return merged
         given = {"server": server, "covered": covered, "round": round}
         with self._naming("finalize", round):
             found = self._pass_through("finalize", "merged", merged, list(self.plugins), **given)

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from hetfl.models.state import State
 from hetfl.rounds.assignment import renew_assignments
 from hetfl.rounds.evaluator import EvalJob
-from hetfl.rounds.messages import Instruction, exchange
+from hetfl.rounds.messages import Assignment, Instruction, exchange
 from hetfl.rounds.norm_statistics import needs_own_statistics, own_statistics
 from hetfl.rounds.state import RoundState
 from hetfl.rounds.validation import check_scores
+from hetfl.submodel.plan import Plan
 
 
 def evaluate_round(now: RoundState) -> None:
-    """Test accuracies by their (model, split) names, and one round of the server-only control beside them."""
-    run, results = now.run, now.row.results
+    """One round of the server-only control, and where the round is to be evaluated beside it, accuracies by (model, split)."""
+    run, sent = now.run, now.assignments
     last = now.number == run.options.rounds
-    wanted = last or now.number % run.options.eval_every == 0
-    scores = run.evaluator.score(list_jobs(now) if wanted else {}, now.take, partial(train_control, now))
-    if wanted and has_control(now):
-        scores["control@test"] = run.server.score(run.control, run.test)
-    for name, score in scores.items():
-        results |= {name: score.accuracy, f"{name} loss": score.loss}
-    if wanted:
-        now.row.add_levels()
-        evaluate_on_clients(now)
+    if not last and now.number % run.options.eval_every:
+        train_control(now)
+        return
+    renew_assignments(now)
+    for name, score in run.evaluator.score(list_jobs(now, sent), now.take, partial(train_control, now)).items():
+        now.row.results |= {name: score.accuracy, f"{name} loss": score.loss}
+    now.row.add_levels()
+    evaluate_on_clients(now)
     if last:
         evaluate_masked(now)
 
 
-def list_jobs(now: RoundState) -> dict[str, EvalJob]:
-    """What is tested on the test split after a round, whole models first, then levels from the widest."""
+def list_jobs(now: RoundState, sent: Mapping[int, Assignment]) -> dict[str, EvalJob]:
+    """What is tested on the test split after a round, whole models first, then levels from the widest.
+
+    `sent` is what clients were sent at its start; `now.assignments` what they would be sent now.
+    """
     run = now.run
     found = {"global@test": EvalJob(now.aggregated)}
     if run.options.server_finetune_steps:
         found["sent@test"] = EvalJob(run.server.state)
-    for level, sent in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
-        source = run.plugins.base_state(run.server, sent.client)
-        if sent.plan.model is None:
-            found[f"level-{level}@test"] = EvalJob(own_statistics(now, sent.plan, now.aggregated), sent.plan)
-        if source is not run.server.state:
-            found[f"personal-{level}@test"] = EvalJob(source, sent.plan)
-        elif not sent.personal:
-            found[f"sent-{level}@test"] = EvalJob(own_statistics(now, sent.plan, sent.source), sent.plan)
+
+    def part(source: State, plan: Plan) -> EvalJob:
+        return EvalJob(own_statistics(now, plan, source) if run.static_norms else source, plan)
+
+    for level, fresh in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
+        plan, before = fresh.plan, sent[fresh.client.id]
+        if plan.model is None:
+            found[f"level-{level}@test"] = part(now.aggregated, plan)
+        if fresh.source is not run.server.state:
+            found[f"personal-{level}@test"] = EvalJob(fresh.source, plan)
+        elif not before.personal:
+            found[f"sent-{level}@test"] = part(before.source, plan)
     return dict(sorted(found.items(), key=lambda item: order_of(item[0])))
 
 
@@ -53,16 +62,15 @@ def order_of(name: str) -> tuple[bool, float]:
     return bool(level), -float(level or 0)
 
 
-def has_control(now: RoundState) -> bool:
-    return now.run.options.control and now.run.server.has_public
-
-
-def train_control(now: RoundState) -> None:
-    """Trains the control for as many steps as the server has taken in this round, of as many examples each."""
-    if has_control(now):
-        run = now.run
-        for batch, steps in sorted(now.row.server_steps.items()):
-            run.control = run.server.train(run.control, steps, "control", now.number, batch=batch)
+def train_control(now: RoundState) -> dict[str, EvalJob]:
+    """Trains the control for as many steps as the server has taken in this round, of as many examples each; it is then to be
+    tested, if the run has one."""
+    run = now.run
+    if not (run.options.control and run.server.has_public):
+        return {}
+    for batch, steps in sorted(now.row.server_steps.items()):
+        run.control = run.server.train(run.control, steps, "control", now.number, batch=batch)
+    return {"control@test": EvalJob(run.control)}
 
 
 def evaluate_on_clients(now: RoundState) -> None:
@@ -70,10 +78,10 @@ def evaluate_on_clients(now: RoundState) -> None:
 
     Where that part needs statistics of its own, they are those of the client's examples.
     """
-    run = now.run
-    renew_assignments(now)
-    local = {i: run.local_norms or (not a.personal and needs_own_statistics(now, a.plan)) for i, a in now.assignments.items()}
-    asked = {i: a.instruction(now.number, local[i], run.state_versions.get(i, 0)) for i, a in now.assignments.items()}
+    run, asked = now.run, dict[int, Instruction]()
+    for i, a in now.assignments.items():
+        local = run.local_norms or (run.static_norms and not a.personal and needs_own_statistics(a.plan))
+        asked[i] = a.instruction("evaluate", now.number, local, run.state_versions.get(i, 0))
     answers = [(now.assignments[i].personal, check_scores(answer)) for i, answer in exchange(now.engine, "evaluate", asked)]
     for personal, name in ((False, "submodel@own"), (True, "personal@own")):
         now.row.add_mean_and_decile(name, [s["accuracy"] for own, s in answers if s and own == personal])

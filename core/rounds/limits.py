@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
 from hetfl.submodel.encoding import STATISTICS, VARIANCE
@@ -25,6 +26,15 @@ MOST_EXAMPLES = 10**9
 RECENT = 1000  # replies that make a median
 
 
+@dataclass(frozen=True)
+class Change:
+    """How far a client went, the norm of what it changed over the norm of what it began with: of its weights, and of its `whole`
+    model with the running statistics."""
+
+    weights: float = 0.0
+    whole: float = 0.0
+
+
 class Limits:
     """What replies of this round may be, after the rows of `people` that came before: those without a fault count."""
 
@@ -36,24 +46,18 @@ class Limits:
         self._change = max(LARGEST_CHANGE, usual) if largest_change is None else largest_change
         self._examples = COUNTS * statistics.median(counts) if counts else float(MOST_EXAMPLES)
 
-    def fault(self, reply: Reply, sent: State) -> str | None:
-        """Why a reply of a client that was sent the tensors `sent` is beyond the bounds, or None."""
-        if fault := self._change_fault(reply.state, sent):
-            return fault
+    def fault(self, reply: Reply, change: Change) -> str | None:
+        """Why a reply, which went as far as `change`, is beyond the bounds, or None.
+
+        Running statistics may jump where weights may not: in a new submodel activations are others.
+        """
+        for kind, far, bound in (("weights", change.weights, self._change), ("running statistics", change.whole, LARGEST_JUMP)):
+            if self._change and far > bound:
+                return f"it changed its {kind} by {far:.3g} times their norm, of which {bound:.3g} is allowed (--max-change)"
         if reply.examples > self._examples:
             return f"it says that it has {reply.examples:,} examples, of which {self._examples:,.0f} are believed"
         negative = find_negative_variance(reply.state)
         return None if negative is None else f"the variances {negative} are negative"
-
-    def _change_fault(self, state: State, sent: State) -> str | None:
-        """What went too far: weights, or running statistics, which may jump where a new submodel's activations are others."""
-        if not self._change:
-            return None
-        weights = {name: t for name, t in state.items() if not name.endswith(STATISTICS)}
-        for kind, tensors, bound in (("weights", weights, self._change), ("running statistics", state, LARGEST_JUMP)):
-            if (change := relative_change(tensors, sent)) > bound:
-                return f"it changed its {kind} by {change:.3g} times their norm, of which {bound:.3g} is allowed (--max-change)"
-        return None
 
 
 def find_negative_variance(state: State) -> str | None:
@@ -61,19 +65,16 @@ def find_negative_variance(state: State) -> str | None:
     return next((name for name, t in state.items() if name.endswith(VARIANCE) and bool((t < 0).any())), None)
 
 
-def relative_change(state: State, before: State) -> float:
-    """How far a client went: the norm of what it changed over the norm of what it began with."""
-    pairs = [(t, before[n].to(t.device)) for n, t in state.items() if t.is_floating_point()]
-    if not pairs:
-        return 0.0
-    now, was = (list(column) for column in zip(*pairs, strict=True))
-    moved, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(now, was), was))
-    return float(moved / size.clamp(min=1e-12))
+def measure_change(state: State, before: State) -> Change:
+    """How far a client went that began with `before` and ended with `state`."""
+    names = [name for name, t in state.items() if t.is_floating_point()]
+    if not names:
+        return Change()
+    now, was = [state[name] for name in names], [before[name].to(state[name].device) for name in names]
+    moved, size = (torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(now, was), was))
+    weights = torch.tensor([not name.endswith(STATISTICS) for name in names])
 
+    def share(rows: Tensor) -> float:
+        return float(moved[rows].norm() / size[rows].norm().clamp(min=1e-12))
 
-def has_finite_outputs(server: Server, state: State) -> bool:
-    """Whether the global model with the tensors `state` still computes numbers, on two random examples."""
-    if server.example is None:
-        return True
-    whole = {name: state[name] for name in server.state}
-    return bool(torch.isfinite(server.predict(whole, server.example)).all())
+    return Change(share(weights), share(torch.ones_like(weights)))

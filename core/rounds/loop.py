@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+import time
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from hetfl.aggregation.updates import Merged, Update
-from hetfl.errors import RunError, UsageError
-from hetfl.hooks.answers import find_type_fault
-from hetfl.hooks.values import Coverage, ReceivedReply
+from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.alarms import find_alarms
-from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients, sample_size
+from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
 from hetfl.rounds.evaluation import evaluate_round
-from hetfl.rounds.limits import has_finite_outputs
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.norm_statistics import renew_statistics
-from hetfl.rounds.receiving import leave_out, receive_replies
+from hetfl.rounds.receiving import TooFewReplies, receive_replies, recover_updates
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.timing import keep_in_time, settle
-from hetfl.rounds.validation import is_finite
+from hetfl.rounds.validation import all_finite
 from hetfl.submodel.plan import Patches
-
-
-class TooFewReplies(RunError):  # noqa: N818 (not an error: the round keeps its model)
-    """A round has fewer valid replies than --min-clients."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
 
 
 def run_rounds(run: RunState, engine: Engine) -> None:
@@ -43,23 +33,22 @@ def run_rounds(run: RunState, engine: Engine) -> None:
 def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     """Does round `number`, with the clients on `engine`; its rows are added to those of `run`."""
     server, now, before = run.server, RoundState(run, number, engine), (run.server.state, run.server.branches)
-    began = run.clock.now if run.clock else 0.0
+    taken, saved = server.taken.copy(), server.steps_saved
 
     # 1. Sample clients, and ask each what its device affords.
     with now.phase("profile"):
         clients = profile_clients(now, sample_clients(now))
 
-    # 2. Extract a submodel for each.
+    # 2. Extract a submodel for each; in simulated time, of those alone that will be in time.
     with now.phase("extract"):
         now.assignments = assign_submodels(now, clients)
-        keep_in_time(now, sample_size(run.clients, run.options.fraction))
+        if run.clock:
+            keep_in_time(now, run.clock)
 
     # 3. The clients train. Nothing waits for all of them: replies are checked as they come, in client order, and
     # 4. recovered, each to an update in global coordinates, while
     # 5. the aggregation takes the updates one by one, or gathers them first.
-    run.callback.phase(number, "fit")
-    replies = count_replies(now, receive_replies(now))
-    updates = recover_updates(now, replies)
+    updates = recover_updates(now, receive_replies(now))
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
     if now.assignments:
@@ -72,83 +61,22 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     now.aggregated = server.state
 
     # 7. Fine-tune on the server's own data, where the run asks for it.
-    with now.phase("finetune"):
-        server.state = server.train(server.state, run.options.server_finetune_steps, "finetune", number)
-    now.count_steps()
-    keep_last_good(now, before)
+    if run.options.server_finetune_steps:
+        with now.phase("finetune"):
+            server.state = server.train(server.state, run.options.server_finetune_steps, "finetune", number)
+    now.row.server_steps, now.row.steps_saved = server.taken - taken, server.steps_saved - saved
+    if server.state is not before[0] and (merged is None or server.state is not merged.state):
+        keep_last_good(now, before)
 
     # 8. Test the global model, the levels' submodels, the clients' own models and the server-only control.
     with now.phase("evaluate"):
         evaluate_round(now)
 
     # 9. Report.
-    settle(now, began)
+    if run.clock:
+        settle(now, run.clock)
     report_round(now)
     return now
-
-
-def count_replies(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[ReceivedReply]:
-    """The replies; after the last, raises TooFewReplies where they were fewer than --min-clients: whoever gathers them stops."""
-    count = 0
-    for reply in replies:
-        count += 1
-        yield reply
-    now.run.callback.phase(now.number, "aggregate")
-    if count < now.run.options.min_clients:
-        raise TooFewReplies(count)
-
-
-def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
-    """An update in global coordinates for each reply, in client order; where it lies is noted for plugins with a last word.
-
-    A client whose reply the plugin cannot recover is left out, where the plugin takes replies one by one.
-    """
-    run, arriving, pending = now.run, iter(replies), list[ReceivedReply]()
-
-    def pull() -> Iterator[ReceivedReply]:
-        for reply in arriving:
-            pending.append(reply)
-            yield reply
-
-    while True:
-        try:
-            with now.timed("recover"):
-                updates: Iterator[Update] = iter(run.plugins.recover(run.server, pull(), now.number))
-            while (update := next_update(now, updates)) is not None:
-                note_coverage(now, update, pending)
-                yield update
-            return
-        except (RunError, UsageError):
-            raise
-        except Exception as error:
-            client = pending[0].client.id if len(pending) == 1 else None
-            why = run.plugins.explain(error, "recover", now.number, client) or f"{type(error).__name__}: {error}"
-            if client is None:
-                raise RunError(f"the replies of round {now.number} could not be recovered: {why}") from error
-            pending.clear()
-            run.extras.pop(client, None)
-            leave_out(now, client, f"its reply could not be recovered: {why}")
-
-
-def next_update(now: RoundState, updates: Iterator[Update]) -> Update | None:
-    """The next update; waiting for its reply is not counted as recovery."""
-    with now.timed("recover"):
-        update = next(updates, None)
-    if update is not None:
-        now.run.plugins.refuse(find_type_fault(update, Update), "recover", "extract", now.number)
-    return update
-
-
-def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply]) -> None:
-    """Notes where an update lies, without its values, and that its reply is dealt with."""
-    of_client = next((r for r in pending if r.client.id == update.client), None)
-    if now.run.plugins.finalizes:
-        reply = of_client.reply if of_client else None
-        more = reply is not None and bool(reply.extras or reply.kept or reply.masks)
-        patches = {name: replace(patch, values=torch.empty(0)) for name, patch in update.patches.items()}
-        now.coverage.append(Coverage(update.client, patches, more))
-    if of_client is not None:
-        pending.remove(of_client)
 
 
 def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | None:
@@ -193,7 +121,7 @@ def report_round(now: RoundState) -> None:
         row.clients[client].costs = costs[id(plan)]
     accuracies = [c.metrics[OWN_ACCURACY] for c in row.clients.values() if OWN_ACCURACY in c.metrics]
     row.add_mean_and_decile("client@own", accuracies)
-    now.close()
+    row.seconds = time.perf_counter() - now.began[0]
     run.rows.append(row.columns())
     lines = {client: c.columns() for client, c in row.clients.items()}
     run.client_rows += lines.values()
@@ -205,8 +133,23 @@ def report_round(now: RoundState) -> None:
         now.alarm(text)
     run.server.alarms.clear()
     now.engine.notices.clear()
-    run.rows[-1] = row.columns()
+    if row.alarms:
+        run.rows[-1] = row.columns()
     run.callback.done(run.rows[-1])
+
+
+def is_finite(merged: Merged) -> bool:
+    """Whether the next global model, and every branch, is all numbers."""
+    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
+    return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
+
+
+def has_finite_outputs(server: Server, state: State) -> bool:
+    """Whether the global model with the tensors `state` still computes numbers, on two random examples."""
+    if server.example is None:
+        return True
+    whole = {name: state[name] for name in server.state}
+    return bool(torch.isfinite(server.predict(whole, server.example)).all())
 
 
 def device_costs(cost: Cost, assignment: Assignment) -> dict[str, int]:

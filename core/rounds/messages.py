@@ -145,15 +145,16 @@ class Assignment:
         """Bytes of the download as it is encoded."""
         plain, masks = {n: t for n, t in self.travels.items() if n not in self.arrived}, self.plan.masks
         positions = sum(encoding.mask_bytes(name, masks[name]) for name in self.arrived if name in masks)
-        return positions + encoding.payload_bytes(plain, masks) + sum(map(encoding.payload_bytes, (self.encoded, self.extras)))
+        return positions + encoding.payload_bytes(plain, masks, self.encoded, self.extras)
 
-    def instruction(self, round: int, local: bool, state_version: int, *, train: bool = False) -> Instruction:
-        """The message that has the client train, or evaluate what it is sent."""
-        plan = self.plan
+    def instruction(self, kind: Kind, round: int, local: bool, state_version: int) -> Instruction:
+        """The message of `kind`, which has the client train, measure statistics or evaluate what it is sent."""
+        plan, train = self.plan, kind == "train"
         up = None if len(self.up) == len(self.state) or not train else self.up
         extras, encoded = (self.extras, self.encoded) if train else ({}, {})
         state = {n: t for n, t in self.travels.items() if n not in self.arrived} if encoded else self.travels
         return Instruction(
             round, state, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
-            most_bytes=2 * encoding.payload_bytes(self.state) + MOST_WORDS, steps=self.steps if train else 0, encoded=encoded,
+            most_bytes=MOST_WORDS + (0 if kind == "evaluate" else 2 * encoding.payload_bytes(self.state)),
+            steps=self.steps if train else 0, encoded=encoded,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from hetfl.aggregation.mean import mean
 from hetfl.aggregation.updates import Update, Updates
 from hetfl.errors import UsageError
 from hetfl.hooks.values import ReceivedReply
-from hetfl.models.normalization import STATIC, measure_statistics, running_names
+from hetfl.models.normalization import measure_statistics
 from hetfl.models.state import State
 from hetfl.rounds.assignment import passing
 from hetfl.rounds.limits import find_negative_variance
@@ -45,14 +45,13 @@ def renew_statistics(now: RoundState) -> None:
     """Gives the new global model its normalisation statistics; under the policy "aggregate", which averages them, says in round 1
     where that is over models of several widths."""
     run = now.run
-    names = running_names(run.server.builder.module())
-    if not names or run.norm_policy == "aggregate":
-        if names and now.number == 1:
-            warn_of_mixed_widths(now, names)
+    if not run.running_names or run.norm_policy == "aggregate":
+        if run.running_names and now.number == 1:
+            warn_of_mixed_widths(now, run.running_names)
         return
     with now.phase("statistics"):
-        found = pool_passes(now) if run.norm_policy in STATIC else measure_on_server(now)
-    run.server.state = {**run.server.state, **{name: found[name] for name in names if name in found}}
+        found = pool_passes(now) if run.static_norms else measure_on_server(now)
+    run.server.state = {**run.server.state, **{name: found[name] for name in run.running_names if name in found}}
 
 
 def warn_of_mixed_widths(now: RoundState, names: Sequence[str]) -> None:
@@ -82,17 +81,16 @@ def pool_passes(now: RoundState) -> State:
     return pool_statistics(replies, server.state)
 
 
-def needs_own_statistics(now: RoundState, plan: Plan) -> bool:
+def needs_own_statistics(plan: Plan) -> bool:
     """Whether the submodel of `plan` is a network of its own under the policies STATIC: fewer channels feed each of its own, so the
     global network's statistics are far off for it."""
-    slices = now.run.norm_policy in STATIC and isinstance(plan, Selection) and not plan.whole
-    return slices and bool(running_names(now.run.server.builder.module()))
+    return isinstance(plan, Selection) and not plan.whole
 
 
 def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
     """`source`, with statistics of the very submodel that `plan` takes of it where `needs_own_statistics`, pooled over the clients
     of the round that have this plan. This is for evaluation, so it is not counted as bytes."""
-    if not needs_own_statistics(now, plan):
+    if not needs_own_statistics(plan):
         return source
     with now.timed("statistics"):
         asked = {i: passing(now, a, source) for i, a in now.assignments.items() if a.plan is plan}
@@ -102,8 +100,8 @@ def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
 def collect_statistics(now: RoundState, asked: Mapping[int, Assignment]) -> list[ReceivedReply]:
     """The clients' statistics of what they are `asked`; a client that gives none, for lack of memory say, is left out of them."""
     versions, received = now.run.state_versions, list[ReceivedReply]()
-    names = set(running_names(now.run.server.builder.module()))
-    instructions = {i: a.instruction(now.number, now.run.local_norms, versions.get(i, 0)) for i, a in asked.items()}
+    names = set(now.run.running_names)
+    instructions = {i: a.instruction("statistics", now.number, now.run.local_norms, versions.get(i, 0)) for i, a in asked.items()}
     for client, answer in exchange(now.engine, "statistics", instructions):
         sent = asked[client]
         reply = check_statistics({name: t for name, t in sent.travels.items() if name in names}, answer)

@@ -1,13 +1,17 @@
-"""The replies of a round: asked for, checked as they come, and what becomes of clients that fail."""
+"""The replies of a round: asked for, checked as they come, recovered to updates, and what becomes of clients that fail."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from hetfl.errors import RunError
-from hetfl.hooks.values import Client, ReceivedReply
+import torch
+
+from hetfl.aggregation.updates import Update
+from hetfl.errors import RunError, UsageError
+from hetfl.hooks.values import Client, Coverage, ReceivedReply
+from hetfl.rounds.limits import measure_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure, Instruction, exchange
 from hetfl.rounds.rows import ClientRow
 from hetfl.rounds.state import RoundState
@@ -17,23 +21,78 @@ from hetfl.training.task import Reply
 MOST_NAMES = 128  # of metrics that the clients of a run may use
 
 
+class TooFewReplies(RunError):  # noqa: N818 (not an error: the round keeps its model)
+    """A round has fewer valid replies than --min-clients."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
+    """An update in global coordinates for each reply, in client order; where it lies is noted for plugins with a last word.
+
+    A client whose reply the plugin cannot recover is left out, where the plugin takes replies one by one.
+    """
+    run, arriving, pending = now.run, iter(replies), list[ReceivedReply]()
+
+    def pull() -> Iterator[ReceivedReply]:
+        for reply in arriving:
+            pending.append(reply)
+            yield reply
+
+    while True:
+        try:
+            for update in now.timed_items("recover", run.plugins.recover(run.server, pull(), now.number)):
+                note_coverage(now, update, pending)
+                yield update
+            return
+        except (RunError, UsageError):
+            raise
+        except Exception as error:
+            client = pending[0].client.id if len(pending) == 1 else None
+            why = run.plugins.explain(error, "recover", now.number, client) or f"{type(error).__name__}: {error}"
+            if client is None:
+                raise RunError(f"the replies of round {now.number} could not be recovered: {why}") from error
+            pending.clear()
+            run.extras.pop(client, None)
+            leave_out(now, client, f"its reply could not be recovered: {why}")
+
+
+def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply]) -> None:
+    """Notes where an update lies, without its values, and that its reply is dealt with."""
+    of_client = next((r for r in pending if r.client.id == update.client), None)
+    if now.run.plugins.finalizes:
+        reply = of_client.reply if of_client else None
+        more = reply is not None and bool(reply.extras or reply.kept or reply.masks)
+        patches = {name: replace(patch, values=torch.empty(0)) for name, patch in update.patches.items()}
+        now.coverage.append(Coverage(update.client, patches, more))
+    if of_client is not None:
+        pending.remove(of_client)
+
+
 def receive_replies(now: RoundState) -> Iterator[ReceivedReply]:
     """Has the clients train, and gives the replies that can be used, in client order as they come.
 
     Waiting for clients is the time of phase "fit". A client that fails is left out, asked again or ends the run
-    (--on-client-error).
+    (--on-client-error). After the last, raises TooFewReplies where they were fewer than --min-clients: whoever gathers them stops.
     """
-    run = now.run
-    answers = exchange(now.engine, "train", {i: instruct(now, a) for i, a in now.assignments.items()})
-    while True:
-        with now.timed("fit"):
-            client, answer = next(answers, (None, None))
-            if client is None:
-                return
-            received = check_reply(now, client, answer)
-            if received is None and run.options.on_client_error == "retry":
-                again = dict(exchange(now.engine, "train", {client: instruct(now, now.assignments[client])}))
-                received = check_reply(now, client, again[client])
+    run, count = now.run, 0
+    run.callback.phase(now.number, "fit")
+    for reply in now.timed_items("fit", ask_to_train(now)):
+        count += 1
+        yield reply
+    run.callback.phase(now.number, "aggregate")
+    if count < run.options.min_clients:
+        raise TooFewReplies(count)
+
+
+def ask_to_train(now: RoundState) -> Iterator[ReceivedReply]:
+    """The usable replies of all clients that were assigned a submodel; one that fails is asked twice under "retry"."""
+    for client, answer in exchange(now.engine, "train", {i: instruct(now, a) for i, a in now.assignments.items()}):
+        received = check_reply(now, client, answer)
+        if received is None and now.run.options.on_client_error == "retry":
+            again = dict(exchange(now.engine, "train", {client: instruct(now, now.assignments[client])}))
+            received = check_reply(now, client, again[client])
         if received is not None:
             yield received
 
@@ -42,7 +101,7 @@ def instruct(now: RoundState, assignment: Assignment) -> Instruction:
     """What has the client train."""
     run = now.run
     version = run.state_versions.get(assignment.client.id, 0)
-    sent = assignment.instruction(now.number, run.local_norms, version, train=True)
+    sent = assignment.instruction("train", now.number, run.local_norms, version)
     more = sum(extra.elements * extra.dtype.itemsize for extra in run.plugins.extras_up.values())
     return replace(sent, most_bytes=(sent.most_bytes or 0) + more)
 
@@ -58,7 +117,8 @@ def check_reply(now: RoundState, client: int, answer: Any) -> ReceivedReply | No
     if checked.fault:
         leave_out(now, client, checked.fault, answer)
         return None
-    row.examples, row.metrics, row.bytes_up, row.change = reply.examples, dict(reply.metrics), checked.bytes_up, checked.change
+    row.examples, row.metrics, row.bytes_up = reply.examples, dict(reply.metrics), checked.bytes_up
+    row.change = checked.change.whole
     as_now = Client(client, assignment.client.profile, reply.extras, now.number)
     now.assignments[client] = replace(assignment, client=as_now)
     run.extras[client], run.last_round[client], run.state_versions[client] = reply.extras, now.number, now.number
@@ -71,8 +131,9 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     try:
         checked = ReplyValidator(run.server, run.plugins, run.travelling, now.number).check(assignment, answer)
         if checked.fault is None:
-            checked.reply = receive_reply(now, checked)
-        checked.fault = checked.fault or now.limits.fault(checked.reply, checked.expected) or names_fault(now, checked.reply)
+            reply = receive_reply(now, checked)
+            change = checked.change if reply is checked.reply else measure_change(reply.state, checked.expected)
+            checked.reply, checked.fault = reply, now.limits.fault(reply, change) or names_fault(now, reply)
     except Exception as error:
         return CheckedReply(assignment, Reply({}, 0), f"its reply cannot be read: {type(error).__name__}: {error}"[:LONGEST_LINE])
     return checked

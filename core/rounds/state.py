@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Coverage
-from hetfl.models.normalization import drop_statistics
+from hetfl.models.normalization import STATIC, drop_statistics, running_names
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
 from hetfl.rounds.clock import Clock, Turn
@@ -22,6 +24,8 @@ from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import RoundRow, Row
 from hetfl.submodel.plan import Plan
+
+Item = TypeVar("Item")
 
 
 @dataclass(eq=False)
@@ -53,11 +57,15 @@ class RunState:
     state_versions: dict[int, int] = field(default_factory=dict)
     metric_names: set[str] = field(default_factory=set)
     options: RunOptions = field(init=False)
+    running_names: list[str] = field(init=False)  # of the tensors that are normalisation statistics
     local_norms: bool = field(init=False)  # whether normalisation statistics stay with the clients
+    static_norms: bool = field(init=False)  # whether they come from a pass through each network, and not from training
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self) -> None:
         self.options, self.local_norms = self.server.options, self.norm_policy == "local"
+        self.running_names = running_names(self.server.builder.model)
+        self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
         self.evaluator = Evaluator(self.server, self.test)
 
     def travelling(self, state: State) -> State:
@@ -78,9 +86,8 @@ class RoundState:
         self.coverage: list[Coverage] = []
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
         self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}
-        self._started, self._phases = time.perf_counter(), list[str]()
-        self._mark = self._started
-        self._taken_before, self._saved = run.server.taken.copy(), run.server.steps_saved
+        self.began = time.perf_counter(), run.clock.now if run.clock else 0.0  # of this machine, and simulated
+        self._mark, self._phases = self.began[0], list[str]()
 
     def take(self, plan: Plan, source: State) -> State:
         """What `plan` takes of `source`, once a round for all clients that share both."""
@@ -107,6 +114,16 @@ class RoundState:
             self._count()
             self._phases.pop()
 
+    def timed_items(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """`items`; waiting for each of them is timed as phase `name`."""
+        waiting = iter(items)
+        while True:
+            with self.timed(name):
+                found = [*itertools.islice(waiting, 1)]
+            if not found:
+                return
+            yield found[0]
+
     def _count(self) -> None:
         now = time.perf_counter()
         if self._phases:
@@ -117,12 +134,3 @@ class RoundState:
         """A note that nobody may overlook; it stands in the round's row too."""
         self.row.alarms.append(text)
         self.run.callback.alarm(f"round {self.number}: {text}")
-
-    def count_steps(self) -> None:
-        """Notes the steps that the server has taken on its own data in this round, for the control to take the like."""
-        self.row.server_steps = self.run.server.taken - self._taken_before
-        self.row.steps_saved = self.run.server.steps_saved - self._saved
-
-    def close(self) -> None:
-        """Notes how long the round took."""
-        self.row.seconds = time.perf_counter() - self._started

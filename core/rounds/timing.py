@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hetfl.errors import RunError
 from hetfl.profiling.device import Work
+from hetfl.rounds.assignment import sample_size
 from hetfl.rounds.clock import Clock, Turn, judge
 from hetfl.rounds.messages import Assignment
 from hetfl.rounds.receiving import begin_row
@@ -15,15 +16,16 @@ from hetfl.rounds.validation import upload_bytes
 from hetfl.training.task import Reply
 
 
-def keep_in_time(now: RoundState, wanted: int) -> None:
-    """Decides before anybody trains who will be merged: the first `wanted` that fit their devices and end in time.
+def keep_in_time(now: RoundState, clock: Clock) -> None:
+    """Decides before anybody trains who will be merged: as many as a round is to have, the first that fit their devices and end
+    in time.
 
     A client's upload is taken to be as large as what it is sent to train. Under --on-deadline partial one that would be late does
     as many steps as it can. The others are left out of `now.assignments`. Raises RunError where nobody is left in round 1.
     """
-    run, clock = now.run, now.run.clock
-    if clock is None or not now.assignments:
+    if not now.assignments:
         return
+    run, wanted = now.run, sample_size(now.run.clients, now.run.options.fraction)
     sizes: dict[object, int] = {}
     turns = [make_turn(now, clock, assignment, sizes) for assignment in now.assignments.values()]
     for turn in turns:
@@ -58,15 +60,12 @@ def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict
     return Turn(assignment, device, work, device.spend(work), min(clock.options.deadline or math.inf, clock.stay(client)))
 
 
-def settle(now: RoundState, began: float) -> None:
-    """Puts the clock on and says in the rows what the round took since `began`: seconds and joules.
+def settle(now: RoundState, clock: Clock) -> None:
+    """Puts the clock on and says in the rows what the round took: seconds and joules.
 
     It ends with the last reply that is merged where none is missing, or none is waited for any more; else at the deadline, or when
     the last of the others has left.
     """
-    clock = now.run.clock
-    if clock is None:
-        return
     kept = [turn for turn in now.turns.values() if not turn.fate]
     for turn in kept:
         turn.spent = turn.device.spend(replace(turn.work, bytes_up=now.row.clients[turn.client].bytes_up))
@@ -83,4 +82,4 @@ def settle(now: RoundState, began: float) -> None:
         row.simulated, row.joules, row.device = turn.spent.seconds, joules, turn.device.name
         spent += joules
     clock.now, clock.joules = clock.now + took, clock.joules + spent
-    now.row.simulated = (clock.now - began, spent, clock.now, clock.joules)
+    now.row.simulated = (clock.now - now.began[1], spent, clock.now, clock.joules)

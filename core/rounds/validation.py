@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetfl.aggregation.updates import Merged
+from hetfl.hooks.answers import find_extras_fault
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.limits import MOST_EXAMPLES, relative_change
+from hetfl.rounds.limits import MOST_EXAMPLES, Change, measure_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
@@ -45,15 +45,18 @@ class CheckedReply:
     reply: Reply
     fault: str | None = None
     bytes_up: int = 0
-    change: float = 0.0
+    change: Change = field(default_factory=Change)
     expected: State = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
 class ReplyValidator:
     """Decodes and checks the replies of training in `round`; `travelling` leaves of a state what crosses the network."""
 
-    def __init__(self, server: Server, plugins: PluginManager, travelling: Callable[[State], State], round: int) -> None:
-        self._server, self._plugins, self._travelling, self._round = server, plugins, travelling, round
+    server: Server
+    plugins: PluginManager
+    travelling: Callable[[State], State]
+    round: int
 
     def check(self, assignment: Assignment, answer: Any) -> CheckedReply:
         """The reply with its tensors at full shape, or the fault."""
@@ -68,12 +71,12 @@ class ReplyValidator:
         if fault is None and reply.encoded:
             reply, fault = self._decode(reply, assignment)
         if fault is None:
-            expected = self._travelling({name: t for name, t in assignment.state.items() if name in assignment.up})
-            fault = number_fault(reply) or reply_fault(reply, expected, self._plugins.extras_up)
+            expected = self.travelling({name: t for name, t in assignment.state.items() if name in assignment.up})
+            fault = number_fault(reply) or reply_fault(reply, expected, self.plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
         reply = undo_rounding(reply, assignment)
-        change = relative_change(reply.state, expected)
+        change = measure_change(reply.state, expected)
         return CheckedReply(assignment, reply, None, upload_bytes(assignment.plan, arrived), change, expected)
 
     def _decode(self, reply: Reply, assignment: Assignment) -> tuple[Reply, str | None]:
@@ -84,7 +87,7 @@ class ReplyValidator:
         sent = encoding.select_existing(before, masks)
         if fault := encoded_fault(reply.encoded, sent):
             return reply, fault
-        update = self._plugins.decode(self._server, assignment.client, reply.encoded, sent, self._round)
+        update = self.plugins.decode(self.server, assignment.client, reply.encoded, sent, self.round)
         if fault := tensors_fault(update, sent):
             return reply, f"decoded, {fault}"
         moved = encoding.fill_masked({name: t + update[name] for name, t in sent.items()}, masks)
@@ -94,11 +97,11 @@ class ReplyValidator:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
         if not (reply.kept or reply.masks):
             return assignment, None
-        source = self._plugins.base_state(self._server, assignment.client)
+        source = self.plugins.base_state(self.server, assignment.client)
         if reply.kept:
             if fault := kept_fault(reply.kept, assignment.plan.sizes):
                 return assignment, fault
-            plan, index = assignment.plan.narrow(reply.kept, {}), within(self._server.widths, assignment.plan.sizes, reply.kept)
+            plan, index = assignment.plan.narrow(reply.kept, {}), within(self.server.widths, assignment.plan.sizes, reply.kept)
             arrived = take_blocks(assignment.arrived, index) if assignment.arrived else {}
             assignment = replace(assignment, plan=plan, state=plan.take(source), arrived=arrived)
         if reply.masks:
@@ -139,12 +142,6 @@ def check_statistics(expected: State, answer: Any) -> Reply | None:
     """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""
     usable = isinstance(answer, Reply) and not (number_fault(answer) or reply_fault(answer, expected, {}))
     return answer if isinstance(answer, Reply) and usable else None
-
-
-def is_finite(merged: Merged) -> bool:
-    """Whether the next global model, and every branch, is all numbers."""
-    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
-    return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
 
 
 def number_fault(reply: Reply) -> str | None:
@@ -188,9 +185,8 @@ def undo_rounding(reply: Reply, assignment: Assignment) -> Reply:
 def upload_bytes(plan: Plan, reply: Reply) -> int:
     """Bytes of a reply as it came: the values that exist, their positions where the client says them, what codecs made of updates,
     extras, and what it cut."""
-    tensors = encoding.payload_bytes(reply.state, plan.masks, positions=False)
     positions = sum(encoding.mask_bytes(name, mask) for name, mask in reply.masks.items())
-    return tensors + positions + sum(map(encoding.payload_bytes, (reply.encoded, reply.extras, reply.kept)))
+    return positions + encoding.payload_bytes(reply.state, plan.masks, reply.encoded, reply.extras, reply.kept, positions=False)
 
 
 def kept_fault(kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> str | None:
@@ -227,7 +223,7 @@ def encoded_fault(encoded: State, sent: State) -> str | None:
 
 def reply_fault(reply: Reply, sent: State, allowed: Mapping[str, ExtraSpec]) -> str | None:
     """Why a reply cannot be used, or None: it must hold the tensors of `sent`, finite, and only declared extras."""
-    return tensors_fault(reply.state, sent) or extras_fault(reply.extras, allowed)
+    return tensors_fault(reply.state, sent) or find_extras_fault(reply.extras, allowed)
 
 
 def tensors_fault(state: State, sent: State) -> str | None:
@@ -248,11 +244,3 @@ def tensors_fault(state: State, sent: State) -> str | None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; a finite sum says so at once."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def extras_fault(extras: State, allowed: Mapping[str, ExtraSpec]) -> str | None:
-    """What is wrong with the extras of a plan or a reply, or None."""
-    for name, extra in extras.items():
-        if name not in allowed or not allowed[name].admits(extra):
-            return f"extra '{name}' is undeclared or not as declared"
-    return None

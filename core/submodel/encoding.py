@@ -26,14 +26,18 @@ def list_updated(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, t in state.items() if t.is_floating_point() and not name.endswith(STATISTICS)]
 
 
-def payload_bytes(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *, positions: bool = True) -> int:
-    """Bytes of `state` as Flower's ArrayRecord encodes it: the .npy form of every tensor, and its name.
+def payload_bytes(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None, *beside: Mapping[str, Tensor], positions: bool = True
+) -> int:
+    """Bytes of `state`, and of what travels `beside` it, as Flower's ArrayRecord encodes them: the .npy form of every tensor, and
+    its name.
 
-    A tensor with a mask is sent as the values that exist and, with `positions`, a bit for each entry (`select_existing`,
-    `pack_bits`).
+    A tensor of `state` with a mask is sent as the values that exist and, with `positions`, a bit for each entry
+    (`select_existing`, `pack_bits`).
     """
     masks = masks or {}
-    return sum(entry_bytes(name, tensor, masks.get(name), positions) for name, tensor in state.items())
+    more = sum(entry_bytes(name, tensor, None, positions) for each in beside for name, tensor in each.items())
+    return more + sum(entry_bytes(name, tensor, masks.get(name), positions) for name, tensor in state.items())
 
 
 def entry_bytes(name: str, tensor: Tensor, mask: Tensor | None, positions: bool) -> int:

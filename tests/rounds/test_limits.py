@@ -11,7 +11,7 @@ from helpers.faults import changed, with_bad
 from hetfl.aggregation.updates import Merged
 from hetfl.hooks.values import ExtraSpec
 from hetfl.rounds import loop
-from hetfl.rounds.limits import COUNTS, LARGEST_CHANGE, Limits
+from hetfl.rounds.limits import COUNTS, LARGEST_CHANGE, Limits, measure_change
 from hetfl.rounds.loop import run_round
 from hetfl.training.task import Reply
 
@@ -51,33 +51,39 @@ def test_a_finite_poison_is_left_out_and_the_others_count(monkeypatch, name, agg
     assert math.isfinite(made.state.rows[-1]["global@test loss"])
 
 
+def fault(state, sent, limits=None, examples=10):
+    """Why a client is left out that was sent `sent` and came back with `state`."""
+    return (limits or Limits(None, [])).fault(Reply(state, examples), measure_change(state, sent))
+
+
 def test_negative_variances_are_refused():
     sent = {"bn.running_var": torch.ones(2)}
-    assert "negative" in Limits(None, []).fault(Reply({"bn.running_var": torch.tensor([1.0, -1000.0])}, 5), sent)
-    assert Limits(None, []).fault(Reply({"bn.running_mean": torch.tensor([-3.0])}, 5), {"bn.running_mean": torch.ones(1)}) is None
+    assert "negative" in fault({"bn.running_var": torch.tensor([1.0, -1000.0])}, sent)
+    assert fault({"bn.running_mean": torch.tensor([-3.0])}, {"bn.running_mean": torch.ones(1)}) is None
 
 
 def test_running_statistics_may_jump_where_weights_may_not():
     sent = {"w": torch.ones(4), "bn.running_var": torch.ones(4)}
     jump = {"w": torch.ones(4), "bn.running_var": torch.full((4,), 1e4)}
-    assert Limits(None, []).fault(Reply(jump, 5), sent) is None
-    assert "weights" in Limits(None, []).fault(Reply({**sent, "w": torch.full((4,), 1e4)}, 5), sent)
-    assert "statistics" in Limits(None, []).fault(Reply({**sent, "bn.running_var": torch.full((4,), 1e10)}, 5), sent)
+    assert fault(jump, sent) is None
+    assert "weights" in fault({**sent, "w": torch.full((4,), 1e4)}, sent)
+    assert "statistics" in fault({**sent, "bn.running_var": torch.full((4,), 1e10)}, sent)
+
+
+def moved(by):
+    return {"w": torch.tensor([1.0 + by])}
 
 
 def test_bounds_are_learned_from_replies_without_a_fault():
-    def fault(limits, change, examples=10):
-        return limits.fault(Reply({"w": torch.tensor([1.0 + change])}, examples), {"w": torch.ones(1)})
-
     people = [{"change": 2.0, "examples": 10}] * 5 + [{"change": 1e9, "examples": 10**8, "fault": "too far"}] * 50
-    limits = Limits(None, people)
-    assert fault(limits, 99.0) is None
-    assert "100 is allowed" in fault(limits, 101.0)
-    assert fault(limits, 1.0, int(COUNTS * 10)) is None
-    assert "are believed" in fault(limits, 1.0, int(COUNTS * 10) + 1)
-    assert fault(Limits(None, []), LARGEST_CHANGE + 1)
-    assert fault(Limits(0.0, []), 1e9) is None
-    assert fault(Limits(0.5, []), 0.6)
+    limits, ones = Limits(None, people), {"w": torch.ones(1)}
+    assert fault(moved(99.0), ones, limits) is None
+    assert "100 is allowed" in fault(moved(101.0), ones, limits)
+    assert fault(moved(1.0), ones, limits, int(COUNTS * 10)) is None
+    assert "are believed" in fault(moved(1.0), ones, limits, int(COUNTS * 10) + 1)
+    assert fault(moved(LARGEST_CHANGE + 1), ones)
+    assert fault(moved(1e9), ones, Limits(0.0, [])) is None
+    assert fault(moved(0.6), ones, Limits(0.5, []))
 
 
 def test_a_model_that_computes_no_numbers_is_not_taken(simulate, monkeypatch):
