@@ -17,11 +17,6 @@ from hetfl.submodel.widths import Widths
 PLAN = ("sizes", "masks", "take", "put", "narrow")  # what a plan has
 
 
-def find_type_fault(answer: Any, wanted: type) -> str | None:
-    """That an answer is no `wanted`."""
-    return None if isinstance(answer, wanted) else f"answered {type(answer).__name__}, not {wanted.__name__}"
-
-
 def find_plan_fault(plans: Any, clients: Sequence[Client]) -> str | None:
     """That an extraction's answer is not a plan, or None, for each client; or that a plan keeps units that cannot be."""
     if not isinstance(plans, Sequence) or isinstance(plans, str):
@@ -81,8 +76,8 @@ def unit_faults(widths: Widths, kept: Any) -> Iterator[str]:
 
 def find_merge_fault(merged: Any, state: State) -> str | None:
     """That an aggregation's answer is no Merged, or lacks one of the tensors of `state` in its shape."""
-    if fault := find_type_fault(merged, Merged):
-        return fault
+    if not isinstance(merged, Merged):
+        return f"answered {type(merged).__name__}, not Merged"
     for name, tensor in state.items():
         found = merged.state.get(name) if isinstance(merged.state, Mapping) else None
         if not isinstance(found, Tensor) or found.shape != tensor.shape:

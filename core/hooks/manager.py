@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pluggy
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks import hookspecs
-from hetfl.hooks.answers import find_extras_fault, find_merge_fault, find_plan_fault, find_sample_fault, find_type_fault
+from hetfl.hooks.answers import find_extras_fault, find_merge_fault, find_plan_fault, find_sample_fault
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
@@ -23,12 +23,7 @@ from hetfl.profiling.node import Node, Profile
 from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply, Task
 
-
-def intersect(a: Collection[str] | None, b: Collection[str] | None) -> Collection[str] | None:
-    """The names in both; None stands for all."""
-    if a is None or b is None:
-        return b if a is None else a
-    return frozenset(a) & frozenset(b)
+Answer = TypeVar("Answer")
 
 
 def say_key(key: str) -> str:
@@ -49,7 +44,6 @@ class PluginManager:
         for key in sorted(reversed(self.plugins), key=lambda k: order.index(k.split(".")[0])):  # noqa: C414 (the sort is stable)
             self._register(key)
         self._callers: dict[tuple[str, ...], Any] = {}
-        self._answered: dict[tuple[str, ...], bool] = {}
         self._single: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
 
     def _register(self, key: str) -> None:
@@ -70,10 +64,7 @@ class PluginManager:
 
     def _answers(self, hook: str, *roles: str) -> bool:
         """Whether a plugin, and not just the core, answers `hook`."""
-        if (hook, *roles) not in self._answered:
-            impls = self._ask(hook, *roles).get_hookimpls()
-            self._answered[hook, *roles] = any(impl.plugin_name != "core" for impl in impls)
-        return self._answered[hook, *roles]
+        return any(impl.plugin_name != "core" for impl in self._ask(hook, *roles).get_hookimpls())
 
     def explain(self, error: Exception, hook: str, round: int = 0, client: int | None = None) -> str | None:
         """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
@@ -106,11 +97,18 @@ class PluginManager:
         """Raises RunError where the answer to a hook has a fault, with the plugins that answer it."""
         if fault is None:
             return
-        bearers = [
-            impl.plugin_name for impl in self._ask(hook, *([role] if role else [])).get_hookimpls() if impl.plugin_name != "core"
-        ]
+        impls = self._ask(hook, *([role] if role else [])).get_hookimpls()
+        bearers = [impl.plugin_name for impl in impls if impl.plugin_name != "core"]
         where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
         raise RunError(f"{' or '.join(map(say_key, bearers)) or 'hetfl'} {fault} ({where})")
+
+    def _expect(
+        self, kind: type[Answer], answer: Any, hook: str, role: str | None = None, round: int = 0, client: int | None = None
+    ) -> Answer:
+        """`answer`, which is to be a `kind`. Raises RunError as `refuse` does where it is none."""
+        if not isinstance(answer, kind):
+            self.refuse(f"answered {type(answer).__name__}, not {kind.__name__}", hook, role, round, client)
+        return cast(Answer, answer)
 
     def prepare(self, server: Server) -> None:
         with self._naming("prepare"):
@@ -135,17 +133,14 @@ class PluginManager:
             raise  # the profile's own sentence
         except Exception as error:
             raise RunError(self.explain(error, "profile", node.round, node.client) or repr(error)) from error
-        if not isinstance(answer, Profile):
-            self.refuse(find_type_fault(answer, Profile), "profile", "profile", node.round, node.client)
-        return cast(Profile, answer)
+        return self._expect(Profile, answer, "profile", "profile", node.round, node.client)
 
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
         with self._naming("adapt_model"):
             adapted = self._manager.hook.adapt_model(model=model, x=x, classes=classes)
         if adapted is None:
             return model
-        self.refuse(find_type_fault(adapted, nn.Module), "adapt_model")
-        return cast(nn.Module, adapted)
+        return self._expect(nn.Module, adapted, "adapt_model")
 
     @cached_property
     def adapts_model(self) -> bool:
@@ -157,30 +152,30 @@ class PluginManager:
             return server.state
         with self._naming("base_state", client=client.id):
             answer = self._ask("base_state", "aggregate")(server=server, client=client)
-        self.refuse(find_type_fault(answer, dict), "base_state", "aggregate", client=client.id)
-        return cast(State, answer)
+        return self._expect(dict, answer, "base_state", "aggregate", client=client.id)
 
     def exchange(self, server: Server, client: Client, names: Collection[str]) -> Exchange:
         """What travels under all chosen plugins."""
         if not self._answers("exchange"):
             return Exchange()
-        down, up = None, None
         with self._naming("exchange", client=client.id):
             answers = self._manager.hook.exchange(server=server, client=client, names=names)
+        found = Exchange()
         for said in answers:
-            self.refuse(find_type_fault(said, Exchange), "exchange", client=client.id)
-            down, up = intersect(down, said.down), intersect(up, said.up)
-        return Exchange(down, up)
+            found &= self._expect(Exchange, said, "exchange", client=client.id)
+        return found
 
     def client_extras(self, server: Server, client: Client, plan: Plan, round: int) -> State:
         if not self._answers("client_extras"):
             return {}
         with self._naming("client_extras", round, client.id):
             said = self._manager.hook.client_extras(server=server, client=client, plan=plan, round=round)
-        for extras in said:
-            fault = find_type_fault(extras, dict) or find_extras_fault(extras, self.extras_down)
-            self.refuse(fault, "client_extras", None, round, client.id)
-        return {name: tensor for extras in reversed(said) for name, tensor in extras.items()}
+        found: State = {}
+        for extras in reversed(said):
+            found |= self._expect(dict, extras, "client_extras", None, round, client.id)
+        if fault := find_extras_fault(found, self.extras_down):
+            self.refuse(f"sends what it did not declare: {fault}", "client_extras", None, round, client.id)
+        return found
 
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan | None]:
         """A plan for each client, None for one that sits out. Raises RunError where the answer is something else."""
@@ -192,8 +187,7 @@ class PluginManager:
     def fit(self, task: Task) -> Reply:
         with self._naming("fit", task.round, task.client):
             reply = self._ask("fit")(task=task)
-        self.refuse(find_type_fault(reply, Reply), "fit", None, task.round, task.client)
-        return cast(Reply, reply)
+        return self._expect(Reply, reply, "fit", None, task.round, task.client)
 
     @cached_property
     def plain_fit(self) -> bool:
@@ -207,12 +201,12 @@ class PluginManager:
 
     def encode(self, task: Task, update: State, sent: State) -> State:
         """`update` as it is to travel."""
-        return cast(State, self._pass_through("encode", "update", update, self._outwards, task=task, sent=sent))
+        return self._pass_through("encode", "update", update, self._outwards, task=task, sent=sent)
 
     def decode(self, server: Server, client: Client, encoded: State, sent: State, round: int) -> State:
         """The update that was encoded, as far as it came through."""
-        inwards, given = self._outwards[::-1], {"server": server, "client": client, "sent": sent, "round": round}
-        return cast(State, self._pass_through("decode", "encoded", encoded, inwards, **given))
+        given = {"server": server, "client": client, "sent": sent, "round": round}
+        return self._pass_through("decode", "encoded", encoded, self._outwards[::-1], **given)
 
     @cached_property
     def encodes_down(self) -> bool:
@@ -221,16 +215,20 @@ class PluginManager:
 
     def encode_down(self, server: Server, state: State, round: int) -> State:
         """`state` as it is to travel to clients."""
-        return cast(State, self._pass_through("encode_down", "state", state, self._outwards, server=server, round=round))
+        return self._pass_through("encode_down", "state", state, self._outwards, server=server, round=round)
 
     def decode_down(self, encoded: State, like: State, round: int) -> State:
         """What a client has of it."""
-        return cast(State, self._pass_through("decode_down", "encoded", encoded, self._outwards[::-1], like=like, round=round))
+        return self._pass_through("decode_down", "encoded", encoded, self._outwards[::-1], like=like, round=round)
+
+    @cached_property
+    def receives(self) -> bool:
+        """Whether a plugin changes how replies count."""
+        return self._answers("receive")
 
     def receive(self, server: Server, received: ReceivedReply, round: int) -> ReceivedReply:
         """The reply as it is to count."""
-        found = self._pass_through("receive", "received", received, list(self.plugins), server=server, round=round)
-        return cast(ReceivedReply, found)
+        return self._pass_through("receive", "received", received, list(self.plugins), server=server, round=round)
 
     @cached_property
     def _outwards(self) -> list[str]:
@@ -238,7 +236,7 @@ class PluginManager:
         wraps = [key for key in self.plugins if key.startswith("wrap.")]
         return [*(key for key in self.plugins if key not in wraps), *reversed(wraps)]
 
-    def _pass_through(self, hook: str, what: str, value: object, keys: Sequence[str], **given: object) -> object:
+    def _pass_through(self, hook: str, what: str, value: Answer, keys: Sequence[str], **given: object) -> Answer:
         """`value` after the plugins `keys` that answer `hook`, each getting as `what` that which the one before made."""
         for caller in self._each(hook, tuple(keys)):
             for changed in caller(**{what: value}, **given):
@@ -259,8 +257,7 @@ class PluginManager:
 
     def recover(self, server: Server, replies: Iterable[ReceivedReply], round: int) -> Iterator[Update]:
         for update in self._ask("recover", "extract", "wrap")(server=server, replies=replies, round=round):
-            self.refuse(find_type_fault(update, Update), "recover", "extract", round)
-            yield update
+            yield self._expect(Update, update, "recover", "extract", round)
 
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:
         """The next global model. Raises RunError where the aggregation gives none."""
@@ -292,13 +289,11 @@ class PluginManager:
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
         """What the plugins' last words make of `merged`, each getting what the one before made."""
-        if not self.finalizes:
-            return merged
-        given = {"server": server, "covered": covered, "round": round}
         with self._naming("finalize", round):
+            given = {"server": server, "covered": covered, "round": round}
             found = self._pass_through("finalize", "merged", merged, list(self.plugins), **given)
         self.refuse(find_merge_fault(found, server.state), "finalize", None, round)
-        return cast(Merged, found)
+        return found
 
     @cached_property
     def extras_up(self) -> dict[str, ExtraSpec]:

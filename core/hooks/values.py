@@ -38,6 +38,14 @@ class Exchange:
     down: Collection[str] | None = None
     up: Collection[str] | None = None
 
+    def __and__(self, other: Exchange) -> Exchange:
+        """What travels under both."""
+
+        def both(a: Collection[str] | None, b: Collection[str] | None) -> Collection[str] | None:
+            return b if a is None else a if b is None else frozenset(a) & frozenset(b)
+
+        return Exchange(both(self.down, other.down), both(self.up, other.up))
+
 
 @dataclass(frozen=True, eq=False)
 class Coverage:

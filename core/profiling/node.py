@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,7 @@ class Profile:
         """The parameter budget that goes with the width: about its square, as a share of the model's parameters."""
         return self.width**2
 
-    @property
+    @cached_property
     def level(self) -> str:
         """The name under which clients of this capacity are reported: the width, as 0.5."""
         return f"{self.width:g}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hetfl.config import RunOptions
 from hetfl.errors import RunError, UsageError
@@ -13,12 +14,13 @@ from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.messages import Assignment, Failure, exchange
+from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure, exchange
 from hetfl.rounds.receiving import leave_out
 from hetfl.rounds.state import RoundState, RunState
-from hetfl.rounds.validation import check_profile
 from hetfl.submodel import encoding
 from hetfl.submodel.plan import Plan
+
+LEAST_WIDTH = 1e-4  # that a device may claim
 
 
 def sample_clients(now: RoundState) -> list[int]:
@@ -67,6 +69,23 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
     if now.number == 1 and found:
         describe_fleet(now, found)
     return found
+
+
+def check_profile(answer: Any, declared: Collection[float] | None = None, global_width: float = 1.0) -> Profile | Failure:
+    """What a device can afford, or why that is not known; `declared` are the widths that it may say (None: any).
+
+    Where the run's own model is narrower, they may be shares of the whole model, as those of levels are.
+    """
+    if isinstance(answer, Failure):
+        return answer
+    if not isinstance(answer, Profile):
+        return Failure(NO_ANSWER)
+    if not isinstance(answer.width, int | float) or not LEAST_WIDTH <= answer.width <= 1:
+        return Failure(f"a width of {answer.width!s:.20} is not in (0, 1], or too small for any model")
+    allowed = [*(declared or ()), *(min(1.0, width / global_width) for width in declared or ())]
+    if declared is not None and not any(math.isclose(answer.width, width) for width in allowed):
+        return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
+    return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
 
 
 def describe_fleet(now: RoundState, clients: Sequence[Client]) -> None:
@@ -140,10 +159,11 @@ def assign(now: RoundState, client: Client, plan: Plan) -> Assignment:
     source = run.plugins.base_state(run.server, client)
     state = now.take(plan, source)
     agreed = run.plugins.exchange(run.server, client, tuple(state))
-    travels = {name: t for name, t in state.items() if agreed.down is None or name in agreed.down}
-    personal = len(travels) < len(state) or source is not run.server.state
+    sent = {name: t for name, t in state.items() if agreed.down is None or name in agreed.down}
+    personal = len(sent) < len(state) or source is not run.server.state
+    travels = {name: t for name, t in sent.items() if name not in run.at_home}
     up = frozenset(state if agreed.up is None else (name for name in state if name in agreed.up))
-    return Assignment(client, plan, source, state, run.travelling(travels), up, personal)
+    return Assignment(client, plan, source, state, travels, up, personal)
 
 
 def renew_assignments(now: RoundState) -> None:

@@ -132,6 +132,8 @@ class ClientRuntime:
 
     def _send_home(self, reply: Reply) -> Reply:
         """The reply in main memory; its tensors stay on the device where the sums are to be there."""
+        if self.device.type == "cpu":
+            return reply
         for part in ("extras", "kept", "masks") if self.stays else ("state", "extras", "kept", "masks"):
             setattr(reply, part, move_state(getattr(reply, part), "cpu"))
         hand_over(reply.state)
@@ -148,7 +150,6 @@ class ClientRuntime:
         if having:
             states = [self._as_tested(clients[k], sent[k].round, trained[k].state, sent[k].sizes) for k in having]
             tests = [self.federation.clients[clients[k]].test for k in having]
-            model = self.builder.module(sent[0].sizes)
             for k, score in zip(having, stacking.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
                 replies[k].metrics |= own_metrics(score)
         return [self._send_home(reply) for reply in replies]

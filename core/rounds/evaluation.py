@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from hetfl.models.state import State
 from hetfl.rounds.assignment import renew_assignments
@@ -12,8 +14,9 @@ from hetfl.rounds.evaluator import EvalJob
 from hetfl.rounds.messages import Assignment, Instruction, exchange
 from hetfl.rounds.norm_statistics import needs_own_statistics, own_statistics
 from hetfl.rounds.state import RoundState
-from hetfl.rounds.validation import check_scores
 from hetfl.submodel.plan import Plan
+
+SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
 
 
 def evaluate_round(now: RoundState) -> None:
@@ -82,15 +85,27 @@ def evaluate_on_clients(now: RoundState) -> None:
     for i, a in now.assignments.items():
         local = run.local_norms or (run.static_norms and not a.personal and needs_own_statistics(a.plan))
         asked[i] = a.instruction("evaluate", now.number, local, run.state_versions.get(i, 0))
-    answers = [(now.assignments[i].personal, check_scores(answer)) for i, answer in exchange(now.engine, "evaluate", asked)]
-    for personal, name in ((False, "submodel@own"), (True, "personal@own")):
-        now.row.add_mean_and_decile(name, [s["accuracy"] for own, s in answers if s and own == personal])
+    found: dict[str, list[float]] = {}
+    for i, answer in exchange(now.engine, "evaluate", asked):
+        if scores := check_scores(answer):
+            found.setdefault("personal@own" if now.assignments[i].personal else "submodel@own", []).append(scores["accuracy"])
+    for name, accuracies in found.items():
+        now.row.add_mean_and_decile(name, accuracies)
 
 
 def evaluate_masked(now: RoundState) -> None:
     """The global model on each client's own test data, logits of classes it does not hold put to 0 (spec heterofl 5.2)."""
     run = now.run
-    everything = Instruction(now.number, run.travelling(now.aggregated), None, local=run.local_norms, held=True)
+    state = {name: t for name, t in now.aggregated.items() if name not in run.at_home}
+    everything = Instruction(now.number, state, None, local=run.local_norms, held=True)
     asked = {i: replace(everything, state_version=run.state_versions.get(i, 0)) for i in now.assignments}
     scores = [check_scores(answer) for _, answer in exchange(now.engine, "evaluate", asked)]
     now.row.add_mean_and_decile("global@own masked", [s["accuracy"] for s in scores if s])
+
+
+def check_scores(answer: Any) -> dict[str, float]:
+    """What a client measured; empty where it did not or cannot be believed."""
+    if not isinstance(answer, dict) or not {"accuracy"} <= answer.keys() <= SCORES:
+        return {}
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in answer.values())
+    return dict(answer) if numbers and answer["accuracy"] <= 1 else {}

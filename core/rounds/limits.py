@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from hetfl.models.state import State
 from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
-from hetfl.submodel.encoding import STATISTICS, VARIANCE
+from hetfl.rounds.validation import MOST_EXAMPLES, Change
+from hetfl.submodel.encoding import VARIANCE
 from hetfl.training.task import Reply
 
 LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the norm of what it was sent
 LARGEST_JUMP = 1e6  # the same with the running statistics of batch norm
 CHANGES = 50.0  # times the median change of the clients before
 COUNTS = 1000.0  # times the median number of examples of the clients before
-MOST_EXAMPLES = 10**9
 RECENT = 1000  # replies that make a median
-
-
-@dataclass(frozen=True)
-class Change:
-    """How far a client went, the norm of what it changed over the norm of what it began with: of its weights, and of its `whole`
-    model with the running statistics."""
-
-    weights: float = 0.0
-    whole: float = 0.0
 
 
 class Limits:
@@ -63,18 +50,3 @@ class Limits:
 def find_negative_variance(state: State) -> str | None:
     """The name of batch norm variances of which some are negative, or None."""
     return next((name for name, t in state.items() if name.endswith(VARIANCE) and bool((t < 0).any())), None)
-
-
-def measure_change(state: State, before: State) -> Change:
-    """How far a client went that began with `before` and ended with `state`."""
-    names = [name for name, t in state.items() if t.is_floating_point()]
-    if not names:
-        return Change()
-    now, was = [state[name] for name in names], [before[name].to(state[name].device) for name in names]
-    moved, size = (torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(now, was), was))
-    weights = torch.tensor([not name.endswith(STATISTICS) for name in names])
-
-    def share(rows: Tensor) -> float:
-        return float(moved[rows].norm() / size[rows].norm().clamp(min=1e-12))
-
-    return Change(share(weights), share(torch.ones_like(weights)))

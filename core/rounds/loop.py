@@ -20,7 +20,7 @@ from hetfl.rounds.receiving import TooFewReplies, receive_replies, recover_updat
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.timing import keep_in_time, settle
-from hetfl.rounds.validation import all_finite
+from hetfl.rounds.validation import is_finite
 from hetfl.submodel.plan import Patches
 
 
@@ -57,7 +57,8 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
         server.state, server.branches, now.row.facts = merged.state, dict(merged.branches), dict(merged.facts)
 
     # 6. Batch norm's statistics, where the policy is not to average them.
-    renew_statistics(now)
+    if run.running_names:
+        renew_statistics(now)
     now.aggregated = server.state
 
     # 7. Fine-tune on the server's own data, where the run asks for it.
@@ -86,7 +87,8 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
         merged = run.plugins.aggregate(run.server, updates, now.number)
         for _ in updates:
             pass
-        merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
+        if run.plugins.finalizes:
+            merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
     except TooFewReplies as few:
         if now.assignments:
             wanted = f"{few.count} of the {run.options.min_clients} valid replies that a round needs (--min-clients)"
@@ -136,12 +138,6 @@ def report_round(now: RoundState) -> None:
     if row.alarms:
         run.rows[-1] = row.columns()
     run.callback.done(run.rows[-1])
-
-
-def is_finite(merged: Merged) -> bool:
-    """Whether the next global model, and every branch, is all numbers."""
-    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
-    return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())
 
 
 def has_finite_outputs(server: Server, state: State) -> bool:

@@ -20,6 +20,7 @@ ClientState = dict[str, State]  # "memory": what plugins keep with the client; "
 
 SENTENCE = re.compile(r"^hetfl\.errors\.\w+: ")  # before what says itself which plugin failed
 
+NO_ANSWER = "it is no answer to what was asked"
 MOST_WORDS = 1 << 20  # bytes of an answer without tensors
 MOST_TEXT, LONGEST_LINE = 20_000, 500  # characters of a traceback, and of a sentence
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,10 +20,11 @@ from hetfl.rounds.limits import find_negative_variance
 from hetfl.rounds.messages import Assignment, Failure, exchange
 from hetfl.rounds.rows import STATISTICS_BYTES
 from hetfl.rounds.state import RoundState
-from hetfl.rounds.validation import check_statistics
+from hetfl.rounds.validation import number_fault, reply_fault
 from hetfl.submodel import encoding
 from hetfl.submodel.encoding import MEAN, VARIANCE
 from hetfl.submodel.plan import Plan, Selection
+from hetfl.training.task import Reply
 
 EXTREME = 1000.0  # times the middle client's
 
@@ -45,8 +47,8 @@ def renew_statistics(now: RoundState) -> None:
     """Gives the new global model its normalisation statistics; under the policy "aggregate", which averages them, says in round 1
     where that is over models of several widths."""
     run = now.run
-    if not run.running_names or run.norm_policy == "aggregate":
-        if run.running_names and now.number == 1:
+    if run.norm_policy == "aggregate":
+        if now.number == 1:
             warn_of_mixed_widths(now, run.running_names)
         return
     with now.phase("statistics"):
@@ -111,6 +113,12 @@ def collect_statistics(now: RoundState, asked: Mapping[int, Assignment]) -> list
         elif reply.examples:
             received.append(ReceivedReply(sent.client, sent.plan, {}, reply))
     return leave_out_extremes(now, received)
+
+
+def check_statistics(expected: State, answer: Any) -> Reply | None:
+    """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""
+    usable = isinstance(answer, Reply) and not (number_fault(answer) or reply_fault(answer, expected, {}))
+    return answer if isinstance(answer, Reply) and usable else None
 
 
 def pool_statistics(replies: Sequence[ReceivedReply], old: State) -> State:

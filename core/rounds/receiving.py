@@ -11,11 +11,10 @@ import torch
 from hetfl.aggregation.updates import Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks.values import Client, Coverage, ReceivedReply
-from hetfl.rounds.limits import measure_change
 from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure, Instruction, exchange
 from hetfl.rounds.rows import ClientRow
 from hetfl.rounds.state import RoundState
-from hetfl.rounds.validation import CheckedReply, ReplyValidator
+from hetfl.rounds.validation import CheckedReply, ReplyValidator, measure_change
 from hetfl.training.task import Reply
 
 MOST_NAMES = 128  # of metrics that the clients of a run may use
@@ -129,9 +128,9 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     """The reply as the validator and the round's limits find it; what cannot even be checked is the client's fault too."""
     run = now.run
     try:
-        checked = ReplyValidator(run.server, run.plugins, run.travelling, now.number).check(assignment, answer)
+        checked = ReplyValidator(run.server, run.plugins, run.at_home, now.number).check(assignment, answer)
         if checked.fault is None:
-            reply = receive_reply(now, checked)
+            reply = receive_reply(now, checked) if run.plugins.receives else checked.reply
             change = checked.change if reply is checked.reply else measure_change(reply.state, checked.expected)
             checked.reply, checked.fault = reply, now.limits.fault(reply, change) or names_fault(now, reply)
     except Exception as error:

@@ -14,7 +14,7 @@ from hetfl.data.dataset import Examples
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Coverage
-from hetfl.models.normalization import STATIC, drop_statistics, running_names
+from hetfl.models.normalization import STATIC, initial_statistics, running_names
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
 from hetfl.rounds.clock import Clock, Turn
@@ -57,6 +57,7 @@ class RunState:
     state_versions: dict[int, int] = field(default_factory=dict)
     metric_names: set[str] = field(default_factory=set)
     options: RunOptions = field(init=False)
+    at_home: frozenset[str] = field(init=False)  # the tensors that never travel: these, and counters of batches
     running_names: list[str] = field(init=False)  # of the tensors that are normalisation statistics
     local_norms: bool = field(init=False)  # whether normalisation statistics stay with the clients
     static_norms: bool = field(init=False)  # whether they come from a pass through each network, and not from training
@@ -64,13 +65,11 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.options, self.local_norms = self.server.options, self.norm_policy == "local"
-        self.running_names = running_names(self.server.builder.model)
+        model = self.server.builder.model
+        self.running_names = running_names(model)
+        self.at_home = frozenset(initial_statistics(model)) if self.local_norms else frozenset()
         self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
         self.evaluator = Evaluator(self.server, self.test)
-
-    def travelling(self, state: State) -> State:
-        """What of `state` crosses the network under the policy for normalisation."""
-        return drop_statistics(state, self.server.builder.module()) if self.local_norms else state
 
 
 class RoundState:
@@ -93,7 +92,8 @@ class RoundState:
         """What `plan` takes of `source`, once a round for all clients that share both."""
         key = id(plan), id(source)
         if key not in self._taken:
-            self._taken[key] = plan, source, move_state(plan.take(source), self.run.device)
+            part = plan.take(source)
+            self._taken[key] = plan, source, part if self.run.device == "cpu" else move_state(part, self.run.device)
         return self._taken[key][2]
 
     @contextmanager

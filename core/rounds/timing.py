@@ -53,7 +53,7 @@ def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict
     run, client, plan = now.run, assignment.client.id, assignment.plan
     examples, steps = run.options.count_work(clock.examples[client])
     if (key := (id(plan), id(assignment.state), assignment.up)) not in sizes:
-        up = run.travelling({name: tensor for name, tensor in assignment.state.items() if name in assignment.up})
+        up = {name: t for name, t in assignment.state.items() if name in assignment.up - run.at_home}
         sizes[key] = upload_bytes(plan, Reply(up, 0))
     work = Work(run.meter.cost(plan.sizes, plan.model), steps, examples, assignment.bytes, sizes[key])
     device = clock.device(client)

@@ -1,23 +1,22 @@
-"""What comes back from clients, checked before any of it is believed: against the plan that was sent, and for what cannot be."""
+"""Replies of training, checked before any of them is believed: against the plan that was sent, and for what cannot be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hetfl.aggregation.updates import Merged
 from hetfl.hooks.answers import find_extras_fault
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
 from hetfl.models.state import State
-from hetfl.profiling.node import Profile
-from hetfl.rounds.limits import MOST_EXAMPLES, Change, measure_change
-from hetfl.rounds.messages import LONGEST_LINE, Assignment, Failure
+from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
 from hetfl.submodel.blocks import take_blocks
@@ -25,13 +24,20 @@ from hetfl.submodel.plan import Plan
 from hetfl.submodel.widths import within
 from hetfl.training.task import Reply
 
-NO_ANSWER = "it is no answer to what was asked"
 MOST_METRICS = 64
+MOST_EXAMPLES = 10**9
 MOST_SECONDS = 1e8
 MOST_NUMBER = 1 << 63
-LEAST_WIDTH = 1e-4
-SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
 LARGEST_CODE, SLACK = 2, 4096  # an encoded update may be so many times as large as what was sent, and so many bytes larger
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far a client went, the norm of what it changed over the norm of what it began with: of its weights, and of its `whole`
+    model with the running statistics."""
+
+    weights: float = 0.0
+    whole: float = 0.0
 
 
 @dataclass(eq=False)
@@ -51,11 +57,11 @@ class CheckedReply:
 
 @dataclass(frozen=True, eq=False)
 class ReplyValidator:
-    """Decodes and checks the replies of training in `round`; `travelling` leaves of a state what crosses the network."""
+    """Decodes and checks the replies of training in `round`; `at_home` are the tensors that never cross the network."""
 
     server: Server
     plugins: PluginManager
-    travelling: Callable[[State], State]
+    at_home: Collection[str]
     round: int
 
     def check(self, assignment: Assignment, answer: Any) -> CheckedReply:
@@ -71,7 +77,8 @@ class ReplyValidator:
         if fault is None and reply.encoded:
             reply, fault = self._decode(reply, assignment)
         if fault is None:
-            expected = self.travelling({name: t for name, t in assignment.state.items() if name in assignment.up})
+            back = assignment.up.difference(self.at_home)
+            expected = {name: t for name, t in assignment.state.items() if name in back}
             fault = number_fault(reply) or reply_fault(reply, expected, self.plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
@@ -113,37 +120,6 @@ class ReplyValidator:
         return assignment, None
 
 
-def check_profile(answer: Any, declared: Collection[float] | None = None, global_width: float = 1.0) -> Profile | Failure:
-    """What a device can afford, or why that is not known; `declared` are the widths that it may say (None: any).
-
-    Where the run's own model is narrower, they may be shares of the whole model, as those of levels are.
-    """
-    if isinstance(answer, Failure):
-        return answer
-    if not isinstance(answer, Profile):
-        return Failure(NO_ANSWER)
-    if not isinstance(answer.width, int | float) or not LEAST_WIDTH <= answer.width <= 1:
-        return Failure(f"a width of {answer.width!s:.20} is not in (0, 1], or too small for any model")
-    allowed = [*(declared or ()), *(min(1.0, width / global_width) for width in declared or ())]
-    if declared is not None and not any(math.isclose(answer.width, width) for width in allowed):
-        return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
-    return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
-
-
-def check_scores(answer: Any) -> dict[str, float]:
-    """What a client measured; empty where it did not or cannot be believed."""
-    if not isinstance(answer, dict) or not {"accuracy"} <= answer.keys() <= SCORES:
-        return {}
-    numbers = all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in answer.values())
-    return dict(answer) if numbers and answer["accuracy"] <= 1 else {}
-
-
-def check_statistics(expected: State, answer: Any) -> Reply | None:
-    """Normalisation statistics, in the shapes of `expected`; None where there are none to be used."""
-    usable = isinstance(answer, Reply) and not (number_fault(answer) or reply_fault(answer, expected, {}))
-    return answer if isinstance(answer, Reply) and usable else None
-
-
 def number_fault(reply: Reply) -> str | None:
     """What cannot be about the numbers of a reply, or None."""
     if not isinstance(reply.examples, int) or not 0 <= reply.examples <= MOST_EXAMPLES:
@@ -180,6 +156,21 @@ def undo_rounding(reply: Reply, assignment: Assignment) -> Reply:
     """A reply as if its client had begun with what the server has, and not with what a codec has made of it on the way."""
     back = {name: assignment.state[name] - t for name, t in assignment.arrived.items() if name in reply.state}
     return replace(reply, state={n: t + back[n] if n in back else t for n, t in reply.state.items()}) if back else reply
+
+
+def measure_change(state: State, before: State) -> Change:
+    """How far a client went that began with `before` and ended with `state`."""
+    names = [name for name, t in state.items() if t.is_floating_point()]
+    if not names:
+        return Change()
+    now, was = [state[name] for name in names], [before[name].to(state[name].device) for name in names]
+    moved, size = (torch.stack(torch._foreach_norm(tensors)) for tensors in (torch._foreach_sub(now, was), was))
+    weights = torch.tensor([not name.endswith(encoding.STATISTICS) for name in names])
+
+    def share(rows: Tensor) -> float:
+        return float(moved[rows].norm() / size[rows].norm().clamp(min=1e-12))
+
+    return Change(share(weights), share(torch.ones_like(weights)))
 
 
 def upload_bytes(plan: Plan, reply: Reply) -> int:
@@ -244,3 +235,9 @@ def tensors_fault(state: State, sent: State) -> str | None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; a finite sum says so at once."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def is_finite(merged: Merged) -> bool:
+    """Whether the next global model, and every branch, is all numbers."""
+    branches = (patch.values for patches in merged.branches.values() for patch in patches.values())
+    return all(all_finite(t) for t in (*merged.state.values(), *branches) if t.is_floating_point())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.models.state import State
 from hetfl.training.local import learning_rate
-from hetfl.training.stacking import EagerStep, ModelStack, copy_into
+from hetfl.training.stacking import EagerStep, copy_into
 
 KEPT = 16  # steps (of a model, a number of clients and a learning rate) that wait in a pool to be used again
 
@@ -42,8 +42,8 @@ class GraphedSteps:
         device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with on_stream(self.stream):
-            self.stack = ModelStack(copy.deepcopy(model).train(), states)
-        self._step, self._width = EagerStep(self.stack, options, round, in_place=True), 0
+            self._step = EagerStep(copy.deepcopy(model).train(), states, options, round, in_place=True)
+        self.stack, self._width = self._step.stack, 0
         self._graphs: dict[int, GraphStep] = {}
 
     @property

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,17 +69,19 @@ class ModelStack:
 
 
 class EagerStep:
-    """One step of local training of all clients of a stack: forward, backward, each client's clipping, optimiser.
+    """One step of local training of clients that have `states` of `model`: forward, backward, each client's clipping, optimiser.
 
     With `in_place`, gradients keep their storage from step to step and the optimiser's step can be recorded (CUDA graphs).
     """
 
-    def __init__(self, stack: ModelStack, options: RunOptions, round: int, in_place: bool = False) -> None:
-        self.stack, self.in_place, self._options, self._autocast = stack, in_place, options, autocast(options)
-        self.optimizer = make_optimizer_for(stack.parameters, options, round)
+    def __init__(
+        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, in_place: bool = False
+    ) -> None:  # fmt: skip
+        self.stack, self.in_place, self._options, self._autocast = ModelStack(model, states), in_place, options, autocast(options)
+        self.optimizer = make_optimizer_for(self.stack.parameters, options, round)
         if in_place:
             for group in self.optimizer.param_groups:
-                group["capturable"] = stack.parameters[0].is_cuda
+                group["capturable"] = self.stack.parameters[0].is_cuda
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """The clients' losses (clients,) on x (clients, N, *shape), y and weights (clients, N), before the step."""
@@ -131,21 +133,37 @@ class GroupBatch:
         return data.x[flat].unflatten(0, self.rows.shape), data.y[flat].unflatten(0, self.rows.shape)
 
 
+class Step(Protocol):
+    """A step of all clients of `stack`, as EagerStep is; with `in_place` it writes to the same tensors again and again."""
+
+    stack: ModelStack
+    in_place: bool
+
+    def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor: ...
+
+
 def run_steps(
-    step: Callable[[Tensor, Tensor, Tensor], Tensor], batches: Iterable[GroupBatch], data: Examples, device: torch.device,
+    step: Step, batches: Iterable[GroupBatch], data: Examples, device: torch.device,
     options: RunOptions, draws: Sequence[torch.Generator],
-) -> Iterator[tuple[GroupBatch, Tensor]]:  # fmt: skip
-    """Takes `step` on each of `batches`: the batch, and the clients' losses (clients,) on it before the step.
+) -> dict[int, tuple[State, float]]:  # fmt: skip
+    """Takes `step` on each of `batches`: for each client that had one, by its position, its tensors after its last batch and the
+    loss on that before the step.
 
     Pictures are augmented as `options` say, each client's by its own generator of `draws`.
     """
+    ended: dict[int, tuple[State, float]] = {}
     for batch in batches:
         x, y = batch.gather(data)
         if options.augment:
             counts = (batch.weights > 0).sum(1).tolist()
             for k, (count, generator) in enumerate(zip(counts, draws, strict=True)):
                 x[k, :count] = augment(x[k, :count], options, generator)
-        yield batch, step(x, y, batch.weights.to(device))
+        losses = step(x, y, batch.weights.to(device))
+        if batch.ending:
+            now, last = step.stack.states(), losses.tolist()
+            shared = step.in_place or len(ended) + len(batch.ending) < len(batch.rows)  # later steps write to these tensors
+            ended |= {k: ({n: t.clone() if shared else t for n, t in now[k].items()}, last[k]) for k in batch.ending}
+    return ended
 
 
 def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[GroupBatch]:
@@ -165,11 +183,12 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
 
 def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:
     """Accuracy and loss of each state on its own examples, in batches of `batch`."""
-    counts = [len(d) for d in data]
+    orders = [d.rows(batch) for d in data]
+    counts = [sum(map(len, order)) for order in orders]
     right, loss = torch.zeros(len(data)), torch.zeros(len(data))
     with torch.inference_mode():
         stack = ModelStack(model.eval(), states, trained=False)
-        for step in align_batches([d.rows(batch) for d in data], mean=False):
+        for step in align_batches(orders, mean=False):
             x, y = step.gather(data[0])
             logits = stack(x)
             each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)

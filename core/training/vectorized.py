@@ -96,19 +96,14 @@ def train(
     """
     device = next(model.parameters()).device
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
-    states, results = [m.state for m in members], dict[int, MemberResult]()
+    states = [m.state for m in members]
     widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
         if graphs is None:
-            step = EagerStep(ModelStack(model.train(), states), options, round)
+            step = EagerStep(model.train(), states, options, round)
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest))
         draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []
-        for batch, losses in run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws):
-            if batch.ending:
-                now, last = step.stack.states(), losses.tolist()
-                shared = step.in_place or len(results) + len(batch.ending) < len(members)  # later steps write to these tensors
-                for k in batch.ending:
-                    results[k] = MemberResult({n: t.clone() if shared else t for n, t in now[k].items()}, last[k])
-    return [results[k] if k in results else MemberResult(m.state, 0.0) for k, m in enumerate(members)]
+        ended = run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws)
+    return [MemberResult(*ended.get(k, (m.state, 0.0))) for k, m in enumerate(members)]

@@ -11,11 +11,12 @@ import torch
 from helpers.faults import changed, with_bad
 from hetfl.profiling.node import Profile
 from hetfl.rounds import receiving
+from hetfl.rounds.assignment import check_profile
 from hetfl.rounds.client import ClientRuntime
+from hetfl.rounds.evaluation import check_scores
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Failure
 from hetfl.rounds.norm_statistics import leave_out_extremes
-from hetfl.rounds.validation import check_profile, check_scores
 from hetfl.training.task import Reply
 
 

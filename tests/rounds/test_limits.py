@@ -11,8 +11,9 @@ from helpers.faults import changed, with_bad
 from hetfl.aggregation.updates import Merged
 from hetfl.hooks.values import ExtraSpec
 from hetfl.rounds import loop
-from hetfl.rounds.limits import COUNTS, LARGEST_CHANGE, Limits, measure_change
+from hetfl.rounds.limits import COUNTS, LARGEST_CHANGE, Limits
 from hetfl.rounds.loop import run_round
+from hetfl.rounds.validation import measure_change
 from hetfl.training.task import Reply
 
 

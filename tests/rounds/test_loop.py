@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import hetfl
 from helpers.faults import SPOILT, boom, changed, late, with_bad
 from helpers.runs import run
+from hetfl import Plugin, hookimpl
 from hetfl.aggregation.updates import Merged
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.engines.flower.remote import FlowerEngine
@@ -153,9 +155,11 @@ def test_no_valid_reply_leaves_the_global_model_untouched(tmp_path, monkeypatch)
     assert (tmp_path / "a" / "summary.json").exists()
 
 
-def test_an_undeclared_extra_on_the_way_down_is_refused(tmp_path, monkeypatch):
-    from hetfl.errors import RunError
+def test_an_undeclared_extra_on_the_way_down_is_refused():
+    class Talks(Plugin):
+        @hookimpl
+        def client_extras(self, server, client, plan, round):
+            return {"secret": torch.zeros(2)}
 
-    monkeypatch.setattr("hetfl.hooks.manager.PluginManager.client_extras", lambda *_: {"secret": torch.zeros(2)})
-    with pytest.raises(RunError, match="extra 'secret' is undeclared"):
-        run(tmp_path / "a", extract="full", aggregate="fedavg")
+    with pytest.raises(RunError, match=r"wrap plugin '.*' sends what it did not declare: extra 'secret' is undeclared"):
+        hetfl.run(extract="full", aggregate="fedavg", wrap=Talks, limit=100, clients=2, pretrain_steps=0, progress=False)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hetfl.config import resolve
 from hetfl.engines.flower.records import MalformedError, RecordCodec
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
+from hetfl.rounds.evaluation import check_scores
 from hetfl.rounds.messages import Failure
 from hetfl.rounds.receiving import instruct
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.state import RoundState
-from hetfl.rounds.validation import ReplyValidator, check_scores
+from hetfl.rounds.validation import ReplyValidator
 from hetfl.runs.experiment import prepare
 
 TINY = {
@@ -36,7 +37,7 @@ def round_of(extract, aggregate, **more):
     sent = now.assignments[0]
     reply = dict(made.engine.ask("train", {0: instruct(now, sent)}))[0]
     content = RecordCodec().encode(RecordCodec().pack(reply, sent.plan.masks))
-    return sent, ReplyValidator(made.server, made.plugins, made.state.travelling, 1), content
+    return sent, ReplyValidator(made.server, made.plugins, made.state.at_home, 1), content
 
 
 @pytest.fixture(scope="module")
