@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -51,7 +52,7 @@ def parse_ratio(text: str) -> float:
     """A width in (0, 1], as a number, a fraction such as 1/4, or a power such as 0.75^2 or 0.2^1/2."""
     base, _, power = text.strip().partition("^")
     try:
-        value = float(Fraction(base)) ** float(Fraction(power or 1))
+        value = math.pow(Fraction(base), Fraction(power or 1))
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"'{text}' is no ratio, such as 0.5, 1/4 or 0.75^2") from error
     if not 0 < value <= 1:

@@ -56,8 +56,8 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     if merged is not None:
         server.state, server.branches, now.row.facts = merged.state, dict(merged.branches), dict(merged.facts)
 
-    # 6. Batch norm's statistics, where the policy is not to average them.
-    if run.running_names:
+    # 6. Batch norm's statistics, where the policy is not to average them; what averaging does is said once.
+    if run.running_names and (run.norm_policy != "aggregate" or number == 1):
         renew_statistics(now)
     now.aggregated = server.state
 
