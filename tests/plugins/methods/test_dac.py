@@ -164,6 +164,17 @@ def test_dac_gates_start_apart_and_change_nothing(simulate):
     assert close(server.logits(folded.state, x), server.logits(server.state, x).detach(), 1e-5)
 
 
+def test_dac_removes_low_gates_weakest_first_and_no_further_than_to_the_budget(simulate):
+    """All of ten units are low; two are enough"""
+    server = simulate(0, extract="dac", aggregate="cluster").server
+    gates = {"1": torch.linspace(0.01, 0.08, 8), "3": torch.linspace(0.05, 0.1, 6)}
+    net = dac.Gated(server.widths.select(torch.arange), server.state, gates)
+    budget = tuple(price + 1 for price in dac.measure_cost(server, {"1": 6, "3": 6}))
+    left = dac.remove_down_to(server, net, 10, budget)
+    assert [units.tolist() for units in left.kept.values()] == [[2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5]]
+    assert dac.remove_down_to(server, net, 1, budget).sizes == {"1": 7, "3": 6}
+
+
 def test_dac_removes_by_gates(simulate, monkeypatch):
     """With the options as they are, gates do reach the threshold, and nearly all that goes goes for that"""
     train, remove, lows, gone = dac.DAC._train_gates, dac.remove_down_to, [], []
