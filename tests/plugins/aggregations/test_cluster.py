@@ -21,3 +21,5 @@ def test_dac_clusters_are_isolated():
         assert torch.equal(other.branches["level 1"]["v"].values, merged.branches["level 1"]["v"].values)
     server.branches = merged.branches
     assert close(plugin.base_state(server, server.clients[1])["v"], [2.0])
+    later = plugin.aggregate(server, over([0.0], update(1, [5.0], 10.0)))
+    assert {name: branch["v"].values.item() for name, branch in later.branches.items()} == {"level 0.5": 5.0, "level 1": 7.0}

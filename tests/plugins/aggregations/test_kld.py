@@ -61,3 +61,19 @@ def test_a_weights_gradient_is_the_clients_share_of_the_examples():
     before = aggregated(plugin, updates)
     plugin.load_state_dict({name: w + T([1.0, 0.0]) if name == "2/v" else w for name, w in plugin.state_dict().items()})
     assert close(aggregated(plugin, updates) - before, [3.0 * 4 / 4, 0.0])
+
+
+def test_weights_that_start_at_random_are_each_clients_own(simulate):
+    """spec fedconv 2.8: N(0, 1); a draw for each client and tensor"""
+    options = {"kld": {"form": "weights", "start": "normal", "shape": "element", "steps": 0, "guard": False}}
+    made = simulate(1, extract="heterofl", aggregate="kld", set=options)
+    found = made.plugins.plugins["aggregate.kld"].state_dict()
+    drawn = torch.stack([found[f"{client}/1.weight"].flatten() for client in range(3)])
+    assert drawn.corrcoef().fill_diagonal_(0).abs().max() < 0.2
+    assert float(drawn.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_steps_of_a_round():
+    for options, examples, steps in (({}, 249, 20), ({}, 250, 60), ({"steps": 7}, 9, 7), ({"epochs": 3}, 65, 6)):
+        server = SimpleNamespace(public=SimpleNamespace(tune=range(examples)))
+        assert KLD(**options)._count_steps(server) == steps

@@ -81,3 +81,21 @@ def test_what_a_fleet_cannot_resist_is_said_in_the_first_round():
 def test_krum_of_clients_that_share_nothing_averages_them():
     apart = over([0.0, 0.0], *(update(c, [float(c + 1)], index={0: torch.tensor([c])}) for c in range(2)))
     assert close(krum.Krum().aggregate(server_of(apart), apart, 2).state["v"], [1, 2])
+
+
+def test_krum_sums_over_the_n_minus_f_minus_two_nearest():
+    """Blanchard et al. 2017: of five clients with one attacker two; the third nearest would have left out 0 in place of 1"""
+    distances = torch.full((5, 5), 1.0)
+    distances[1, :] = distances[:, 1] = 5.0
+    for a, b in ((0, 1), (0, 4)):
+        distances[a, b] = distances[b, a] = 100.0
+    assert krum.choose_nearest(distances, 1) == [0, 2, 3, 4]
+
+
+def test_krums_distances_are_per_entry_that_both_cover():
+    apart = over([0.0] * 4, update(0, [1.0] * 4), update(1, [2.0] * 4), update(2, [2.0, 2, 0, 0], mask=[1, 1, 0, 0]),
+                 update(3, [0.0, 0, 0, 5], mask=[0, 0, 0, 1]))  # fmt: skip
+    found = krum.measure_distances(apart, ["v"])
+    assert found[0].tolist() == [0, 1, 1, 16]
+    assert found[1].tolist() == [1, 0, 0, 9]
+    assert found[2, 3].isnan()

@@ -164,7 +164,7 @@ def test_dac_gates_start_apart_and_change_nothing(simulate):
     assert close(server.logits(folded.state, x), server.logits(server.state, x).detach(), 1e-5)
 
 
-def test_dac_removes_low_gates_weakest_first_and_no_further_than_to_the_budget(simulate):
+def test_dac_drops_low_gates_weakest_first_and_no_further_than_to_the_budget(simulate):
     """All of ten units are low; two are enough"""
     server = simulate(0, extract="dac", aggregate="cluster").server
     gates = {"1": torch.linspace(0.01, 0.08, 8), "3": torch.linspace(0.05, 0.1, 6)}
@@ -214,3 +214,32 @@ def test_dac_snapshots_nest_and_stay_below_their_budgets(simulate):
         assert ours[0] < budget[0]
         assert ours[1] < budget[1]
     assert {"level 0.7", "level 0.4"} <= set(made.server.branches)
+
+
+class Forked(nn.Module):
+    """A hidden layer that two layers read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(64, 6), nn.Linear(6, 10), nn.Linear(6, 10)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x.flatten(1)))
+        return self.left(h) + self.right(h)
+
+
+def test_dac_gates_no_channel_that_two_layers_read():
+    widths = trace(Forked(), torch.randn(2, 1, 8, 8))
+    assert [g.size for g in widths.groups] == [6]
+    assert dac.place_gates(widths, Forked()) == {}
+
+
+def test_the_control_takes_as_many_steps_as_dacs_search(simulate, monkeypatch):
+    train, passes = dac.DAC._train_gates, []
+    monkeypatch.setattr(dac.DAC, "_train_gates", lambda *given: passes.append(0) or train(*given))
+    made = simulate(0, extract="dac", aggregate="cluster", levels="1,0.7", set={"dac": {"epochs": 2, "gate_lr": 0.1, "tune": 9}})
+    before = made.server.steps
+    run_round(made.state, 1, made.engine)
+    each = 2 * -(-len(made.server.public.tune) // made.options.server_batch_size)
+    assert passes
+    assert made.server.steps - before == len(passes) * each + 9

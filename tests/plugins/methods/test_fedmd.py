@@ -107,3 +107,15 @@ def test_fedmd_of_foreign_architectures(simulate):
     assert same({n: p.values for n, p in branch.items()}, {n: p.values for n, p in again.server.branches["level 0.5"].items()})
     with pytest.raises(UsageError, match="not applicable: the clients of 'fedmd' have architectures of their own"):
         simulate(extract="fedmd", aggregate="overlap", set=options)
+
+
+def test_a_client_whose_model_is_another_digests_with_a_new_adam(simulate):
+    options = {"aggregate": {"fedmd": {"public_epochs": 1, "digest_epochs": 1}}}
+    made = simulate(0, extract="fedmd", aggregate="fedmd", levels="1,0.5,0.5", set=options)
+    steps = []
+    for number, mix in ((1, "1,0.5,0.5"), (2, "1,0.5,0.5"), (3, "1,0.5,0.5"), (4, "0.5,1,1")):
+        made.plugins.plugins["profile.levels"].mix = mix
+        run_round(made.state, number, made.engine)
+        steps.append(float(made.engine.client_states()[0]["memory"].get("digest/1.weight/step", torch.zeros(()))))
+    assert not any("fault" in row for row in made.state.client_rows)
+    assert steps == [0, 1, 2, 1]

@@ -102,3 +102,17 @@ def test_hermes_drops_whole_channels_and_ends_on_its_budget(simulate):
     assert set(made.server.branches) == {"client 0", "client 1", "client 2"}
     down = [row["bytes down"] for row in made.state.client_rows if row["client"] == 1]
     assert down[-1] < down[0]
+
+
+def test_hermes_lasso_is_over_convolutions_and_linear_layers():
+    """spec hermes 2: norm layers and biases have none"""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    assert close(hermes.group_lasso(net).detach(), (hermes.lasso(net[0].weight) + hermes.lasso(net[3].weight)).detach())
+
+
+def test_hermes_keeps_the_branch_of_who_sits_out():
+    """The page: non-participants keep their branch"""
+    server = server_with(c1=1.0, c2=1.0)
+    server.branches = {"client 2": {"v": Patch(T([7.0]))}}
+    made = merged_by(hermes.HermesMean(), over([9.0], update(1, [1.0])), server)
+    assert {name: branch["v"].values.item() for name, branch in made.branches.items()} == {"client 1": 1.0, "client 2": 7.0}

@@ -91,3 +91,5 @@ def test_a_client_met_late_gets_the_first_model_too(simulate):
     ]
     first = next(row for row in late if row["round"] == 1)
     assert any(row["bytes down"] > 1.5 * first["bytes down"] for row in late if row["round"] > 1)
+    for client, state in made.engine.client_states().items():
+        assert torch.equal(state["memory"]["initial/1.weight"], made.state.initial["1.weight"]), client

@@ -99,3 +99,11 @@ def test_tailor_keeps_capacity_and_shares_its_lower_groups(simulate):
         assert plans[1].sizes == plans[2].sizes == {"1": 4, "3": 3}
         assert torch.equal(plans[1].kept["1"], plans[2].kept["1"])
     assert not same(made.server.state, made.state.initial)
+
+
+def test_tailor_learns_importance_of_a_model_in_evaluation_mode(simulate, monkeypatch):
+    """spec tailorfl 1: the model is frozen, its batch norm's statistics and its dropout too"""
+    modes, call = [], tailorfl.functional_call
+    monkeypatch.setattr(tailorfl, "functional_call", lambda model, *given: modes.append(model.training) or call(model, *given))
+    simulate(1, extract="tailorfl", aggregate="tailorfl", set={"extract": {"tailorfl": {"steps": 2}}})
+    assert modes == [False] * 6

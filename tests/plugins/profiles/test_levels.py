@@ -83,3 +83,19 @@ def test_the_widest_level_is_held_by_somebody(clients):
         assert widths() == [1, 0.75, 0.5, 0.25]
     if clients == 10:
         assert widths() == [1] * 2 + [0.75] * 3 + [0.5] * 3 + [0.25] * 2
+
+
+def test_redrawn_levels_keep_to_their_shares():
+    from hetfl.profiling.node import Node
+
+    levels = Levels(mix="1:0.1,0.25:0.9", redraw=True)
+    wide = sum(levels.profile(Node(c, 20, r, 0)).width == 1 for c in range(20) for r in range(20))
+    assert 0.05 < wide / 400 < 0.15
+
+
+def test_levels_are_shares_of_the_whole_model_where_the_global_one_is_narrower():
+    """spec heterofl 1: the global network has the first letter's width"""
+    from hetfl.profiling.node import Node
+
+    levels = Levels(mix="1:1,0.5:1,0.25:1,0.125:1")
+    assert [levels.profile(Node(c, 4, 1, 0, global_width=0.5)).width for c in range(4)] == [1, 1, 0.5, 0.25]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hetfl.plugins.profiles import measure
 from hetfl.plugins.profiles.budget import Budget
 from hetfl.plugins.profiles.devices import Devices
 from hetfl.plugins.profiles.measure import Measure
@@ -87,11 +88,18 @@ def test_measure_asks_the_machine_once():
     assert plugin.profile(node(client=1, seconds=0.01)).bottleneck.startswith("deadline: 0.075 of 0.06 s at width 0.75")
 
 
+def test_measure_leaves_a_share_of_the_free_memory(monkeypatch):
+    """Of 1 MB that is free half is 500 kB, what width 0.5 takes"""
+    monkeypatch.setattr(measure, "free_memory", lambda: 1_000_000)
+    assert Measure(share=0.5).profile(node()).width == 0.5
+    assert Measure(share=0.8).profile(node()).width == 0.75
+
+
 def test_a_trace_of_battery_and_load(tmp_path):
     file = tmp_path / "t.csv"
-    file.write_text("round,client,width,battery,load\n1,0,1,1,0\n3,0,1,0.6,0.1\n1,1,0.5,,\n2,1,,0.01,\n")
+    file.write_text("round,client,width,battery,load\n1,0,1,1,0\n3,0,1,0.6,0.1\n1,1,0.5,,\n2,1,,0.01,\n4,0,1,1,0.6\n")
     plugin = Trace(file=file)
-    assert [plugin.profile(node(0, 3, r)).width for r in (1, 2, 3, 4)] == [1, 1, 0.5, 0.5]
+    assert [plugin.profile(node(0, 3, r)).width for r in (1, 2, 3, 4)] == [1, 1, 0.5, 0.25]
     assert [plugin.profile(node(1, 3, r)).width for r in (1, 2)] == [0.5, 0.25]
     assert plugin.profile(node(0, 3, 3)).bottleneck == "width 1, battery 0.6, load 0.1"
     assert plugin.profile(node(2, 3, 1)).width == 1

@@ -130,3 +130,11 @@ def test_privacy_is_not_amplified_by_a_choice(values, population):
     made.close()
     assert (made.server.sampled, made.server.population) == (3, population)
     assert torch.isfinite(next(iter(made.server.state.values()))).all()
+
+
+@pytest.mark.parametrize("select", [Oort, Availability, Uniform])
+def test_chance_is_another_one_every_round(select):
+    """Where nothing speaks for one client or another, nobody comes first round after round."""
+    chosen = [tuple(sorted(select().sample(server(4), [client(i) for i in range(40)], round))) for round in range(1, 6)]
+    assert len(set(chosen)) == 5
+    assert len({i for ids in chosen for i in ids}) > 8

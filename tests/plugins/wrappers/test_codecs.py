@@ -232,3 +232,10 @@ def test_flower_messages_carry_the_same_bits_in_as_many_bytes(monkeypatch, wrap,
         rows = [(row["client"], row[column]) for row in there.state.client_rows]
         assert rows == [(row["client"], row[column]) for row in here.state.client_rows]
         assert sorted(rows) == sorted(weighed)
+
+
+def test_topk_finds_its_places_in_large_tensors():
+    """Places beyond the reach of 16 bits take 32."""
+    update = {"w": torch.zeros(70_000)}
+    update["w"][torch.tensor([3, 40_000, 69_999])] = torch.tensor([1.0, -2.0, 3.0])
+    assert torch.equal(through(TopK(share=3 / 70_000), update)["w"], update["w"])

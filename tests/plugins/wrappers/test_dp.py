@@ -175,10 +175,11 @@ NORMED = {"model": "cnn", "model_args": {"widths": [8, 8]}, "server_data": 0.1}
         ({"extract": "full", "aggregate": "median"}, "no mean of what clients send"),
         ({"extract": "heterofl", **NORMED, "norm_policy": "static"}, "publishes the clients' statistics without noise"),
         ({"extract": "lotteryfl", "aggregate": "overlap"}, "no mean of what clients send"),
+        ({"extract": "hermes", "aggregate": "overlap", "set": {"hermes": {"threshold": 0.0}}}, "mean of what clients send"),
     ],
 )
 def test_epsilon_is_reported_only_where_the_mechanism_is_the_accountants(values, why):
-    made = ready(1, wrap=("dp",), **values)
+    made = ready(1, **{"wrap": ("dp",), **values})
     assert ("epsilon" in made.state.rows[0]) == (why is None)
     assert why is None or any("no epsilon can be given" in note and why in note for note in made.server.notes)
 
@@ -225,3 +226,34 @@ def test_a_seed_of_its_own_repeats_the_noise_and_says_what_that_costs(tmp_path, 
     heard = stops.Stopping(None)
     runner.run(resolve({**STOPPABLE, **values, "rounds": 1}), RunFolder(tmp_path / "a").open(), heard)
     assert "can take it off" in heard.notes[0], "said before the first round"
+
+
+def test_the_reported_epsilon_is_that_of_all_rounds_so_far():
+    rows = ready(3, extract="full", wrap=("dp",), set={"dp": {"noise": 2.0}}).state.rows
+    assert [row["epsilon"] for row in rows] == pytest.approx([compute_epsilon(2.0, 1e-5, 4, 4, r) for r in (1, 2, 3)])
+
+
+def test_no_epsilon_is_given_where_a_client_sends_more_than_its_clipped_tensors():
+    server, state = serve({"w": torch.zeros(3)}, 2), {"w": torch.ones(3)}
+    for more in (False, True):
+        covered = [Coverage(0, {"w": Patch(torch.empty(0))}, False), Coverage(1, {"w": Patch(torch.empty(0))}, more)]
+        assert ("epsilon" in DP().finalize(server, Merged(state), covered, 1).facts) != more
+    assert "extras" in server.notes[-1]
+
+
+@pytest.mark.parametrize("averages", ["covering", "all"])
+def test_a_client_that_failed_counts_as_a_change_of_nothing(averages):
+    """x + (sum of d) / m with m = 3 sampled, of whom two answered, whatever the aggregation's own denominator."""
+    state, whole = random_state(0), Columns(range(4))
+    sent = [(whole, {n: t + k for n, t in state.items()}, 10) for k in (1.0, 2.0)]
+    found = release(DP(norm=100.0, noise=0.0), serve(state, 3, averages), sent).state
+    assert all(torch.allclose(found[n], t + 1.0, atol=1e-5) for n, t in state.items())
+
+
+def test_each_tensor_has_noise_of_its_own_and_no_variance_becomes_negative():
+    state = {"a": torch.zeros(500), "b": torch.zeros(500), "n.running_var": torch.full((500,), 0.1)}
+    covered = [Coverage(0, {n: Patch(torch.empty(0)) for n in state}, False)]
+    found = DP().finalize(serve(state, 2), Merged(dict(state)), covered, 1).state
+    assert abs(float(torch.corrcoef(torch.stack([found["a"], found["b"]]))[0, 1])) < 0.3
+    assert float(found["n.running_var"].min()) == 0
+    assert float(found["a"].min()) < 0

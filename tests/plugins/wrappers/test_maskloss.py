@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from hetfl.plugins.wrappers import maskloss
 from hetfl.plugins.wrappers.maskloss import mask_logits
 from hetfl.rounds.loop import run_round
 
@@ -40,3 +43,17 @@ def test_rows_of_a_class_that_nobody_holds_stay(simulate, extract):
     after = made.server.state[last]
     assert torch.equal(after[~held], before[last][~held])
     assert not torch.equal(after[held], before[last][held])
+
+
+@pytest.mark.parametrize("extract", ["fjord", "fiarse"])
+def test_the_mask_is_on_what_an_extraction_makes_of_the_forward_pass(simulate, monkeypatch, extract):
+    """An extraction that replaces `task.forward` replaces no mask."""
+    seen = []
+    monkeypatch.setattr(maskloss, "mask_logits", lambda logits, held: seen.append(held) or mask_logits(logits, held))
+    simulate(1, extract=extract, wrap=("maskloss",))
+    assert len(seen) >= 3
+
+
+def test_the_head_is_the_last_layer_with_a_row_for_each_class():
+    state = {"1.weight": torch.ones(3, 5), "1.bias": torch.ones(3), "4.weight": torch.ones(3, 3), "4.bias": torch.ones(3)}
+    assert maskloss.find_head(SimpleNamespace(state=state, classes=3)) == ["4.weight", "4.bias"]

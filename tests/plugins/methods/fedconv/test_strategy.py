@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,11 +11,15 @@ from helpers.runs import run
 from helpers.states import same
 from hetfl.config import resolve
 from hetfl.plugins.aggregations.kld import KLD
+from hetfl.plugins.methods.fedconv.filters import Filters
 from hetfl.plugins.methods.fedconv.strategy import FedConv
+from hetfl.plugins.methods.fedconv.tiling import tile_parameters
+from hetfl.plugins.methods.fedconv.tuning import make_global_goals, train_compressor
 from hetfl.presets import find_preset
-from hetfl.rounds.loop import run_rounds
+from hetfl.rounds.loop import run_round, run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
+from hetfl.submodel.plan import prefix
 from hetfl.training.tuning import halve_rate
 
 
@@ -91,3 +97,40 @@ def test_trained_dilators_run_and_differ(tmp_path):
     options["fedconv"]["dilator_steps"] = 0
     without, _ = run(tmp_path / "b", extract="fedconv", aggregate="overlap", rounds=1, set=options)
     assert not same(with_them, without)
+
+
+def test_compressors_stop_early_and_are_judged_by_the_held_out_examples(simulate, monkeypatch):
+    tuning = {"steps": 60, "first_steps": 60, "lr": 0.5}
+    saved = [simulate(1, extract="fedconv", aggregate="overlap", set={"fedconv": {**tuning, "patience": p}}).server.steps_saved
+             for p in (0, 1)]  # fmt: skip
+    assert saved[0] == 0 < saved[1]
+    made, judged = simulate(0, extract="fedconv", aggregate="overlap", server_data=0.3), []
+
+    def tune(weights, loss, judge, *rest, **options):
+        with torch.no_grad():
+            judged.append(judge())
+        return SimpleNamespace(step=0)
+
+    monkeypatch.setattr(made.server, "tune", tune)
+    options, half = FedConv(), made.server.select(prefix(0.5))
+    filters = Filters(half, tile_parameters(half, made.server.state, ["1.weight", "3.weight", "5.weight"]))
+    train_compressor(options, made.server, filters, make_global_goals(options, made.server), "0.5", 1)
+
+    def distance(x):
+        small, whole = made.server.logits(half.take(made.server.state), x, half.sizes), made.server.logits(made.server.state, x)
+        return float(options.loss(small, whole))
+
+    tune_x, held_x = made.server.public.tune.all()[0], made.server.public.holdout.all()[0]
+    assert judged == pytest.approx([distance(held_x)], rel=1e-4)
+    assert judged != pytest.approx([distance(tune_x)], rel=1e-3)
+
+
+def test_a_client_of_another_width_gets_another_dilator(simulate):
+    options = {"fedconv": {"steps": 1, "first_steps": 1, "dilator_steps": 1}}
+    made = simulate(0, extract="fedconv", aggregate="overlap", clients=2, levels="0.5,0.25", set=options)
+    for number, mix, sizes in ((1, "0.5,0.25", [4, 2]), (2, "0.25,0.5", [2, 4])):
+        made.plugins.plugins["profile.levels"].mix = mix
+        run_round(made.state, number, made.engine)
+        dilators = made.plugins.plugins["extract.fedconv"]._dilators
+        assert [dilators[c].selection.sizes["1"] for c in range(2)] == sizes
+    assert not any("fault" in row for row in made.state.client_rows)
