@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import itertools
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYetError
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
+
+GRACE = 1.5  # seconds that jobs which are interrupted have to end
+
+POLL = 0.05  # seconds between two looks for jobs that are late
 
 AHEAD = 8  # jobs for each worker that may be running, or finished and not yet consumed
 
@@ -59,7 +65,7 @@ def _end_with(parent: int) -> None:
 
 
 class Job:
-    """One call of `function` on `item`; `late` once its caller has given up waiting for the result."""
+    """One call of `function` on `item`; `late` once its caller has given up waiting for it."""
 
     def __init__(self, function: Callable[[Any], Any], item: Any) -> None:
         self.function, self.item, self.future = function, item, Future[Any]()
@@ -73,21 +79,15 @@ class Job:
         except BaseException as error:
             self.future.set_exception(error)
 
-    def result(self, limit: float | None) -> Any:
-        """The result. Raises NotYetError when the job takes longer than `limit` seconds from its start; waiting in the queue does
-        not count."""
-        if limit is None:
-            return self.future.result()
-        while True:
-            left = limit if self.started is None else self.started + limit - time.monotonic()
-            try:
-                return self.future.result(max(0.001, left))
-            except NotYetError:
-                if self.future.done():
-                    continue
-                if self.started is not None and time.monotonic() - self.started >= limit:
-                    self.late = True
-                    raise
+    def overdue(self, limit: float) -> bool:
+        """Whether it is running for `limit` seconds or more; waiting in the queue does not count."""
+        return self.started is not None and not self.future.done() and time.monotonic() - self.started >= limit
+
+
+def interrupt(threads: Iterable[threading.Thread]) -> None:
+    """Raises KeyboardInterrupt in other threads, as soon as each is at its next step of Python."""
+    for thread in threads:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt))
 
 
 class Pool:
@@ -97,8 +97,11 @@ class Pool:
         self.workers, self._closed = workers or cores(), False
         torch.set_num_threads(1)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._running: dict[threading.Thread, Job] = {}
+        self._lock = threading.Lock()  # a thread that has left `_running` is never interrupted
         for _ in range(self.workers):
             self._start_thread()
+        _open.add(self)
 
     def _start_thread(self) -> None:
         """Starts one more worker thread: a daemon, so that a job that never ends does not keep the program from ending."""
@@ -107,10 +110,14 @@ class Pool:
     def _run_jobs(self) -> None:
         keep_interrupts_off()
         torch.set_num_threads(1)
-        while (job := self._jobs.get()) is not None:
-            job.run()
-            if job.late:
-                return  # a replacement thread was started when the job was given up
+        me, late = threading.current_thread(), False
+        with suppress(KeyboardInterrupt):  # which `close` raises here
+            while not late and (job := self._jobs.get()) is not None:
+                self._running[me] = job
+                job.run()
+                with self._lock:
+                    self._running.pop(me, None)
+                late = job.late  # a replacement thread was started when the job was given up
 
     def _submit(self, function: Callable[[In], Out], item: In) -> Job:
         if self._closed:
@@ -139,17 +146,47 @@ class Pool:
         order = iter([i for window in windows for i in sorted(window, key=lambda i: -cost(items[i]))])
         jobs = {i: self._submit(function, items[i]) for i in itertools.islice(order, ahead)}
         for i in range(len(items)):
-            try:
-                result = jobs.pop(i).result(limit)
-            except NotYetError:
-                assert late is not None
-                self._start_thread()
-                result = late(items[i])
-            yield result
+            if limit is not None:
+                self._wait(jobs[i], jobs.values(), limit)
+            job = jobs.pop(i)
+            yield late(items[i]) if late and job.late else job.future.result()
             jobs |= {i: self._submit(function, items[i]) for i in itertools.islice(order, 1)}
 
+    def _wait(self, job: Job, begun: Collection[Job], limit: float) -> None:
+        """Waits until `job` is done or late. Every late one of `begun` is given up, for `job` may wait for its thread."""
+        while not job.late and not job.future.done():
+            for one in begun:
+                if not one.late and one.overdue(limit):
+                    one.late = True
+                    self._start_thread()
+            wait([job.future], min(limit, POLL))
+
     def close(self) -> None:
-        """Lets the threads end once the jobs submitted so far are done; further jobs are refused."""
+        """Ends the threads, and interrupts the jobs that they are at: those of a run that failed or was stopped, and late ones.
+
+        Python would end such a thread at its own end, in the middle of torch, which aborts the process.
+        """
         self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
         for _ in range(self.workers):
             self._jobs.put(None)
+        with self._lock:
+            interrupted = dict(self._running)
+            interrupt(interrupted)
+            self._running.clear()
+        until = time.monotonic() + GRACE
+        for thread in (thread for thread, job in interrupted.items() if not job.late):
+            thread.join(max(0.0, until - time.monotonic()))
+        _open.discard(self)
+
+
+_open: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+@atexit.register
+def close_pools() -> None:
+    """Closes the pools of runs that were left without a word."""
+    for pool in list(_open):
+        pool.close()

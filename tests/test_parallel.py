@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -41,3 +42,37 @@ def test_a_stream_raises_what_a_job_raised():
     with pytest.raises(ZeroDivisionError):
         list(pool.imap_ordered(lambda x: 1 / x, [1, 0, 2], lambda x: 1.0))
     pool.close()
+
+
+def wait_for_ever(item):
+    while True:
+        time.sleep(0.001)
+
+
+def test_jobs_are_given_up_although_a_job_before_them_waits_for_their_thread():
+    """Two threads are at jobs 0 and 2 when job 0 is given up; 1 begins once 2 or 3, for which nobody waits yet, is given up."""
+    pool = Pool(2)
+    found = pool.imap_ordered(wait_for_ever, [4, 1, 3, 2], lambda cost: cost, 0.05, lambda item: -item)
+    assert list(found) == [-4, -1, -3, -2]
+    pool.close()
+
+
+def test_a_pool_that_is_closed_interrupts_what_runs_and_drops_what_waits():
+    pool, heard, begun = Pool(1), [], threading.Event()
+
+    def job(item):
+        begun.set()
+        try:
+            wait_for_ever(item)
+        except KeyboardInterrupt:
+            heard.append(item)
+            raise
+
+    before = threading.active_count()
+    first, second = (pool._submit(job, item) for item in (1, 2))
+    assert begun.wait(5)
+    pool.close()
+    assert heard == [1]
+    assert isinstance(first.future.exception(0), KeyboardInterrupt)
+    assert second.started is None
+    assert threading.active_count() == before - 1

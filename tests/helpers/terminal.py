@@ -1,4 +1,4 @@
-"""hfl in a pseudo-terminal of its own, stopped when it has said something."""
+"""hfl, or a program of Python, in a pseudo-terminal of its own, stopped when it has said something."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ class Ended:
 
 def stop_hfl(words, when, how="^C", delay=0.2, limit=200.0):
     """Runs hfl; once its output matches `when`, sends Ctrl-C through the terminal, or the signal `how`."""
+    return stop_python(["-m", "hetfl.cli.main", *map(str, words)], when, how, delay, limit)
+
+
+def stop_python(words, when, how="^C", delay=0.2, limit=200.0):
+    """Runs Python with `words`, and stops it so."""
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         env = {**os.environ, "COLUMNS": "160", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])])
-        os.execve(sys.executable, [sys.executable, "-m", "hetfl.cli.main", *map(str, words)], env)
+        os.execve(sys.executable, [sys.executable, *words], env)
     said, began, stopped = "", time.monotonic(), None
     while time.monotonic() < began + limit:
         if select.select([terminal], [], [], 0.05)[0]:

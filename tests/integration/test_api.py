@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import hetfl
+from helpers.terminal import stop_python
 from hetfl import Merged, Plan, Plugin, RunError, Updates, UsageError, hookimpl, mean, prefix
 from hetfl.data import catalog
 from hetfl.models import factory
@@ -491,3 +493,46 @@ def test_a_run_that_asks_no_client_has_an_empty_table():
     run = small(extract="serveralone", aggregate="overlap")
     assert run.clients.empty
     assert len(run.metrics) == run.summary["rounds"]
+
+
+STOPPED = """
+import hetfl
+
+class Say:
+    def on_phase(self, round, name):
+        print(round, name, flush=True)
+
+class Loud(hetfl.Plugin):
+    @hetfl.hookimpl(wrapper=True)
+    def fit(self, task):
+        print("training", flush=True)
+        return (yield)
+
+if __name__ == "__main__":
+    long = dict(limit=600, clients=4, rounds=1000, epochs=20, pretrain_steps=3, control=False, vmap="off", progress=False)
+    try:
+        CALL
+    except KeyboardInterrupt:
+        print("it arrived", flush=True)
+        raise
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [
+        ("hetfl.run(extract='heterofl', callback=Say(), **long)", "2 fit"),
+        ("hetfl.run(extract='heterofl', callback=Say(), engine='processes', **long)", "2 fit"),
+        ("hetfl.matrix('heterofl', 'overlap', wrap=Loud, seeds=1, controls=False, **long)", "training"),
+    ],
+    ids=["local", "processes", "matrix"],
+)
+def test_ctrl_c_arrives_in_a_script_and_ends_it(tmp_path, call, when):
+    """KeyboardInterrupt is raised where hetfl was called, and the script ends as Python ends by it, not aborted within torch."""
+    (tmp_path / "script.py").write_text(STOPPED.replace("CALL", call))
+    ended = stop_python([str(tmp_path / "script.py")], when)
+    assert "it arrived" in ended.said
+    assert ended.code == -signal.SIGINT
+    assert "terminate called" not in ended.said
+    assert ended.seconds < 20  # most of which Python takes to leave

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hetfl.config import RunOptions
 from hetfl.engines.flower.node import build_runtime, make_client_app
 from hetfl.engines.flower.remote import FlowerEngine
 from hetfl.errors import UsageError
-from hetfl.parallel import cores
+from hetfl.parallel import cores, interrupt
 
 
 class RayEngine(FlowerEngine):
@@ -35,9 +36,11 @@ class RayEngine(FlowerEngine):
 
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
         config, folder, failures, server = self._config, self._folder, list[BaseException](), ServerApp()
+        threads = list[threading.Thread]()
 
         @server.main()
         def main(grid: Grid, context: Context) -> None:
+            threads.append(threading.current_thread())
             try:
                 self.attach(grid)
                 work()
@@ -49,6 +52,10 @@ class RayEngine(FlowerEngine):
             "init_args": {"num_cpus": self._workers, "include_dashboard": False, "log_to_driver": False},
         }
         app = make_client_app(lambda _: build_runtime(config), lambda _: folder)
-        run_simulation(server, app, self._clients, backend_config=resources)
+        try:
+            run_simulation(server, app, self._clients, backend_config=resources)
+        except KeyboardInterrupt:  # nobody else ends the run, which would wait for clients that are gone
+            interrupt(threads)
+            raise
         if failures:
             raise failures[0]
