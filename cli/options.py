@@ -24,7 +24,7 @@ PAIRS = ("set", "model_args")  # options name=value that may be given several ti
 # What most runs set comes first in the help, under "Options"; then come the panels in this order.
 MAIN = ("extract", "aggregate", "dataset", "model", "clients", "levels", "rounds", "seed", "set", "preset", "out", "overwrite")
 GROUPS = ((DataOptions, "Data"), (TrainOptions, "Local training"), (ServerOptions, "Server"))
-RUNNING = ("workers", "engine", "wait", "timeout", "on_client_error", "vmap", "device", "precision")
+RUNNING = ("workers", "engine", "ray_address", "client_gpus", "wait", "timeout", "on_client_error", "vmap", "device", "precision")
 PANELS = ("Plugins and model", *(title for _, title in GROUPS), "Rounds", "Where and how clients run")
 
 # Options that several commands have.

@@ -76,6 +76,7 @@ def resume(
     path: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
     track: Track = None,
     force: Annotated[bool, typer.Option(help="go on with options or versions that the run did not begin with")] = False,
+    ray_address: Annotated[str | None, typer.Option(help="of another Ray cluster: auto or HOST:PORT")] = None,
     debug: Debug = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint; the result is that of a run never stopped."""
@@ -102,7 +103,8 @@ def resume(
     values = config.read_run_file(path / "config.toml")
     if not values:
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
-    options = config.resolve({**values, "out": path})
+    elsewhere = {} if ray_address is None else {"ray_address": ray_address}
+    options = config.resolve({**values, **elsewhere, "out": path})
     folder.lock()
     try:
         summary = watch_run("resume_run", options, folder, track or [], force)

@@ -130,10 +130,16 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
-    engine: Literal["local", "processes", "ray", "flower"] = Field(
+    engine: Literal["local", "processes", "ray", "flower-sim", "flower"] = Field(
         "local",
-        description="where clients run: on threads of this process, in processes of their own, on Flower's simulation "
-        "(docs/federation.md)",
+        description="where clients run: on threads of this process, in processes of their own, on all nodes of a Ray cluster, on "
+        "Flower's simulation (docs/federation.md)",
+    )
+    ray_address: str | None = Field(
+        None, description="of the Ray cluster: auto or HOST:PORT (default: RAY_ADDRESS, else a Ray of its own on this machine)"
+    )
+    client_gpus: float | None = Field(
+        None, gt=0, description="GPUs of a client on Ray, such as 0.25 (default: 1 where --device is cuda)"
     )
     wait: float = Field(120.0, gt=0, description="seconds to wait for all clients to join before round 1 (not for local engines)")
     timeout: float | None = Field(None, gt=0, description="seconds that a client may take for an answer (default: any time)")

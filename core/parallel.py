@@ -97,6 +97,7 @@ class Pool:
         self.workers, self._closed = workers or cores(), False
         torch.set_num_threads(1)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._running: dict[threading.Thread, Job] = {}
         self._lock = threading.Lock()  # a thread that has left `_running` is never interrupted
         for _ in range(self.workers):
@@ -105,7 +106,8 @@ class Pool:
 
     def _start_thread(self) -> None:
         """Starts one more worker thread: a daemon, so that a job that never ends does not keep the program from ending."""
-        threading.Thread(target=self._run_jobs, name="hetfl", daemon=True).start()
+        self._threads.append(threading.Thread(target=self._run_jobs, name="hetfl", daemon=True))
+        self._threads[-1].start()
 
     def _run_jobs(self) -> None:
         keep_interrupts_off()
@@ -164,7 +166,7 @@ class Pool:
     def close(self) -> None:
         """Ends the threads, and interrupts the jobs that they are at: those of a run that failed or was stopped, and late ones.
 
-        Python would end such a thread at its own end, in the middle of torch, which aborts the process.
+        Python would end such a thread at its own end, in the middle of torch or as it lets go of tensors, which aborts the process.
         """
         self._closed = True
         with suppress(queue.Empty):
@@ -177,8 +179,10 @@ class Pool:
             interrupt(interrupted)
             self._running.clear()
         until = time.monotonic() + GRACE
-        for thread in (thread for thread, job in interrupted.items() if not job.late):
-            thread.join(max(0.0, until - time.monotonic()))
+        late = {thread for thread, job in interrupted.items() if job.late}
+        for thread in self._threads:
+            if thread not in late:
+                thread.join(max(0.0, until - time.monotonic()))
         _open.discard(self)
 
 

@@ -46,34 +46,30 @@ class Workers(Protocol):
     def close(self) -> None: ...
 
 
-class LocalEngine:
-    """`clients` clients, whose state lasts as long as the engine; nothing is encoded."""
+class KeepingEngine:
+    """Has what `clients` clients keep between rounds, as long as it lasts, and gives it to whoever answers."""
 
-    def __init__(self, workers: Workers, clients: int, pool: Pool, timeout: float | None = None) -> None:
-        self._workers, self._pool, self._timeout = workers, pool, timeout
+    def __init__(self, clients: int) -> None:
         self.notices: list[str] = []
         self._states: dict[int, ClientState] = {i: {} for i in range(clients)}
         self._before: dict[int, ClientState] = {}  # what clients that have trained in the round under way kept before it
         self._round = 0
 
+    def answers(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Answer]]:
+        """Every call with its answer, about in the order of `calls`; what the client keeps is then in the call's state."""
+        raise NotImplementedError
+
     def ask(self, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Answer]]:
-        """The answers about in the order of `contents`; a Failure for a client that takes longer than the timeout."""
-
-        def give_up(job: Job) -> list[Answer]:
-            return [Failure(f"it gave no answer within {self._timeout:g} s") for _ in job.calls]
-
+        """The answers about in the order of `contents`."""
         round = max((c.round for c in contents.values() if isinstance(c, Instruction)), default=self._round)
         if round != self._round:
             self._before, self._round = {}, round
-        jobs = self._workers.split([Call(kind, i, content, dict(self._states[i])) for i, content in contents.items()])
-        answered = self._pool.imap_ordered(self._workers.work, jobs, lambda job: job.cost, self._timeout, give_up)
-        for job, answers in zip(jobs, answered, strict=True):
-            for call, answer in zip(job.calls, answers, strict=True):
-                if not isinstance(answer, Failure):
-                    if kind == "train":
-                        self._before.setdefault(call.client, self._states[call.client])
-                    self._states[call.client] = call.state
-                yield call.client, answer
+        for call, answer in self.answers([Call(kind, i, content, dict(self._states[i])) for i, content in contents.items()]):
+            if not isinstance(answer, Failure):
+                if kind == "train":
+                    self._before.setdefault(call.client, self._states[call.client])
+                self._states[call.client] = call.state
+            yield call.client, answer
 
     def drive(self, work: Callable[[], None]) -> None:
         """Does `work`; there is nothing to begin or to end."""
@@ -91,6 +87,25 @@ class LocalEngine:
         """Gives a client back what it kept before this round's training."""
         if client in self._before:
             self._states[client] = self._before.pop(client)
+
+
+class LocalEngine(KeepingEngine):
+    """Clients on the threads of `pool`; nothing is encoded. A Failure for a client that takes longer than the timeout."""
+
+    def __init__(self, workers: Workers, clients: int, pool: Pool, timeout: float | None = None) -> None:
+        super().__init__(clients)
+        self._workers, self._pool, self._timeout = workers, pool, timeout
+
+    def answers(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Answer]]:
+        """Every call with its answer, in the order of the jobs."""
+
+        def give_up(job: Job) -> list[Answer]:
+            return [Failure(f"it gave no answer within {self._timeout:g} s") for _ in job.calls]
+
+        jobs = self._workers.split(calls)
+        answered = self._pool.imap_ordered(self._workers.work, jobs, lambda job: job.cost, self._timeout, give_up)
+        for job, answers in zip(jobs, answered, strict=True):
+            yield from zip(job.calls, answers, strict=True)
 
     def close(self) -> None:
         """Ends the workers."""

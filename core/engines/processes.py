@@ -6,24 +6,22 @@ with it and is replaced.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as LateError
 from multiprocessing import get_context, resource_tracker
-from typing import Any
 
 import torch
 from pebble import ProcessExpired, ProcessPool
-from torch import Tensor
 
 from hetfl.config import resolve
 from hetfl.engines.local import Call, Job
+from hetfl.engines.pickling import answer_in_bytes, read_answer, to_bytes
 from hetfl.parallel import end_with_parent
 from hetfl.rounds.client import ClientRuntime
-from hetfl.rounds.messages import Answer, Failure, Instruction, too_long
+from hetfl.rounds.messages import Answer, Failure, Instruction
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_setup
 
@@ -50,11 +48,7 @@ class ProcessWorkers:
             return [Failure(f"it gave no answer within {self._timeout:g} s, and its process was ended")]
         except ProcessExpired:
             return [Failure("the client's process ended before it answered")]
-        reply, kept = pickle.loads(answered)  # the reply's own bytes, which are read only where they are no more than was asked for
-        if (failure := too_long(len(reply), call.content)) is not None:
-            return [failure]
-        found, call.state = pickle.loads(reply), pickle.loads(kept)
-        return [found]
+        return [read_answer(pickle.loads(answered), call)]
 
     def close(self) -> None:
         """Ends the processes."""
@@ -65,22 +59,6 @@ class ProcessWorkers:
 def entries(call: Call) -> int:
     """Entries of the tensors that a call sends."""
     return sum(t.numel() for t in call.content.state.values()) if isinstance(call.content, Instruction) else 0
-
-
-class TensorPickler(pickle.Pickler):
-    """Pickles a tensor as its own entries alone, whatever storage it is a view of, and without shared memory."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            return torch.from_numpy, (obj.detach().cpu().contiguous().numpy(),)
-        return NotImplemented
-
-
-def to_bytes(value: object) -> bytes:
-    """`value` as bytes for another process of this run."""
-    buffer = io.BytesIO()
-    TensorPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
 
 
 # in the other process
@@ -99,10 +77,4 @@ def begin(config: str, parent: int) -> None:
 
 def answer(data: bytes) -> bytes:
     """What a client answers, and what it keeps."""
-    kind, client, content, state = pickle.loads(data)
-    found: Answer
-    try:
-        found = RUNTIME[0].answer(kind, client, content, state)
-    except (Exception, SystemExit) as error:
-        found = Failure.of(error)
-    return pickle.dumps((to_bytes(found), to_bytes(state)))
+    return pickle.dumps(answer_in_bytes(RUNTIME[0], *pickle.loads(data)))

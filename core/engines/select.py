@@ -1,7 +1,8 @@
-"""The engine of a run: `local` on threads of this process, `processes`, `ray` on Flower's simulation, `flower` on a federation."""
+"""The engine of a run: on threads of this process, in processes, on a Ray cluster, on Flower's simulation or federation."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,15 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
 
         return LocalEngine(ProcessWorkers(config, pool.workers, options.timeout), clients, pool)
     if options.engine == "ray":
-        from hetfl.engines.flower.ray import RayEngine
+        if importlib.util.find_spec("ray") is None:
+            raise UsageError("--engine ray needs Ray: pip install 'hetfl[ray]'")
+        from hetfl.engines.ray import RayEngine
 
-        return RayEngine(clients, options, config, context.client_states)
+        return RayEngine(runtime, config)
+    if options.engine == "flower-sim":
+        from hetfl.engines.flower.simulation import SimulationEngine
+
+        return SimulationEngine(clients, options, config, context.client_states)
     if context.grid is None:
         raise UsageError("--engine flower is what an exported app runs on: use hfl federate, or hfl export flower and flwr run")
     from hetfl.engines.flower.remote import FlowerEngine

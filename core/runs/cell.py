@@ -18,7 +18,7 @@ NOT_APPLICABLE = "not applicable"  # in a summary: why accuracies of the global 
 
 LEVEL_COSTS = ("parameters", "MACs", "memory", "bytes down", "bytes up", "seconds")  # of a client of a level in a round
 
-WITHOUT_EFFECT = {"out", "overwrite", "workers"}  # options that change no result
+WITHOUT_EFFECT = {"out", "overwrite", "workers", "ray_address", "client_gpus"}  # options that change no result
 
 
 @dataclass(frozen=True)

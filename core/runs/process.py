@@ -46,7 +46,7 @@ def for_programs(function: F) -> F:
 
 
 def settings() -> Settings:
-    """What a run sets for the whole process: torch's threads, and for Ray Flower's log level and the environment."""
+    """What a run sets for the whole process: torch's threads, and for Ray and Flower the log level and the environment."""
     flower = {name: value for name, value in os.environ.items() if name.startswith(("FLWR_", "RAY_"))}
     return torch.get_num_threads(), logging.getLogger("flwr").level, flower
 
@@ -64,3 +64,4 @@ def own_settings() -> Iterator[None]:
             logging.getLogger("flwr").setLevel(level)
             for name in settings()[2].keys() - flower.keys():
                 del os.environ[name]
+            os.environ |= flower

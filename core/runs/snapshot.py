@@ -24,7 +24,9 @@ from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
 from hetfl.submodel.plan import Patch, Patches
 
-HARMLESS = {"out", "overwrite", "workers", "wait", "timeout", "checkpoint_every", "keep_checkpoints"}  # change no result
+HARMLESS = {  # change no result
+    "out", "overwrite", "workers", "wait", "timeout", "checkpoint_every", "keep_checkpoints", "ray_address", "client_gpus"
+}  # fmt: skip
 
 BITS = ("hetfl", "torch", "numpy")  # packages on whose versions bits depend
 

@@ -28,3 +28,12 @@ class Failing(Plugin):
             time.sleep(1)
             raise ValueError("not today")
         return (yield)
+
+
+class Slow(Plugin):
+    """Every client takes a while."""
+
+    @hookimpl(wrapper=True)
+    def fit(self, task):
+        time.sleep(0.4)
+        return (yield)

@@ -59,16 +59,16 @@ def folder_of(stops, path, engine, rounds=None, **values):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
 @pytest.mark.parametrize(
-    "values",
-    [{"extract": "fedconv", "aggregate": "kld"}, {"extract": "hermes"}],
-    ids=lambda v: v["extract"],
+    ("engine", "values"),
+    [("ray", {"extract": "fedconv", "aggregate": "kld"}), ("flower-sim", {"extract": "hermes"})],
+    ids=lambda v: v if isinstance(v, str) else v["extract"],
 )
-def test_flowers_simulation_gives_the_bits_of_the_local_engine(tmp_path, stops, values):
+def test_engines_on_ray_give_the_bits_of_the_local_engine(tmp_path, stops, engine, values):
     """Structured, masked and personal strategies, and a run that goes on with the memory on the clients' disks."""
-    here, there = folder_of(stops, tmp_path / "local", "local", **values), folder_of(stops, tmp_path / "ray", "ray", **values)
+    here, there = folder_of(stops, tmp_path / "local", "local", **values), folder_of(stops, tmp_path / "there", engine, **values)
     assert stops.equal(here, there)
     if values["extract"] == "hermes":
         with pytest.raises(stops.Stopped):
-            folder_of(stops, tmp_path / "part", "ray", rounds=1, **values)
+            folder_of(stops, tmp_path / "part", engine, rounds=1, **values)
         stops.go_on(tmp_path / "part")
         assert stops.equal(here, tmp_path / "part")

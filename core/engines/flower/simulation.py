@@ -20,18 +20,19 @@ from hetfl.errors import UsageError
 from hetfl.parallel import cores, interrupt
 
 
-class RayEngine(FlowerEngine):
+class SimulationEngine(FlowerEngine):
     """Asks clients while `drive` runs; an actor a core. Raises UsageError where Ray is not installed."""
 
     def __init__(self, clients: int, options: RunOptions, config: str, client_states: Path) -> None:
         super().__init__(clients, options.timeout, options.wait)
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("--engine ray needs Flower's simulation: pip install 'hetfl[ray]'")
+            raise UsageError("--engine flower-sim needs Flower's simulation: pip install 'hetfl[ray]'")
         self._config, self._folder, self._workers = config, client_states.absolute(), options.workers or cores()
 
     def drive(self, work: Callable[[], None]) -> None:
         """Does `work` while the simulation runs; what it raises is raised here."""
         os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        os.environ["RAY_ADDRESS"] = "local"  # Flower would give a cluster that runs here a number of cores, which Ray refuses
         from flwr.simulation import run_simulation
 
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
