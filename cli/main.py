@@ -71,6 +71,7 @@ app.command("check-run")(show.check_run)
 app.command()(show.version)
 app.add_typer(export, name="export")
 export.command("flower")(run.export_flower)
+export.command("peft")(run.export_peft)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`hfl run`, `hfl resume`, `hfl export flower` and `hfl federate`: one experiment, here or elsewhere."""
+"""`hfl run`, `hfl resume`, `hfl export` and `hfl federate`: one experiment, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -132,6 +132,18 @@ def export_flower(
     except OSError as error:
         raise UsageError(f"'{folder}' cannot be written: {error.strerror}") from error
     say(f"flwr run {folder} SUPERLINK --stream --run-config 'out=\"/path/of/the/run/folder\"'")
+
+
+def export_peft(
+    run: Annotated[Path, typer.Argument(help="folder of a run with --adapter lora")],
+    folder: Annotated[Path, typer.Argument(help="folder for adapter_config.json and adapter_model.safetensors")],
+    debug: Debug = False,
+) -> None:
+    """Write the adapters that a run trained in peft's format (docs/ranks.md)."""
+    from hetfl.runs.api import load
+
+    load(run).export_peft(folder)
+    say(f"PeftModel.from_pretrained(model, '{folder}')")
 
 
 def gather_for_flower(given: dict[str, Any]) -> RunOptions:

@@ -108,6 +108,12 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     wrap: tuple[str, ...] = Field((), description="plugins around local training, from the outside in")
     model: str | None = Field(None, description="model of the zoo or package.module:factory (default: the data set's)")
     model_args: dict[str, Any] = Field({}, description="arguments of the model factory, name=value")
+    adapter: str | None = Field(
+        None,
+        description="train low-rank adapters and the head alone: lora:rank=8,alpha=16,target=attention|linear|conv|REGEX, or own: "
+        "those that the model brings (docs/ranks.md)",
+    )
+    base: Path | None = Field(None, description="weights that the model begins with: a .safetensors file or the folder of a run")
     global_width: float = Field(
         1.0,
         gt=0,

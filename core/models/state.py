@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
+
+from hetfl.errors import UsageError
 
 State = dict[str, Tensor]  # by name
 
@@ -34,6 +38,26 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         torch._foreach_copy_(list(mine.values()), [state[name] for name in mine])
     return model
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """`model` with the tensors of a .safetensors file, or of the run in a folder, in place.
+
+    Raises UsageError where it cannot be read or has other tensors.
+    """
+    file = path / "weights.safetensors" if path.is_dir() else path
+    try:
+        found = safetensors.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the weights in '{file}' cannot be read: {error}") from error
+    mine = tensors(model)
+    if odd := sorted(found.keys() ^ mine.keys()):
+        raise UsageError(f"the weights in '{file}' are of another model: it and they do not share {', '.join(odd[:3])}")
+    for name, tensor in mine.items():
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)}, and that of the model {tuple(tensor.shape)}"
+            raise UsageError(f"the weights in '{file}' are of another model: their '{name}' is {shapes}")
+    return load_state(model, found)
 
 
 def pack_tensors(state: State) -> bytes:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from hetfl.models.frozen import frozen
 from hetfl.models.state import tensors
 from hetfl.submodel import encoding
 
@@ -60,8 +61,8 @@ def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, opt
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of the model's parameters; buffers do not count."""
-    return sum(p.numel() for p in model.parameters())
+    """The number of the model's parameters, the frozen ones included; buffers do not count."""
+    return sum(p.numel() for p in (*model.parameters(), *frozen(model).values()))
 
 
 def count_macs(model: nn.Module, x: Tensor) -> int:

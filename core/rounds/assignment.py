@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from hetfl.config import RunOptions
-from hetfl.errors import RunError, UsageError
+from hetfl.errors import NotApplicable, RunError, UsageError
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
@@ -18,7 +18,7 @@ from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure, 
 from hetfl.rounds.receiving import leave_out
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.submodel import encoding
-from hetfl.submodel.plan import Plan
+from hetfl.submodel.plan import WHOLE, Plan, Selection
 
 LEAST_WIDTH = 1e-4  # that a device may claim
 
@@ -105,6 +105,7 @@ def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, As
     run = now.run
     clients, plans = extract_plans(now, clients) if clients else (clients, [])
     refuse_uncut(run.server, clients, plans)
+    refuse_scattered(run.server, plans)
     found = {client.id: assign(now, client, plan) for client, plan in zip(clients, plans, strict=True) if plan is not None}
     for assignment in found.values():
         assignment.extras = run.plugins.client_extras(run.server, assignment.client, assignment.plan, now.number)
@@ -182,6 +183,17 @@ def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan
     if not server.widths.groups and whole and any(c.profile.width < 1 for c in clients):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(server.widths.frozen.items())[:3])
         raise UsageError(f"no width of this model can be cut ({why}), so only --levels 1 is possible with it")
+
+
+def refuse_scattered(server: Server, plans: Sequence[Plan | None]) -> None:
+    """A frozen base is not sent: every node cuts its own by the numbers of units alone, so it can only keep the leading ones."""
+    base = server.builder.base
+    for plan in {id(p): p for p in plans if isinstance(p, Selection)}.values() if base else ():
+        if name := next((n for n in base if not plan.cuts.get(n, WHOLE).leads), None):
+            raise NotApplicable(
+                f"not applicable: the frozen base is not sent, so a node can cut it to leading channels alone, and this extraction "
+                f"keeps others of '{name}'; take one that keeps the leading ones, or cuts ranks alone (--extract loraranks)"
+            )
 
 
 def refuse_too_many(options: RunOptions, clients: int) -> None:

@@ -15,12 +15,14 @@ from hetfl.config import RunOptions
 from hetfl.data import catalog
 from hetfl.data import loading as data
 from hetfl.data.dataset import FederatedDataset
-from hetfl.errors import UsageError
+from hetfl.errors import NotApplicable, UsageError
 from hetfl.hooks import loading
 from hetfl.hooks.manager import PluginManager
 from hetfl.models import factory, normalization, zoo
+from hetfl.models.adapters import add_adapters, parse_adapter
 from hetfl.models.early_exit import all_exits
-from hetfl.models.state import tensors
+from hetfl.models.frozen import freeze
+from hetfl.models.state import load_weights, tensors
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
 from hetfl.rounds.assignment import sample_size
@@ -59,7 +61,7 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
     options = resolve_options(options, federation, plugins)
     callback.phase(0, "model")
     model, widths = trace_model(options, federation, plugins)
-    builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
+    builder = SubmodelBuilder(freeze_base(options, model), widths, partial(build_model, options, federation), options.device)
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 
 
@@ -70,10 +72,13 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
     options = resolve_options(options, federation, plugins)
     with torch.device("meta" if zoo.in_zoo(model_of(options)) and not plugins.adapts_model else "cpu"):
         model = build_model(options, federation, model_of(options))
-    whole = partial(adapt_model, options, federation, plugins)
-    if plugins.adapts_model or options.global_width < 1 or not is_fully_named(model):
-        model = whole()
-    builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device, whole)
+
+    def whole() -> nn.Module:
+        return freeze_base(options, adapt_model(options, federation, plugins))
+
+    lean = not (plugins.adapts_model or options.adapter or options.global_width < 1) and is_fully_named(model)
+    other = partial(build_model, options, federation)
+    builder = SubmodelBuilder(model if lean else whole(), widths, other, options.device, whole if lean else None)
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 
 
@@ -136,9 +141,11 @@ def sums_on_device(setup: Setup) -> bool:
 
 
 def build_model(options: RunOptions, federation: FederatedDataset, name: str) -> nn.Module:
-    """The model `name` of a run, with the run's arguments where it is the run's own model."""
-    args = options.model_args if name == model_of(options) else {}
-    return normalization.replace_norms(factory.build_model(name, args, federation.inputs, options.seed), options.norm_policy)
+    """The model `name` of a run, with the run's arguments and first weights where it is the run's own model."""
+    own = name == model_of(options)
+    model = factory.build_model(name, options.model_args if own else {}, federation.inputs, options.seed)
+    model = normalization.replace_norms(model, options.norm_policy)
+    return load_weights(model, options.base) if own and options.base is not None else model
 
 
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
@@ -155,17 +162,31 @@ def trace_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
 
 
 def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> nn.Module:
-    """The run's model as its plugins want it, untrained, of the width that the run gives it."""
+    """The run's model with its adapters and as its plugins want it, untrained, of the width that the run gives it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapt"))
-        model = build_model(options, federation, model_of(options))
-        model = plugins.adapt_model(model, sample(federation), len(federation.classes))
+        model, x, classes = build_model(options, federation, model_of(options)), sample(federation), len(federation.classes)
+        if options.adapter and (adapters := parse_adapter(options.adapter)):
+            model = add_adapters(model, adapters, x, classes)
+        model = plugins.adapt_model(model, x, classes)
     if options.global_width == 1:
         return model
     widths = trace_all_exits(options, federation, model)
     if not widths.groups:
         raise UsageError(f"no width of model '{model_of(options)}' can be cut, so only --global-width 1 is possible with it")
     return build_submodel(widths, model, widths.prefix(options.global_width))
+
+
+def freeze_base(options: RunOptions, model: nn.Module) -> nn.Module:
+    """The model, once it is traced, with what a run with adapters does not train as a part of the architecture.
+
+    Raises NotApplicable where all of it is trained.
+    """
+    if not options.adapter:
+        return model
+    if all(p.requires_grad for p in model.parameters()):
+        raise NotApplicable("not applicable: --adapter own is for a model that freezes its base, and all of this one is trained")
+    return freeze(model)
 
 
 def trace_all_exits(options: RunOptions, federation: FederatedDataset, model: nn.Module) -> Widths:

@@ -23,6 +23,7 @@ from hetfl.files import reason, write_file
 LOCK, MARK = ".lock", ".hetfl"
 
 WEIGHTS, FILE_HASH = "weights.safetensors", "weights.safetensors sha256"  # the file, and its hash in the summary
+BASE_HASH = "base sha256"  # in run.json and the metadata of the weights, of what a run with adapters does not train
 
 
 class FolderInUseError(UsageError):

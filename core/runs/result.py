@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -17,16 +18,18 @@ from torch import nn
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import Examples, FederatedDataset
 from hetfl.data.inputs import Inputs
-from hetfl.errors import UsageError, nearest, plural
+from hetfl.errors import RunError, UsageError, nearest, plural
 from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.manager import PluginManager
-from hetfl.models.state import State, load_state
+from hetfl.models.frozen import base_hash, freeze
+from hetfl.models.state import State, load_state, tensors
 from hetfl.registry import ROLES
 from hetfl.rounds import setup
 from hetfl.runs import leaderboard
 from hetfl.runs.cell import TrialResult
-from hetfl.runs.folder import MemoryFolder, RunFolder
+from hetfl.runs.folder import BASE_HASH, MemoryFolder, RunFolder
 from hetfl.runs.given import Given
+from hetfl.runs.peft import write_adapters
 from hetfl.runs.process import one_at_a_time
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.plan import Selection
@@ -70,14 +73,19 @@ class Run:
 
     @property
     def weights(self) -> State:
-        """The final global weights by name."""
+        """The final global weights by name; of a run with adapters those that it trained."""
         return load(self._read("weights.safetensors"))
 
     @cached_property
     def model(self) -> nn.Module:
-        """The global model with its final weights, in evaluation mode, on the CPU."""
-        options, data, plugins = self._parts
-        return load_state(setup.adapt_model(options, data, plugins), self.weights).eval()
+        """The global model with its final weights, the frozen base included, in evaluation mode, on the CPU.
+
+        Raises RunError where that base is not the run's: its --base is another by now.
+        """
+        model, facts = setup.adapt_model(*self._parts), self._folder.read("run.json")
+        if BASE_HASH in facts and facts[BASE_HASH] != base_hash(freeze(copy.deepcopy(model))):
+            raise RunError("the frozen base of the model is not the one that this run had (--base)")
+        return load_state(model, {**tensors(model), **self.weights}).eval()
 
     def submodel(self, width: float) -> nn.Module:
         """A new, smaller module of width ratio `width` in (0, 1], with the leading part of the final weights.
@@ -90,10 +98,16 @@ class Run:
         part = Selection(self._builder.widths, self._builder.widths.select(prefix(width)))
         return load_state(self._builder.build(part.sizes), part.take(self.weights)).eval()
 
+    def export_peft(self, folder: str | Path) -> None:
+        """Writes the adapters of a run with --adapter lora as peft keeps them: PeftModel.from_pretrained(model, folder) loads them
+        into the model that the run began with."""
+        write_adapters(self.model, self.weights, self.options, Path(folder))
+
     @cached_property
     def _builder(self) -> SubmodelBuilder:
         with one_at_a_time:
-            return SubmodelBuilder(*setup.trace_model(*self._parts))
+            model, widths = setup.trace_model(*self._parts)
+            return SubmodelBuilder(setup.freeze_base(self.options, model), widths)
 
     @cached_property
     def _parts(self) -> tuple[RunOptions, FederatedDataset, PluginManager]:

@@ -13,12 +13,13 @@ from safetensors.torch import save
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
 from hetfl.errors import RunError, UsageError
+from hetfl.models.frozen import base_hash
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import ALARMS, CLIENT, FAULT, ROUND, TAKEN, Row
 from hetfl.runs.checkpoint import Checkpoints, Snapshot
 from hetfl.runs.experiment import Experiment, prepare
-from hetfl.runs.folder import FILE_HASH, WEIGHTS, RunFolder
+from hetfl.runs.folder import BASE_HASH, FILE_HASH, WEIGHTS, RunFolder
 from hetfl.runs.snapshot import capture, describe_changes, list_rounds, restore
 from hetfl.runs.summary import class_counts, run_facts, summarise, to_contiguous
 
@@ -55,7 +56,8 @@ def run(
         experiment.engine.drive(partial(run_rounds, experiment.state, experiment.engine))
     finally:
         experiment.close()
-    weights = save(to_contiguous(experiment.server.state))
+    base = base_hash(experiment.server.builder.model)
+    weights = save(to_contiguous(experiment.server.state), {BASE_HASH: base} if base else None)
     folder.write(WEIGHTS, weights)
     summary = summarise(experiment, time.perf_counter() - began) | {FILE_HASH: hashlib.sha256(weights).hexdigest()}
     folder.json("summary.json", summary)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hetfl.config import RunOptions, format_run_file, resolve
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client
+from hetfl.models.frozen import base_hash
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.rows import CLIENT, RESERVED, ROUND
@@ -103,7 +104,8 @@ def facts(experiment: Experiment) -> dict[str, Any]:
         "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
         "last round": {str(client): number for client, number in run.last_round.items()},
         "state versions": {str(client): number for client, number in run.state_versions.items()},
-        "data": experiment.federation.fingerprint, "versions": {name: version(name) for name in BITS},
+        "data": experiment.federation.fingerprint, "base": base_hash(server.builder.model),
+        "versions": {name: version(name) for name in BITS},
         "options": identity(resolve(tomllib.loads(format_run_file(experiment.options, experiment.plugins.options())))),
     }  # fmt: skip
 
@@ -113,6 +115,8 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
     if known["data"] != experiment.federation.fingerprint:
         raise RunError("the data are not those that this run began with, so it cannot go on")
+    if known["base"] != base_hash(server.builder.model):
+        raise RunError("the frozen base of the model is not the one that this run began with, so it cannot go on")
     if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
         raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")
     server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))

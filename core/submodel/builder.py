@@ -9,19 +9,24 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 from torch import Tensor, nn
 
+from hetfl.models.frozen import frozen, replacing
 from hetfl.models.state import State, load_state, tensors
+from hetfl.submodel.blocks import take
 from hetfl.submodel.slicing import build_submodel
-from hetfl.submodel.widths import DEPTH, Widths
+from hetfl.submodel.widths import DEPTH, Kept, Widths
 
 CACHED = 16  # submodels that a thread keeps
+
+Units = tuple[tuple[str, int], ...]  # the number of units of each group
 
 
 class SubmodelBuilder:
     """Builds the submodels of `model`, and with `other` the architectures that clients have of their own, by name.
 
     `model` may be without values (on device "meta") where submodels are only loaded; `whole` then builds the one with values for
-    `initial`. Modules are on `device`. A module that `module` or `load` returns belongs to the calling thread, until that thread
-    asks for the same sizes again.
+    `initial`. Modules are on `device`. `base` is what is frozen of `model` (models/frozen.py): all modules that leave a tensor of
+    it whole have the same one, and so have those that cut it to one size. A module that `module` or `load` returns belongs to the
+    calling thread, until that thread asks for the same sizes again.
     """
 
     def __init__(
@@ -36,24 +41,62 @@ class SubmodelBuilder:
         self.full = {group.name: group.size for group in widths.groups}
         self._local, self._lock = threading.local(), threading.Lock()
         self._untrained: dict[str | None, nn.Module] = {None: model}
+        with replacing(model, self._lay_out):
+            pass
+        self.base, self._cuts = frozen(model), dict[Units, State]()
+        self._there: dict[int, tuple[Tensor, Tensor]] = {}  # frozen tensors on another device, beside those in main memory
 
     def module(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` units of each group (None: the whole model), with the values of its last use."""
         key = (model, () if model else tuple((self.full if sizes is None else sizes).items()))
         mine: dict[Hashable, nn.Module] = self._local.__dict__.setdefault("modules", {})
-        found = mine.pop(key) if key in mine else to_fast_layout(self._make(dict(key[1]), model)).to(self.device)
+        found = mine.pop(key) if key in mine else self._place(self._make(dict(key[1]), model))
         mine[key] = found  # dicts keep the order of insertion: the first key is the least recently used
         if len(mine) > CACHED:
             del mine[next(iter(mine))]
         return found
 
+    def _place(self, model: nn.Module) -> nn.Module:
+        """`model` in the layout and on the device of the run; what is frozen of it is there once for all threads."""
+        with replacing(model, self._move):
+            return to_fast_layout(model).to(self.device)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        """A frozen tensor on the device of the run, the same one whenever it is asked for."""
+        if torch.device(self.device).type == "cpu":
+            return tensor
+        with self._lock:
+            if id(tensor) not in self._there:
+                self._there[id(tensor)] = tensor, tensor.to(self.device)
+            return self._there[id(tensor)][1]
+
+    def _lay_out(self, tensor: Tensor) -> Tensor:
+        """A frozen tensor in the layout that a module will have it in, so that none needs a copy."""
+        form = fast_layout(self.model) if tensor.ndim == 4 else torch.contiguous_format
+        return tensor.contiguous(memory_format=form)
+
     def _make(self, sizes: dict[str, int], name: str | None) -> nn.Module:
         model = self.untrained(name)
         if name or sizes == self.full:
-            return materialize(copy.deepcopy(model))
+            return materialize(copy.deepcopy(model, {id(t): t for t in self.base.values()}))
         depth = sizes.pop(DEPTH, None)
         base = model if depth is None else model.at_depth(depth)  # type: ignore[operator]
-        return materialize(build_submodel(self.widths, base, {name: torch.arange(size) for name, size in sizes.items()}))
+        kept = {name: torch.arange(size) for name, size in sizes.items()}
+        return materialize(build_submodel(self.widths, base, kept, self._cut_base(kept)))
+
+    def _cut_base(self, kept: Kept) -> State:
+        """The frozen tensors of a submodel of the leading units `kept`: the very same ones for all that ask."""
+        if not self.base:
+            return {}
+        key = tuple((name, len(units)) for name, units in kept.items())
+        with self._lock:
+            if key not in self._cuts:
+                while len(self._cuts) >= CACHED:
+                    self._cuts.pop(next(iter(self._cuts)))
+                    self._there.clear()
+                blocks = ((name, t, take(t, self.widths.index(kept).get(name, {}))) for name, t in self.base.items())
+                self._cuts[key] = {name: t if small.shape == t.shape else self._lay_out(small.clone()) for name, t, small in blocks}
+            return self._cuts[key]
 
     def build(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """Builds a new submodel of `sizes` (None: the whole model) that nobody else has, with the values from before training."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hetfl.submodel.blocks import take
 from hetfl.submodel.widths import Kept, Widths
 
 
-def build_submodel(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
-    """A copy of `model` whose tensors are its blocks at `kept`, with parameters of its own.
+def build_submodel(widths: Widths, model: nn.Module, kept: Kept, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of `model` whose tensors are its blocks at `kept`, with parameters of its own; the tensors `shared` are as they are.
 
     Attributes of layers that repeat a size (features, channels, groups, normalized_shape, heads) follow. A `model` of meta tensors
     gives one of meta tensors.
@@ -20,6 +21,9 @@ def build_submodel(widths: Widths, model: nn.Module, kept: Kept) -> nn.Module:
     memo: dict[int, Any] = {}
     index = widths.index(kept)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if shared and name in shared:
+            memo[id(tensor)] = shared[name]
+            continue
         small = take(tensor.detach(), index.get(name, {})).clone()
         memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
     small_model = copy.deepcopy(model, memo)
@@ -53,9 +57,9 @@ def refit_layer(layer: nn.Module) -> None:
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = layer.weight.shape[1]
     elif isinstance(layer, nn.RNNBase):
-        layer.input_size = int(layer.get_parameter("weight_ih_l0").shape[1])
+        layer.input_size = int(getattr(layer, "weight_ih_l0").shape[1])  # noqa: B009 (torch does not say that it is a tensor)
     elif isinstance(layer, nn.RNNCellBase):
-        layer.input_size = int(layer.get_parameter("weight_ih").shape[1])
+        layer.input_size = int(layer.weight_ih.shape[1])
 
 
 def refit_conv(layer: nn.modules.conv._ConvNd) -> None:

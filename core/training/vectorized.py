@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
+from hetfl.models.frozen import frozen
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
 from hetfl.rng import stream
@@ -58,7 +59,7 @@ def group_size(model: nn.Module, options: RunOptions, shape: tuple[int, ...], dr
     """
     if options.vmap == "off" or draws or any(isinstance(m, RECURRENT) for m in model.modules()):
         return 1
-    count, cpu = sum(p.numel() for p in model.parameters()), torch.device(options.device).type == "cpu"
+    count, cpu = sum(p.numel() for p in (*model.parameters(), *frozen(model).values())), torch.device(options.device).type == "cpu"
     if options.vmap == "auto" and not (
         is_worthwhile(model, count, options.batch_size * math.prod(shape[1:])) if cpu else count <= LARGE
     ):

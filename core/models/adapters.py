@@ -1,0 +1,183 @@
+"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) in the layers of any module, whose own parameters are then not trained.
+
+The ranks of an adapter are the channels between its two halves, so they are a width group like any other: lora_A's rows and
+lora_B's columns.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hetfl.errors import NotApplicable, UsageError, nearest
+
+KEYS = ("rank", "alpha", "target")
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which read their children's weights, not their outputs
+OWN = "own"  # --adapter: the model brings adapters of its own
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What --adapter says: LoRA of `rank` in the layers that `target` names, its output times `alpha` / `rank`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target: str = "linear"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def parse_adapter(text: str) -> AdapterSpec | None:
+    """The adapters that a text such as lora:rank=16,alpha=32,target=attention asks for; None for "own", those of the model itself.
+
+    Raises UsageError for what is none.
+    """
+    kind, _, rest = text.partition(":")
+    if text == OWN:
+        return None
+    if kind != "lora":
+        raise UsageError(
+            f"unknown adapter '{kind}'{nearest(kind, ['lora', OWN])} (known: lora:rank=8,alpha=16,target=linear; {OWN})"
+        )
+    given: dict[str, Any] = {}
+    for pair in re.split(rf",(?=(?:{'|'.join(KEYS)})=)", rest) if rest else ():
+        key, _, value = pair.partition("=")
+        if key not in KEYS:
+            raise UsageError(f"an adapter has no option '{key}'{nearest(key, KEYS)} (known: {', '.join(KEYS)})")
+        given[key] = value
+    try:
+        spec = AdapterSpec(int(given.get("rank", 8)), float(given.get("alpha", 16)), given.get("target", "linear"))
+        re.compile(spec.target)
+    except (ValueError, re.error) as error:
+        raise UsageError(f"--adapter {text}: {error}") from error
+    if spec.rank < 1 or not 0 < spec.alpha < math.inf:
+        raise UsageError(f"--adapter {text}: the rank is a count from 1 on, alpha a number above 0")
+    return spec
+
+
+class Lora(nn.Module):
+    """`base_layer`(x) + `scale` * B A x, with A of `rank` rows; B starts at 0, so that nothing changes before training.
+
+    `scale` is alpha / rank of the whole adapter and stays so where ranks are cut: a client of fewer ranks adds up fewer of the same
+    terms.
+    """
+
+    def __init__(self, base_layer: nn.Module, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base_layer, scale
+        self.lora_A, self.lora_B = make_halves(base_layer, rank)
+        nn.init.zeros_(self.lora_B.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+        return out
+
+
+def make_halves(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
+    """A and B of a linear layer; of a convolution, A is one of its kernel and stride to `rank` channels and B pointwise."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+    assert isinstance(layer, CONVS)
+    make: Any = type(layer)
+    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "padding_mode": layer.padding_mode}
+    return make(layer.in_channels, rank, layer.kernel_size, bias=False, **how), make(rank, layer.out_channels, 1, bias=False)
+
+
+def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, classes: int) -> nn.Module:
+    """Puts adapters into `model`, in place, and freezes all of its own parameters but those of layers that answer with a number
+    for each class: these heads are trained whole.
+
+    `x` is a batch to find the heads with. Raises NotApplicable where no layer is one that `spec` names.
+    """
+    heads = find_heads(model, x, classes)
+    layers = dict(model.named_modules())
+    chosen = [name for name in list_targets(model, spec.target) if name not in heads]
+    if not chosen:
+        raise NotApplicable(f"not applicable: {explain_no_target(model, spec.target)}")
+    model.requires_grad_(False)
+    for name in heads:
+        layers[name].requires_grad_(True)
+    for name in chosen:
+        parent, _, attribute = name.rpartition(".")
+        setattr(layers[parent], attribute, Lora(layers[name], spec.rank, spec.scale))
+    return model
+
+
+def find_heads(model: nn.Module, x: Tensor, classes: int) -> set[str]:
+    """The names of the layers with parameters of their own that answer x (N, *shape) with (N, classes)."""
+    found: set[str] = set()
+    layers = {name: m for name, m in model.named_modules() if name and next(m.parameters(recurse=False), None) is not None}
+
+    def watch(name: str) -> Any:
+        def note(_: nn.Module, given: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and out.shape == (len(x), classes):
+                found.add(name)
+
+        return note
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return found
+
+
+def list_targets(model: nn.Module, target: str) -> list[str]:
+    """The names of the layers that can have an adapter and that `target` names: a kind, or a regular expression for the name."""
+    found, unfit = [], [name for name, m in model.named_modules() if isinstance(m, READ_BY_PARENT)]
+    classes = {name: type(m).__name__ for name, m in model.named_modules()}
+    for name, layer in model.named_modules():
+        linear, conv = isinstance(layer, nn.Linear), isinstance(layer, CONVS) and layer.groups == 1
+        if not name or not (linear or conv) or any(name.startswith(f"{other}." if other else "") for other in unfit):
+            continue
+        steps = name.split(".")
+        around = [*steps, *(classes[".".join(steps[:i])] for i in range(len(steps)))]
+        attention = any("attn" in word.lower() or "attention" in word.lower() for word in around)
+        kinds = {"attention": attention, "linear": linear, "conv": conv}
+        found += [name] if (kinds[target] if target in kinds else re.search(target, name)) else []
+    return found
+
+
+def explain_no_target(model: nn.Module, target: str) -> str:
+    """Why no layer of `model` gets an adapter, and what could."""
+    able = [name for kind in ("linear", "conv") for name in list_targets(model, kind)]
+    shown = f"{', '.join(able[:5])}{' …' if len(able) > 5 else ''}" if able else "none"
+    return (
+        f"no layer that can have an adapter is '{target}' (attention, linear, conv, or a regular expression for names; such layers "
+        f"of this model, the head among them: {shown})"
+    )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The names of the two halves of an adapter: A (rank, in, *kernel) and B (out, rank, *ones)."""
+
+    a: str
+    b: str
+
+
+def list_adapters(names: Iterable[str]) -> list[Adapter]:
+    """The adapters whose halves are among tensors' `names`: ours (LAYER.lora_A.weight) and peft's (LAYER.lora_A.default.weight)."""
+    known = set(names)
+    pairs = [Adapter(n, n.replace(".lora_A.", ".lora_B.")) for n in names if ".lora_A." in n and n.endswith("weight")]
+    return [pair for pair in pairs if pair.b in known]
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """B A of an adapter as a matrix (out, in): of a convolution with the entries of its kernel along the last dim."""
+    return b.flatten(1) @ a.flatten(1)

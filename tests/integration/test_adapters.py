@@ -1,0 +1,144 @@
+"""Runs whose base is frozen: it is named by its hash, and only what is trained is sent, kept and written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import hetfl
+from helpers.runs import FOUR_CLIENTS, STOPPABLE
+from hetfl.config import resolve
+from hetfl.errors import NotApplicable, RunError, UsageError
+from hetfl.models.frozen import frozen
+from hetfl.rounds.loop import run_rounds
+from hetfl.rounds.reporting import NoCallback
+from hetfl.rounds.setup import build_model
+from hetfl.runs import runner
+from hetfl.runs.experiment import prepare
+from hetfl.runs.folder import RunFolder
+from hetfl.submodel.encoding import payload_bytes
+
+SMALL = {"limit": 120, "clients": 3, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "control": False, "levels": "1,0.5,0.5"}
+LORA = {"model": "mlp", "model_args": {"hidden": [12, 8]}, "adapter": "lora:rank=4,alpha=8"}
+
+
+def test_what_is_sent_written_and_put_together_again(tmp_path):
+    said = []
+    run = hetfl.run(
+        extract="heterofl",
+        **SMALL,
+        **LORA,
+        out=tmp_path / "run",
+        callback=type("Said", (), {"on_fact": lambda _, t: said.append(t)})(),
+    )
+    assert any("alpha / rank = 2 whatever ranks a client has" in text for text in said)
+    assert set(run.weights) == {*(f"{i}.lora_{half}.weight" for i in (1, 3) for half in "AB"), "5.weight", "5.bias"}
+    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
+        base = file.metadata()["base sha256"]
+    assert base == json.loads((tmp_path / "run" / "run.json").read_text())["base sha256"]
+    assert len(base) == 64
+    widest = run.clients[run.clients["level"] == 1].iloc[0]
+    assert widest["bytes down"] == payload_bytes(run.weights), "more travelled than what is trained"
+    untrained = build_model(*run._parts[:2], "mlp")
+    whole = run.model.state_dict()
+    assert all(torch.equal(whole[n.replace(".", ".base_layer.", 1) if n[0] in "13" else n], t) or n[0] == "5"
+               for n, t in untrained.state_dict().items())  # fmt: skip
+    x = torch.randn(2, 1, 8, 8)
+    assert not torch.equal(run.model(x), untrained(x))
+    assert run.submodel(0.5)(x).shape == (2, 10)
+    parts = [*(tmp_path / "run" / "checkpoints" / "objects").glob("*.safetensors")]
+    assert parts
+    assert max(p.stat().st_size for p in parts) < sum(t.nbytes for t in frozen(prepared(LORA).server.builder.model).values())
+
+
+def prepared(values):
+    made = prepare(resolve({"extract": "heterofl", **SMALL, **values}), NoCallback())
+    made.close()
+    return made
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_unless_its_base_is_another(tmp_path, stops):
+    first = hetfl.run(extract="heterofl", **{**SMALL, **LORA, "adapter": None}, out=tmp_path / "first")
+    values = {**STOPPABLE, **LORA, "extract": "heterofl", "base": tmp_path / "first"}
+    runner.run(resolve(values), RunFolder(tmp_path / "whole").open(), NoCallback())
+    with pytest.raises(stops.Stopped):
+        runner.run(resolve(values), RunFolder(tmp_path / "part").open(), stops.Stopping(1))
+    stops.go_on(tmp_path / "part")
+    assert stops.equal(tmp_path / "whole", tmp_path / "part")
+    whole = hetfl.load(tmp_path / "whole")
+    assert torch.equal(whole.model.state_dict()["1.base_layer.weight"], first.weights["1.weight"]), "--base was not begun with"
+    assert torch.equal(whole.model.state_dict()["5.weight"], whole.weights["5.weight"])
+    with pytest.raises(stops.Stopped):
+        runner.run(resolve(values), RunFolder(tmp_path / "other").open(), stops.Stopping(1))
+    hetfl.run(extract="heterofl", **{**SMALL, **LORA, "adapter": None, "seed": 1}, out=tmp_path / "first", overwrite=True)
+    with pytest.raises(RunError, match="base"):
+        stops.go_on(tmp_path / "other")
+    with pytest.raises(RunError, match="--base"):
+        _ = hetfl.load(tmp_path / "whole").model
+
+
+@pytest.mark.slow
+def test_processes_give_the_bits_of_threads():
+    found = []
+    for engine in ("local", "processes"):
+        made = prepare(resolve({**FOUR_CLIENTS, **LORA, "extract": "heterofl", "engine": engine}), NoCallback())
+        try:
+            run_rounds(made.state, made.engine)
+        finally:
+            made.close()
+        assert all("fault" not in row for row in made.state.client_rows)
+        found.append(made.server.state)
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"extract": "fedrolex"}, NotApplicable, "not applicable: the frozen base is not sent"),
+        ({"extract": "heterofl", "adapter": "own"}, NotApplicable, "all of this one is trained"),
+        ({"extract": "heterofl", "adapter": "lora:target=conv"}, NotApplicable, "no layer that can have an adapter is 'conv'"),
+        ({"extract": "heterofl", "base": "nowhere"}, UsageError, "the weights in 'nowhere' cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_said(values, error, words):
+    with pytest.raises(error, match=words):
+        hetfl.run(**{**SMALL, **LORA, **values})
+
+
+def test_a_base_of_another_model_is_refused(tmp_path):
+    hetfl.run(extract="heterofl", **{**SMALL, "model": "mlp", "model_args": {"hidden": [6, 8]}, "rounds": 1}, out=tmp_path)
+    with pytest.raises(UsageError, match=r"their '1.weight' is \(6, 64\), and that of the model \(12, 64\)"):
+        hetfl.run(extract="heterofl", **SMALL, **LORA, base=tmp_path)
+
+
+def test_a_model_with_adapters_of_its_own(tmp_path):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 8).requires_grad_(False), torch.nn.ReLU(), torch.nn.Linear(8, 10)
+    )
+    run = hetfl.run(extract="heterofl", model=net, adapter="own", **SMALL)
+    assert set(run.weights) == {"3.weight", "3.bias"}
+    assert torch.equal(run.model[1].weight, net[1].weight)
+
+
+def test_peft_loads_what_was_exported(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install hetfl[peft])")
+    run = hetfl.run(extract="heterofl", **SMALL, **LORA)
+    run.export_peft(tmp_path)
+    again = peft.PeftModel.from_pretrained(build_model(*run._parts[:2], "mlp"), tmp_path).eval()
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(again(x), run.model(x))
+
+
+def test_what_is_exported_names_the_adapted_layers(tmp_path):
+    run = hetfl.run(extract="heterofl", **SMALL, **LORA)
+    run.export_peft(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {config[key] for key in ("r", "lora_alpha", "target_modules")} == {4, 8.0, "1|3"}
+    assert config["modules_to_save"] == ["5"]
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("base_model.model.3.lora_B.weight"), run.weights["3.lora_B.weight"])
+    with pytest.raises(UsageError, match="no --adapter lora"):
+        hetfl.run(extract="heterofl", **{**SMALL, **LORA, "adapter": None}).export_peft(tmp_path)
