@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import csv
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hetfl import registry
 from hetfl.testing.report import check_plugin
 from hetfl.testing.subject import Subject
+
+TRACE = Path(tempfile.mkdtemp()) / "trace.csv"
+TRACE.write_text("round,client,width\n1,0,1\n1,1,0.5\n2,2,0.25\n")
+
+SETTINGS: dict[str, dict[str, Any]] = {  # of plugins that cannot repeat a run, or run at all, without one
+    "wrap.dp": {"set": {"dp": {"seed": 0}}},  # its noise is the server's secret otherwise, another one in every run
+    "profile.trace": {"set": {"trace": {"file": str(TRACE)}}},
+}
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "results" / "checks.csv"
 
@@ -25,7 +35,7 @@ def main(names: list[str]) -> None:
     for entry in registry.builtins():
         if names and entry.key not in names:
             continue
-        report = check_plugin(Subject(entry.role, entry.name))
+        report = check_plugin(Subject(entry.role, entry.name, SETTINGS.get(entry.key, {})))
         facts = {name: str(value) for name, value in report.facts().items() if name != "checks"}
         odd = [f"{r.name}: {r.text}" for r in report.results if r.status != "passed"]
         known[entry.role, entry.name] = facts | {"why": "; ".join(odd)}

@@ -16,7 +16,7 @@ from hetfl.cli import report as reports
 from hetfl.cli.console import complain
 from hetfl.errors import RunError, UsageError
 
-TWICE = re.compile(r"(Did you mean [^?]*\?) \(Did you mean [^?]*\?\)$")  # typer's guess, then click's own
+TWICE = re.compile(r"(Did you mean [^?]*\?) \(?Did you mean [^?]*\?\)?$")  # typer's guess, then click's own
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 

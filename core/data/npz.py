@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def decode_npz(source: DataLocation, options: DataOptions) -> Stored:
 
 def _load_arrays(path: Path) -> dict[str, Any]:
     """The arrays of a file by name. Raises UsageError where it cannot be read, or holds pickles."""
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"'{path}' is no npz file: numpy.savez(path, x=…, y=…) writes one")
     try:
         with import_library("numpy").load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

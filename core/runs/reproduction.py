@@ -115,12 +115,14 @@ def read_table(name: str, values: Mapping[str, Any]) -> PaperTable:
 
 
 def read_row(table: str, values: Mapping[str, Any]) -> TableRow:
-    """A row from its TOML; what its preset says to be unlike the paper is said of it too."""
+    """A row from its TOML; what its preset says to be unlike the paper is said of it too. With `set = {}`
+    it has none of the preset's options of plugins."""
     given = dict(values)
     options, unlike = given.pop("options", {}), [given.pop("unlike", "")]
     if "preset" in given:
         preset = find_preset(given.pop("preset"))
-        options, unlike = merge_options({**preset.values, "preset": preset.name}, options), [*unlike, preset.unlike]
+        kept = {name: value for name, value in preset.values.items() if name != "set" or options.get("set") != {}}
+        options, unlike = merge_options({**kept, "preset": preset.name}, options), [*unlike, preset.unlike]
     return TableRow(table, given.pop("name"), options, unlike="; ".join(dict.fromkeys(filter(None, unlike))), **given)
 
 

@@ -11,13 +11,12 @@ from hetfl.testing.subject import Subject
 
 
 class Tier(IntEnum):
-    """What a plugin has shown. PLATINUM, a table of its paper reproduced, is no check of a small run: `hfl reproduce` shows it."""
+    """What a plugin has shown in small runs. Whether a published table comes out is no tier: see `hfl reproduce`."""
 
     NONE = 0
     BRONZE = 1
     SILVER = 2
     GOLD = 3
-    PLATINUM = 4
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 from hetfl.cli.main import main
 from hetfl.cli.reproduce import parse_duration
 from hetfl.errors import UsageError
+from hetfl.hooks.loading import load_plugins
 from hetfl.runs import reproduction
 from hetfl.runs.cell import TrialResult
 from hetfl.runs.reproduction import TableRow, find_rows, run_rows, score_row, tables
@@ -66,6 +67,7 @@ def test_every_row_of_the_built_in_tables_is_a_run_with_a_value(row):
     trials = row.trials(2)
     assert [trial.seed for trial in trials] == [0, 1]
     assert trials[0].key != trials[1].key
+    load_plugins(trials[0].options)  # its options are those of its own plugins
     assert all(0 < value <= 100 or metric == "MB" for metric, value in row.published.items())
 
 

@@ -99,3 +99,10 @@ def test_krums_distances_are_per_entry_that_both_cover():
     assert found[0].tolist() == [0, 1, 1, 16]
     assert found[1].tolist() == [1, 0, 0, 9]
     assert found[2, 3].isnan()
+
+
+def test_the_geometric_median_of_a_right_triangle_is_its_fermat_point():
+    """By hand: of (0, 0), (1, 0), (0, 1) the point with the least sum of distances is x = y = (3 - sqrt 3) / 6."""
+    corners = over([0.0, 0.0], *(update(c, list(v)) for c, v in enumerate([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])))
+    found = geomedian.GeoMedian(steps=100, least=0).aggregate(server_of(corners), corners, 1).state["v"]
+    assert close(found, [(3 - 3**0.5) / 6] * 2, 1e-4)
