@@ -168,7 +168,15 @@ def print_plugin(entry: Entry, plugin: type[Plugin]) -> None:
     console.print(cleandoc(plugin.__doc__ or entry.summary))
     facts = [f"works by {entry.granularity}"] if entry.granularity else []
     facts += [f"natural aggregation {entry.aggregate}"] if entry.aggregate else []
-    facts += [text for flag, text in ((entry.public, "needs server data"), (entry.memory, "clients keep state")) if flag]
+    facts += [
+        text
+        for flag, text in (
+            (entry.public, "needs server data"),
+            (entry.memory, "clients keep state"),
+            (entry.adapter, "for adapters"),
+        )
+        if flag
+    ]
     if facts:
         say("; ".join(facts))
     presets: dict[str, dict[str, Any]] = getattr(plugin, "PRESETS", {})

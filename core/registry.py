@@ -30,8 +30,8 @@ class Entry:
     """One plugin in one role, as known without importing it.
 
     `source` is "built-in", the distribution that brings it ("name version"), the module of a `module:Class`, or "this process" for
-    what was handed in as `local`, a class or a configured object. `oracle`: the repository's test
-    that holds it to its paper.
+    what was handed in as `local`, a class or a configured object. `adapter`: it is for models with adapters. `oracle`: the
+    repository's test that holds it to its paper.
     """
 
     role: str
@@ -44,6 +44,7 @@ class Entry:
     granularity: str = ""
     public: bool = False
     memory: bool = False
+    adapter: bool = False
     control: bool = False
     oracle: str = ""
     local: Any = None

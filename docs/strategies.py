@@ -12,7 +12,13 @@ PAGE = Path(__file__).with_name("strategies.md")
 BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean",
              "krum", "geomedian")  # fmt: skip
 
-PAGES = {"cluster": "dac", **dict.fromkeys(BASELINES, "baselines")}  # names without a page of their own
+ADAPTERS = ("loraranks", "flexlora", "hetlora", "fedsa", "ffa")
+
+PAGES = {
+    "cluster": "dac",
+    **dict.fromkeys(BASELINES, "baselines"),
+    **dict.fromkeys(ADAPTERS, "adapters"),
+}  # names without a page of their own
 
 COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory", "tier")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregation.mean": (("WeightedSum",), "sums of one tensor over the patches of clients"),
     "aggregation.updates": (("WEIGHTINGS", "by_client"), "what a client counts"),
+    "models.adapters": (("Adapter", "list_adapters", "multiply"), "low-rank adapters among the tensors of a model"),
     "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
     "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
     "models.state": (("load_state", "tensors"), "the tensors of a model by name"),
@@ -18,11 +19,12 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "profiling.meter": (("free_memory",), "the free memory of this machine"),
     "submodel.blocks": (("take",), "a block of a tensor by positions"),
     "submodel.encoding": (("pack_bits", "unpack_bits"), "masks as one bit an entry"),
+    "submodel.ranks": (("find_rank_groups",), "the width groups that are ranks of adapters"),
     "submodel.units": (
         ("Gate", "apply_gates", "find_gates", "locate_gates", "mean_powers", "select_largest", "select_units", "sum_powers"),
         "importance of the units of width groups, and gates on them",
     ),
-    "submodel.widths": (("Axis", "within"), "width groups, and where their units lie in each tensor"),
+    "submodel.widths": (("Axis", "Group", "within"), "width groups, and where their units lie in each tensor"),
     "training.dropout": (("seeded_random",), "dropout from a random stream of its own"),
     "training.evaluation": (("evaluate",), "accuracy and loss of a model on examples"),
     "training.local": (("descend", "kl_divergence", "local_batches"), "steps, batches and losses of local training"),

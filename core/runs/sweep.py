@@ -29,10 +29,13 @@ FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sw
 
 
 def cross_plugins(extract: Sequence[str], aggregate: Sequence[str], controls: bool = True) -> list[tuple[str, str]]:
-    """The pairs to run: the cross product, `all` and `natural` spelt out, with the `controls` behind it."""
+    """The pairs to run: the cross product, `all` and `natural` spelt out, with the `controls` behind it.
+
+    Strategies for adapters are not among all: they are named.
+    """
     known = registry.entries("extract")
-    names = [e.name for e in known if not e.control] if list(extract) == ["all"] else list(extract)
-    partners = [e.name for e in registry.entries("aggregate")] if list(aggregate) == ["all"] else list(aggregate)
+    names = [e.name for e in known if not (e.control or e.adapter)] if list(extract) == ["all"] else list(extract)
+    partners = [e.name for e in registry.entries("aggregate") if not e.adapter] if list(aggregate) == ["all"] else list(aggregate)
     for partner in partners:
         if partner != "natural":
             registry.find("aggregate", partner)

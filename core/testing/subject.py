@@ -73,7 +73,10 @@ class Subject:
         """The options of a small run with the plugin in it."""
         small = {**SMALL, **({"levels": None} if self.role == "profile" else {})}
         chosen = {self.role: [*values.pop("wrap", ()), self.plugin]} if self.role == "wrap" else {self.role: self.plugin}
-        given = {"extract": "heterofl", **merge_options(merge_options(small, self.options), values), **chosen}
+        partner = "heterofl"
+        if isinstance(self.plugin, str) and self.entry.adapter:
+            small, partner = {**small, "adapter": "lora:rank=8"}, "loraranks"
+        given = {"extract": partner, **merge_options(merge_options(small, self.options), values), **chosen}
         return resolve({name: value for name, value in self._given.names(given).items() if value is not None})
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import hetfl
-from helpers.runs import FOUR_CLIENTS, STOPPABLE
+from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, tuned
 from hetfl.config import resolve
 from hetfl.errors import NotApplicable, RunError, UsageError
 from hetfl.models.frozen import frozen
@@ -142,3 +142,30 @@ def test_what_is_exported_names_the_adapted_layers(tmp_path):
         assert torch.equal(file.get_tensor("base_model.model.3.lora_B.weight"), run.weights["3.lora_B.weight"])
     with pytest.raises(UsageError, match="no --adapter lora"):
         hetfl.run(extract="heterofl", **{**SMALL, **LORA, "adapter": None}).export_peft(tmp_path)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATIONS)
+def test_ranks_go_with_any_aggregation(simulate, aggregate):
+    made = simulate(2, adapter="lora:rank=4", **tuned("loraranks", aggregate, 2))
+    assert not any("fault" in row for row in made.state.client_rows)
+    assert all(bool(torch.isfinite(t).all()) for t in made.server.state.values())
+    assert {name.partition(".")[2] for name in made.server.builder.base} == {"base_layer.weight", "base_layer.bias"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"extract": "heterofl", "aggregate": "flexlora"},
+        {"extract": "loraranks", "aggregate": "flexlora", "wrap": ("fedsa",)},
+        {"extract": "loraranks", "aggregate": "flexlora", "wrap": ("ffa",)},
+        {"extract": "loraranks", "aggregate": "hetlora", "wrap": ("ffa",)},
+        {"extract": "loraranks", "wrap": ("ffa",), "set": {"loraranks": {"mode": "window"}}},
+        {"extract": "loraranks", "adapter": None},
+        {"extract": "heterofl", "wrap": ("fedsa",), "adapter": None},
+        {"extract": "heterofl", "wrap": ("ffa",), "adapter": None},
+        {"extract": "full", "aggregate": "hetlora", "adapter": None},
+    ],
+)
+def test_what_makes_no_sense_of_adapters_is_not_applicable(simulate, values):
+    with pytest.raises(NotApplicable, match="not applicable: "):
+        simulate(2, **{"adapter": "lora:rank=4", **values})

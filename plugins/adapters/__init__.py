@@ -1,0 +1,1 @@
+"""Strategies for low-rank adapters (docs/ranks.md)."""

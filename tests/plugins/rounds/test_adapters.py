@@ -1,0 +1,188 @@
+"""Two rounds of every strategy for adapters, against the same rounds in plain torch; and what FlexLoRA's means do to high ranks."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers.plain import UNEQUAL, Federation, descend, mean
+from hetfl import Patch, Update
+from hetfl.plugins.adapters.flexlora import FlexLora
+from hetfl.rounds.loop import run_round
+from hetfl.runs.snapshot import capture
+
+LAYERS, RANK, SCALE, WIDTHS = ("1", "3"), 4, 2.0, (1.0, 0.5, 0.25)
+
+
+class Adapted(Federation):
+    """A perceptron 64-8-6-10 whose two hidden layers have adapters of rank 4, alpha 8."""
+
+    def __init__(self, simulate, **values):
+        super().__init__(simulate(0, **{**UNEQUAL, "adapter": f"lora:rank={RANK},alpha={RANK * SCALE}", **values}))
+        self.base = self.made.server.builder.base
+
+    def loss(self, w, x, y):
+        h, base = x.flatten(1), self.base
+        for i in LAYERS:
+            a = w.get(f"{i}.lora_A.weight", base.get(f"{i}.lora_A.weight"))
+            low = h @ a[: w[f"{i}.lora_B.weight"].shape[1]].T @ w[f"{i}.lora_B.weight"].T
+            h = torch.relu(h @ base[f"{i}.base_layer.weight"].T + base[f"{i}.base_layer.bias"] + SCALE * low)
+        return F.cross_entropy(h @ w["5.weight"].T + w["5.bias"], y)
+
+    def train(self, state, client, round, units):
+        """(values, coverage) of what a client of the ranks `units` (by layer) returns."""
+        places = {f"{i}.lora_A.weight": (units[i],) for i in LAYERS}
+        places |= {f"{i}.lora_B.weight": (slice(None), units[i]) for i in LAYERS}
+        trained = descend({n: t[places.get(n, ())] for n, t in state.items()}, self.batches(client, round), self.loss)
+        values, cover = ({n: torch.zeros_like(t) for n, t in state.items()} for _ in range(2))
+        for name, tensor in trained.items():
+            values[name][places.get(name, ())], cover[name][places.get(name, ())] = tensor, torch.ones(())
+        return values, cover
+
+
+def leading(width):
+    return {i: torch.arange(math.ceil(RANK * width)) for i in LAYERS}
+
+
+@pytest.mark.parametrize("mode", ["prefix", "window", "random"])
+def test_ranks_by_overlap(simulate, mode):
+    plain = Adapted(simulate, extract="loraranks", aggregate="overlap", set={"loraranks": {"mode": mode, "step": 3}})
+    groups = {i: next(g.name for g in plain.made.server.widths.groups if g.name.startswith(f"{i}.lora_A")) for i in LAYERS}
+
+    def units(c, r):
+        first = leading(WIDTHS[c])
+        if mode == "window":
+            return {i: (3 * (r - 1) + u) % RANK for i, u in first.items()}
+        if mode == "random":
+            draws = {i: torch.randperm(RANK, generator=plain.stream(f"ranks {groups[i]}", r, c)) for i in LAYERS}
+            return {i: draws[i][: len(u)].sort().values for i, u in first.items()}
+        return first
+
+    plain.follow(lambda state, r: mean(state, [plain.train(state, c, r, units(c, r)) for c in plain.clients]))
+    down = [row["bytes down"] for row in sorted(plain.made.state.client_rows, key=lambda row: row["client"])]
+    assert down[0] > down[2] > down[4]
+
+
+def products(state):
+    return {i: state[f"{i}.lora_B.weight"] @ state[f"{i}.lora_A.weight"] for i in LAYERS}
+
+
+def heads(state):
+    return {n: t for n, t in state.items() if "lora" not in n}
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_flexlora(simulate, by_rank):
+    options = {"flexlora": {"by_rank": by_rank}}
+    plain = Adapted(simulate, extract="loraranks", aggregate="flexlora", set=options)
+
+    def one_round(state, r):
+        returned = [plain.train(state, c, r, leading(WIDTHS[c])) for c in plain.clients]
+        found = mean(state, returned, plain.sizes)
+        for i in LAYERS:
+            a, b = f"{i}.lora_A.weight", f"{i}.lora_B.weight"
+            product = torch.zeros(state[b].shape[0], state[a].shape[1])
+            for rank in range(RANK):
+                having = [c for c in plain.clients if math.ceil(RANK * WIDTHS[c]) > rank]
+                whole = sum(plain.sizes[c] for c in (having if by_rank else plain.clients))
+                for c in having:
+                    product += plain.sizes[c] / whole * torch.outer(returned[c][0][b][:, rank], returned[c][0][a][rank])
+            _, vectors = torch.linalg.eigh(product.T @ product)
+            found[a] = vectors[:, -RANK:].flip(1).T
+            found[b] = product @ found[a].T
+        return found
+
+    plain.follow(one_round, seen=lambda state: heads(state) | products(state), within=2e-4)
+
+
+def test_hetlora(simulate):
+    plain = Adapted(simulate, extract="loraranks", aggregate="hetlora")
+
+    def one_round(state, r):
+        returned = [plain.train(state, c, r, leading(WIDTHS[c])) for c in plain.clients]
+        norms = [math.sqrt(sum(float(p.square().sum()) for p in products(values).values())) for values, _ in returned]
+        return {n: sum(w * v[n] for w, (v, _) in zip(norms, returned, strict=True)) / sum(norms) for n in state}
+
+    plain.follow(one_round)
+
+
+def test_fedsa(simulate):
+    plain = Adapted(simulate, extract="loraranks", aggregate="overlap", wrap=("fedsa",))
+    own = [{f"{i}.lora_B.weight": plain.untrained[f"{i}.lora_B.weight"] for i in LAYERS} for _ in plain.clients]
+
+    def one_round(state, r):
+        returned = [plain.train({**state, **own[c]}, c, r, leading(WIDTHS[c])) for c in plain.clients]
+        for c, (values, _) in enumerate(returned):
+            own[c] = {name: values[name] for name in own[c]}
+        return {n: state[n] if n in own[0] else t for n, t in mean(state, returned).items()}
+
+    plain.follow(one_round)
+
+
+def test_ffa(simulate):
+    plain = Adapted(simulate, extract="loraranks", aggregate="overlap", wrap=("ffa",))
+    assert not any("lora_A" in name for name in plain.first)
+
+    def train(state, c, r):
+        units, names = leading(WIDTHS[c]), {f"{i}.lora_B.weight": i for i in LAYERS}
+        small = {n: t[:, units[names[n]]] if n in names else t for n, t in state.items()}
+        trained = descend(small, plain.batches(c, r), plain.loss)
+        values = {n: F.pad(t, (0, RANK - t.shape[1])) if n in names else t for n, t in trained.items()}
+        return values, {n: F.pad(torch.ones_like(t), (0, RANK - t.shape[1])) if n in names else torch.ones_like(t)
+                        for n, t in trained.items()}  # fmt: skip
+
+    plain.follow(lambda state, r: mean(state, [train(state, c, r) for c in plain.clients]))
+
+
+def test_clients_prune_themselves_and_stay_pruned(simulate):
+    options = {"loraranks": {"prune": 0.5, "penalty": 0.3}}
+    made = simulate(2, extract="loraranks", set=options, adapter="lora:rank=4", levels="1", pretrain_steps=60)
+    assert not any("fault" in row for row in made.state.client_rows)
+    sizes = [plan.plan.sizes for plan in made.last.assignments.values()]
+    ranks = [size for s in sizes for name, size in s.items() if "lora_A" in name]
+    assert min(ranks) == 2, "nobody pruned in round 1"
+    kept = capture(made, {}).tensors["plugin/extract.loraranks"]
+    other = type(made.plugins.plugins["extract.loraranks"])(prune=0.5)
+    other.load_state_dict(kept)
+    assert other._ranks == made.plugins.plugins["extract.loraranks"]._ranks != {}
+    run_round(made.state, 3, made.engine)
+    now = made.plugins.plugins["extract.loraranks"]._ranks
+    assert all(now[c][g] <= n for c, ranks in other._ranks.items() for g, n in ranks.items())
+
+
+def energy_beyond(product, rank):
+    """The share of the squared singular values after the first `rank`."""
+    squares = torch.linalg.svdvals(product).square()
+    return float(squares[rank:].sum() / squares.sum())
+
+
+def test_high_ranks_collapse_under_the_plain_mean_and_not_by_rank():
+    """Issue 18's oracle: 16 ranks, .794 of the energy beyond the second; clients of rank 2, 4, 8, 16 that go 0.35 of the way."""
+    torch.manual_seed(0)
+    (u, _), (v, _) = (torch.linalg.qr(torch.randn(32, 16)) for _ in range(2))
+    target = u * 0.9219 ** (torch.arange(16) / 2) @ v.T
+    assert energy_beyond(target, 2) == pytest.approx(0.794, abs=2e-3)
+    found = {}
+    for by_rank in (False, True):
+        state, shares = {"l.lora_A.weight": torch.zeros(16, 32), "l.lora_B.weight": torch.zeros(32, 16)}, []
+        for _ in range(30):
+            updates = []
+            for client, rank in enumerate((2, 4, 8, 16)):
+                a, b, units = state["l.lora_A.weight"][:rank], state["l.lora_B.weight"][:, :rank], torch.arange(rank)
+                left, s, right = torch.linalg.svd(0.65 * b @ a + 0.35 * target)
+                patches = {
+                    "l.lora_A.weight": Patch(right[:rank], {0: units}),
+                    "l.lora_B.weight": Patch(left[:, :rank] * s[:rank], {1: units}),
+                }
+                updates.append(Update(client, patches, 1.0))
+            state = FlexLora(by_rank=by_rank).aggregate(SimpleNamespace(state=state), updates).state
+            product = state["l.lora_B.weight"] @ state["l.lora_A.weight"]
+            shares.append(energy_beyond(product, 2))
+        found[by_rank] = shares[0], shares[-1], float((product - target).norm() / target.norm())
+    assert found[False][0] > 0.45 > 0.3 > found[False][1], "the plain mean keeps high ranks"
+    assert found[True][1] > 0.77
+    assert found[False][2] > 0.6 > 0.4 > found[True][2]
