@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ GOES_ON = "stopped; the same command goes on: runs that have ended are kept"
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
+    from hetfl.runs.sweep import Elsewhere
 
 
 @with_run_options
@@ -34,6 +35,10 @@ def matrix(
         list[str] | None, typer.Option(help="option=value,value: any run option or plugin.option; may be repeated")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
+    on: Annotated[
+        Literal["here", "ray"],
+        typer.Option(help="run on this machine, or as tasks on a Ray cluster (--ray-address; docs/cluster.md)"),
+    ] = "here",
     metric: Annotated[str, typer.Option(help="what the leaderboard ranks, e.g. global@test or personal@own")] = "global@test",
     out: Annotated[Path, typer.Option(help="folder; a matrix that was stopped goes on there")] = Path("matrix"),
     seed: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -47,6 +52,7 @@ def matrix(
     from hetfl.runs.cell import check_metric
 
     check_metric(metric)
+    elsewhere = find_cluster() if on == "ray" else None
     swept = {} if alpha is None else {"alpha": [parse_value(value) for value in alpha.split(",")]}
     swept |= parse_sweep(sweep or [])
     pairs = sweeps.cross_plugins(extract.split(","), aggregate.split(","))
@@ -55,11 +61,20 @@ def matrix(
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []
     try:
-        show_trials(sweeps.run_trials(trials, out, jobs), trials, metric, results)
+        show_trials(sweeps.run_trials(trials, out, jobs, elsewhere), trials, metric, results)
     finally:
         results = leaderboard.sort_results(results, trials)
         leaderboard.write_tables([*results, *sweeps.read_others(out, trials)], metric, out)
     conclude(results, metric, out)
+
+
+def find_cluster() -> Elsewhere:
+    """What runs trials on a Ray cluster. Raises UsageError where Ray is not installed."""
+    try:
+        from hetfl.runs.cluster import run_on_ray
+    except ModuleNotFoundError as error:
+        raise UsageError("--on ray needs Ray: pip install 'hetfl[ray]'") from error
+    return run_on_ray
 
 
 def show_trials(running: Iterable[TrialResult], trials: Sequence[Trial], metric: str, results: list[TrialResult]) -> None:

@@ -91,7 +91,7 @@ class RayEngine(KeepingEngine):
         super().__init__(len(runtime.federation.clients))
         options = runtime.options
         self._options, self._gpus = options, count_gpus(options)
-        self._began = connect(options)
+        self._began = connect(options.ray_address, find_own_modules(options), options.workers)
         widths = serialization.to_json(runtime.builder.widths)
         self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"))))
         self._class: Any = ray.remote(ClientActor)
@@ -229,21 +229,24 @@ def count_gpus(options: RunOptions) -> float:
     return 1.0 if options.client_gpus is None else options.client_gpus
 
 
-def connect(options: RunOptions) -> bool:
-    """Joins the cluster that the run names, or begins one here; whether this is what began it. Raises UsageError."""
+def connect(address: str | None, modules: Sequence[Path], cpus: int | None) -> bool:
+    """Joins the cluster at `address`, or RAY_ADDRESS, or begins one of `cpus` cores here; whether this is what began it.
+
+    `modules` are sent to every node. Raises UsageError where no cluster answers.
+    """
     if ray.is_initialized():
         return False
     os.environ |= {name: value for name, value in SETTINGS.items() if name not in os.environ}
-    address = options.ray_address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    if modules := find_own_modules(options):
-        quiet["runtime_env"] = {"py_modules": [str(path) for path in modules]}
+    address = address or os.environ.get("RAY_ADDRESS")
+    more: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    if modules:
+        more["runtime_env"] = {"py_modules": [str(path) for path in modules]}
     try:
-        if address is None:
-            ray.init("local", num_cpus=options.workers or cores(), include_dashboard=False, **quiet)
+        if address in (None, "local"):
+            ray.init("local", num_cpus=cpus or cores(), include_dashboard=False, **more)
         else:
-            refuse_deaf(address)
-            ray.init(address, **quiet)
+            refuse_deaf(str(address))
+            ray.init(address, **more)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at '{address}'"
         raise UsageError(f"no Ray cluster can be used {where} (--ray-address): {str(error).strip().splitlines()[0]}") from error

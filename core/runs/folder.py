@@ -216,6 +216,10 @@ class MemoryFolder(RunFolder):
             raise FileNotFoundError(name)
         return self._files[name]
 
+    def files(self) -> dict[str, bytes]:
+        """Every file by its name, tables as CSV."""
+        return {name: self.bytes_of(name) for name in (*self._files, *self._rows)}
+
     def release(self) -> None:
         """Removes what lies on disk; the files in memory stay."""
         self._remove()

@@ -8,9 +8,9 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
@@ -105,8 +105,12 @@ def refuse_bad(trials: Sequence[Trial]) -> None:
             load_plugins(trial.options)
 
 
-def run_trials(trials: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialResult]:
-    """Runs what is not yet in `out` or failed, `jobs` processes at a time; yields every trial's result as it is known."""
+Elsewhere = Callable[[Sequence[Trial], Path], Generator[Trial]]  # runs trials, and yields each when its folder says how it ended
+
+
+def run_trials(trials: Sequence[Trial], out: Path, jobs: int, elsewhere: Elsewhere | None = None) -> Iterator[TrialResult]:
+    """Runs what is not yet in `out` or failed, `jobs` processes at a time or `elsewhere`; yields every trial's result as it is
+    known."""
     waiting: dict[str, list[Trial]] = {}  # a swept option that a pair does not have leaves it one run for several trials
     for trial in trials:
         known = read_result(out, trial)
@@ -116,24 +120,31 @@ def run_trials(trials: Sequence[Trial], out: Path, jobs: int) -> Iterator[TrialR
             yield known
     if not waiting:
         return
+    todo = [same[0] for same in waiting.values()]
+    running = elsewhere(todo, out) if elsewhere else run_in_processes(todo, out, jobs)
+    with closing(running):
+        for ended in running:
+            for trial in waiting[ended.name]:
+                result = read_result(out, trial)
+                assert result is not None
+                yield replace(result, cached=False)
+
+
+def run_in_processes(trials: Sequence[Trial], out: Path, jobs: int) -> Generator[Trial]:
+    """Runs trials, `jobs` processes at a time; yields each when its folder says how it ended."""
     resource_tracker.ensure_running()
     pool = ProcessPool(jobs, context=get_context("spawn"), initializer=begin_worker, initargs=(os.getpid(),))
     try:
         with hold_interrupts():  # the processes begun here get no SIGINT: this one ends them
-            futures: dict[Future[bool], list[Trial]] = {
-                pool.schedule(run_trial, (same[0], out, jobs, False)): same for same in waiting.values()
-            }
+            futures: dict[Future[bool], Trial] = {pool.schedule(run_trial, (trial, out, jobs, False)): trial for trial in trials}
         while futures:
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
-                same = futures.pop(future)
-                if not end_of(future, same[0], out):  # another process has the cell: the others first
-                    futures[pool.schedule(run_trial, (same[0], out, jobs, True))] = same
-                    continue
-                for trial in same:
-                    result = read_result(out, trial)
-                    assert result is not None
-                    yield replace(result, cached=False)
+                trial = futures.pop(future)
+                if end_of(future, trial, out):
+                    yield trial
+                else:  # another process has the cell: the others first
+                    futures[pool.schedule(run_trial, (trial, out, jobs, True))] = trial
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
         pool.join()

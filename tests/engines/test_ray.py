@@ -206,7 +206,7 @@ def test_gpus_that_an_actor_cannot_have_are_refused(values, why):
 def test_no_cluster_there_is_one_sentence_at_once(address, why, monkeypatch):
     monkeypatch.setattr(engine.ray, "init", lambda *_, **__: pytest.fail("Ray would try for minutes"))
     with pytest.raises(UsageError, match=f"no Ray cluster can be used at '{address}'.*{why}"):
-        engine.connect(resolve({"ray_address": address}))
+        engine.connect(address, [], None)
 
 
 def places(cpus, gpus=0.0, share=0.0):

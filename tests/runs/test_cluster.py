@@ -1,0 +1,68 @@
+"""A matrix whose cells are tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from hetfl.cli.main import main
+from hetfl.runs import sweep
+from hetfl.runs.folder import RunFolder
+
+cluster = pytest.importorskip("hetfl.runs.cluster")
+
+WORDS = [
+    "matrix", "--extract", "heterofl", "--sweep", "lr=0.1,0.01", "--wrap", "helpers.deadly:Slow", "--limit", "150", "--clients", "3",
+    "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,",
+]  # fmt: skip
+
+
+def rows(out):
+    found = list(csv.DictReader((out / "matrix.csv").read_text().splitlines()))
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in found]
+
+
+def matrix(out, *words):
+    with pytest.raises(SystemExit) as ended:
+        main([*WORDS, *words, "--out", str(out)])
+    assert ended.value.code == 0
+    return rows(out)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own sockets
+def test_a_matrix_on_ray_is_the_one_on_this_machine_and_is_not_run_again(tmp_path, monkeypatch):
+    """A cell that is not there is run, with a plugin of the user's; what is there is kept, and needs no Ray."""
+    here = matrix(tmp_path / "here")
+    there = matrix(tmp_path / "there", "--on", "ray")
+    assert here == there
+    assert (next((tmp_path / "there").glob("cells/heterofl*")) / "weights.safetensors").exists()
+    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("every cell was there"))
+    assert matrix(tmp_path / "there", "--on", "ray") == here
+
+
+@pytest.fixture
+def cell(tmp_path):
+    (trial,) = sweep.plan_trials({}, [("heterofl", "overlap")], {}, [0])
+    return trial, tmp_path / "cells" / trial.name
+
+
+def test_the_summary_is_written_last(tmp_path, cell, monkeypatch):
+    _, path = cell
+    written = []
+    monkeypatch.setattr(cluster.ray, "get", lambda task: {"summary.json": b"{}", "config.toml": b"x=1", "metrics.csv": b"r"})
+    monkeypatch.setattr(RunFolder, "write", lambda folder, name, content: written.append(name))
+    cluster.keep(None, path)
+    assert written[-3:] == ["config.toml", "metrics.csv", "summary.json"]
+
+
+def test_a_task_that_fails_is_its_cells_failure(tmp_path, cell, monkeypatch):
+    trial, path = cell
+
+    def lost(task):
+        raise cluster.RayError("all nodes are gone")
+
+    monkeypatch.setattr(cluster.ray, "get", lost)
+    cluster.keep(None, path)
+    assert sweep.read_result(tmp_path, trial).row["why"] == "the Ray task of this run has failed: all nodes are gone"
