@@ -49,9 +49,10 @@ WAYS: dict[str, dict[str, Any]] = {  # hetfl's options, by how a contender of it
     "hetfl, one by one, 4 streams": {"vmap": "off", "workers": 4},
 }
 
-PEERS = {"W": 6, "W-small": 6, "tiny-1000": 4}  # how many of the contenders run a workload; 2 (floor, hetfl) for the others
+# how many of the contenders run a workload; 2 (floor, hetfl) for the others
+PEERS = {"W": 6, "W-small": 6, "heflwr": 6, "tiny-1000": 4}
 
-WORKS = ("W", "W-small", "tiny-10", "tiny-100", "tiny-1000", "hetero", "W-1000")
+WORKS = ("W", "W-small", "tiny-10", "tiny-100", "tiny-1000", "hetero", "heflwr", "W-1000")
 
 TARGETS = {
     ("W", "floor"): 1.1, ("W", "flower"): 1 / 1.3, ("W", "pfl"): 1.0, ("W-small", "floor"): 1.15, ("W-small", "flower"): 1 / 1.6,

@@ -14,15 +14,19 @@ from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+from pfl.internal.bridge import FrameworkBridgeFactory
 from pfl.internal.ops import pytorch_ops
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
+from pfl.stats import MappedVectorStatistics
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.speed.work import asked, norm, plain, report, wait
+from benchmarks.speed.work import Work, asked, cut, norm, plain, report, wait
 
 POPULATION = 100_000
+
+COUNT = "count/"  # before a tensor's name
 
 
 class Watch(TrainingProcessCallback):
@@ -36,13 +40,44 @@ class Watch(TrainingProcessCallback):
         return False, Metrics()
 
 
+def build(work: Work, ratio: float = 1.0) -> PyTorchModel:
+    """pfl's model of a width."""
+    net: Any = work.module(ratio).to(memory_format=torch.contiguous_format if plain() else torch.channels_last)
+    net.loss = lambda x, y, **_: F.cross_entropy(net.train()(x), y)
+    net.metrics = lambda x, y, **_: {}
+    return PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0))
+
+
+class MixedWidths(FederatedAveraging):  # type: ignore[misc]
+    """FederatedAveraging whose users train the leading block of the model, averaged over those that have an entry: beside each
+    tensor's change travels how many have it (pfl's backend cannot sum its ElementWeightedMappedVectorStatistics)."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+        self._narrow = {ratio: build(work, ratio) for ratio in {*work.ratios}}
+
+    def train_one_user(self, initial_model_state: Any, model: Any, user_dataset: Any, central_context: Any) -> tuple[Any, Any]:
+        small = self._narrow[self._work.ratio(int(user_dataset.user_id) % POPULATION)]
+        with torch.no_grad():
+            for name, tensor in small.variable_map.items():
+                tensor.copy_(cut(initial_model_state[name], tensor))
+        FrameworkBridgeFactory.sgd_bridge().do_sgd(small, user_dataset, central_context.model_train_params)
+        change, counts = ({n: torch.zeros_like(t) for n, t in initial_model_state.items()} for _ in range(2))
+        for name, tensor in small.variable_map.items():
+            cut(change[name], tensor).copy_(tensor.detach() - cut(initial_model_state[name], tensor))
+            cut(counts[name], tensor).fill_(1.0)
+        return MappedVectorStatistics({**change, **{COUNT + name: t for name, t in counts.items()}}), Metrics()
+
+    def process_aggregated_statistics(self, central_context: Any, aggregate_metrics: Any, model: Any, statistics: Any) -> Any:
+        mean = {name: statistics[name] / statistics[COUNT + name] for name in model.variable_map}
+        return model.apply_model_update(MappedVectorStatistics(mean))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     work = asked()
-    net: Any = work.module().to(memory_format=torch.contiguous_format if plain() else torch.channels_last)
-    net.loss = lambda x, y, **_: F.cross_entropy(net.train()(x), y)
-    net.metrics = lambda x, y, **_: {}
-    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0))
+    model = build(work)
     turns = iter([round * POPULATION + client for round in range(1, work.rounds + 2) for client in work.chosen(round)])
 
     def user(code: int) -> Dataset:
@@ -54,7 +89,7 @@ def main() -> None:
     watch = Watch()
     rounds = work.rounds + 1
     every = NNAlgorithmParams(rounds, evaluation_frequency=10_000, train_cohort_size=work.sampled, val_cohort_size=0)
-    FederatedAveraging().run(
+    (MixedWidths(work) if work.mixed else FederatedAveraging()).run(
         every,
         SimulatedBackend(training_data=people, val_data=people),
         model,
@@ -63,7 +98,7 @@ def main() -> None:
         callbacks=[watch],
     )
     seconds: list[float] = np.diff(watch.times).tolist()
-    parameters: list[Tensor] = [p.detach() for p in net.parameters()]
+    parameters: list[Tensor] = [p.detach() for p in model.pytorch_model.parameters()]
     if pytorch_ops.distributed.global_rank == 0:
         report(seconds=seconds[1:], first=watch.first, norm=norm(parameters))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed.work import DEVICE, Work, asked, norm, report, wait
+from benchmarks.speed.work import DEVICE, Work, asked, cut, norm, report, wait
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -39,10 +39,7 @@ class Loop:
         """This thread's model of a width."""
         shelf = self.own.__dict__.setdefault("shelf", {})
         if ratio not in shelf:
-            args = (
-                {**self.work.args, "widths": [max(1, int(w * ratio)) for w in (64, 128, 256, 512)]} if ratio < 1 else self.work.args
-            )
-            shelf[ratio] = self.work.module(args).to(DEVICE, memory_format=torch.channels_last)
+            shelf[ratio] = self.work.module(ratio).to(DEVICE, memory_format=torch.channels_last)
         model: nn.Module = shelf[ratio]
         return model
 
@@ -114,13 +111,6 @@ class Loop:
                 buffer.copy_(cut(self.buffers[name], buffer))
             parts = [(self.federation.test.x[rows], self.federation.test.y[rows]) for rows in index.split(128)]
             return sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
-
-
-def cut(whole: Tensor, like: Tensor) -> Tensor:
-    """The leading block of `whole` in the shape of `like`."""
-    for dim, size in enumerate(like.shape):
-        whole = whole.narrow(dim, 0, size)
-    return whole
 
 
 def timed(work: Callable[[int], None], number: int) -> float:

@@ -1,5 +1,7 @@
 """Flower's simulation on Ray: the same work with its Message API, two actors of one core, models reused within an actor.
 
+Where clients train submodels, each is sent its leading block, and the server averages over the clients that have an entry.
+
 On a GPU there are `HETFL_BENCH_ACTORS` actors, which share it.
 """
 
@@ -19,13 +21,15 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch.nn import functional as F
 
-from benchmarks.speed.work import DEVICE, named, norm, plain, report
+from benchmarks.speed.work import DEVICE, cut, named, norm, plain, report
 
 WORK = named(os.environ.get("HETFL_WORK", "W"))
 
 ACTORS = int(os.environ.get("HETFL_BENCH_ACTORS", "2"))
 
-MODELS: dict[str, torch.nn.Module] = {}
+MODELS: dict[float, torch.nn.Module] = {}  # by width
+
+NARROW: dict[float, dict[str, torch.Tensor]] = {}  # by width: tensors in the submodel's shapes
 
 client_app, server_app = ClientApp(), ServerApp()
 
@@ -40,10 +44,11 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     config = message.content["config"]
     round, client = int(str(config["round"])), int(context.node_config["partition-id"])
-    model = MODELS.get("it")
+    ratio = WORK.ratio(client)
+    model = MODELS.get(ratio)
     if model is None:
         form = torch.contiguous_format if plain() else torch.channels_last
-        model = MODELS["it"] = WORK.module().to(DEVICE, memory_format=form).train()
+        model = MODELS[ratio] = WORK.module(ratio).to(DEVICE, memory_format=form).train()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), WORK.options.lr, WORK.momentum, fused=None if plain() else True)
     for x, y in WORK.batches(round, client):
@@ -52,6 +57,17 @@ def train(message: Message, context: Context) -> Message:
         optimizer.step()
     state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
     return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
+
+
+def covering(chosen: list[int], state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """How many of the clients have each entry of each tensor."""
+    if not WORK.mixed:
+        return dict.fromkeys(state, len(chosen))
+    counts = {n: torch.zeros_like(t) for n, t in state.items()}
+    for client in chosen:
+        for name, t in NARROW[WORK.ratio(client)].items():
+            cut(counts[name], t).add_(1)
+    return counts
 
 
 def sent(node: int, round: int, arrays: ArrayRecord | None) -> Message:
@@ -65,16 +81,20 @@ def serve(grid: Grid, context: Context) -> None:
         time.sleep(0.05)
     replies = grid.send_and_receive([sent(node, 0, None) for node in nodes])
     homes = {int(str(r.content["who"]["client"])): r.metadata.src_node_id for r in replies}
+    NARROW.update({ratio: WORK.module(ratio).state_dict() for ratio in {*WORK.ratios}})
     state, seconds, first = {n: t.contiguous() for n, t in WORK.module().state_dict().items()}, [], time.time()
     for round in range(1, WORK.rounds + 2):
         began = time.perf_counter()
-        arrays, chosen = ArrayRecord(state), WORK.chosen(round)
-        found = {r.metadata.src_node_id: r for r in grid.send_and_receive([sent(homes[c], round, arrays) for c in chosen])}
+        chosen = WORK.chosen(round)
+        arrays = {r: ArrayRecord({n: cut(state[n], t).contiguous() for n, t in like.items()}) for r, like in NARROW.items()}
+        asked = [sent(homes[c], round, arrays[WORK.ratio(c)]) for c in chosen]
+        found = {r.metadata.src_node_id: r for r in grid.send_and_receive(asked)}
         total = {n: torch.zeros_like(t) for n, t in state.items()}
         for client in chosen:
             for name, t in found[homes[client]].content["arrays"].to_torch_state_dict().items():
-                total[name] += t
-        state = {n: t / len(chosen) for n, t in total.items()}
+                cut(total[name], t).add_(t)
+        counts = covering(chosen, state)
+        state = {n: t / counts[n] for n, t in total.items()}
         seconds.append(time.perf_counter() - began)
     report(seconds=seconds[1:], first=first, norm=norm(state.values()))
 

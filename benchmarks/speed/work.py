@@ -42,15 +42,16 @@ class Work:
     momentum: float = 0.0
     clip: float = 0.0
     rounds: int = 2
+    data: str = ""  # a data set of its own, in place of noise
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
         """The options of `hfl run`."""
         return {
-            "extract": "full", "aggregate": "fedavg", "dataset": str(dataset(self.clients * self.examples)), "partition": "iid",
-            "clients": self.clients, "fraction": self.sampled / self.clients, "own_test": 0, "server_data": 0, "epochs": 1,
-            "batch_size": self.batch, "lr": 0.01, "momentum": self.momentum, "clip": self.clip, "model": self.model,
+            "extract": "full", "aggregate": "fedavg", "dataset": self.data or str(dataset(self.clients * self.examples)),
+            "partition": "iid", "clients": self.clients, "fraction": self.sampled / self.clients, "own_test": 0, "server_data": 0,
+            "epochs": 1, "batch_size": self.batch, "lr": 0.01, "momentum": self.momentum, "clip": self.clip, "model": self.model,
             "model_args": self.args, "levels": "1:1", "rounds": self.rounds + 1, "eval_every": 1000, **self.more,
             "device": DEVICE, **json.loads(os.environ.get("HETFL_BENCH_MORE", "{}")),
         }  # fmt: skip
@@ -72,20 +73,34 @@ class Work:
         """Whether a round ends with normalisation statistics and tests."""
         return self.options.eval_every == 1
 
+    @cached_property
+    def ratios(self) -> list[float]:
+        """The clients' width ratios."""
+        mix = [part.split(":") for part in self.values["levels"].split(",")]
+        return [float(level) for level, count in mix for _ in range(int(count) * (self.clients if len(mix) == 1 else 1))]
+
     def ratio(self, client: int) -> float:
         """A client's width ratio."""
-        mix = [part.split(":") for part in self.values["levels"].split(",")]
-        return [float(level) for level, count in mix for _ in range(int(count) * (self.clients if len(mix) == 1 else 1))][client]
+        return self.ratios[client]
 
-    def module(self, args: dict[str, Any] | None = None) -> torch.nn.Module:
-        """The untrained model, as hetfl builds it; with `args`, by these arguments."""
+    @property
+    def mixed(self) -> bool:
+        """Whether clients train submodels."""
+        return min(self.ratios) < 1
+
+    def module(self, ratio: float = 1.0) -> torch.nn.Module:
+        """The untrained model, as hetfl builds it; with a `ratio` below 1 one whose layers have so much of their channels."""
         from hetfl.rounds.setup import build_model
 
-        options = self.options if args is None else self.options.model_copy(update={"model_args": args})
+        sizes = {"widths": (64, 128, 256, 512), **self.args} if ratio < 1 else {}
+        narrow = {name: [max(1, int(n * ratio)) for n in given] for name, given in sizes.items() if name in ("widths", "hidden")}
+        options = self.options.model_copy(update={"model_args": {**self.args, **narrow}})
         return build_model(options, self.federation, self.model)
 
     def chosen(self, round: int) -> list[int]:
         """The clients of a round, as hetfl samples them."""
+        import torch
+
         from hetfl.rng import stream
         from hetfl.rounds.assignment import sample_size
 
@@ -107,7 +122,13 @@ class Work:
             yield train.x[rows], train.y[rows]
 
 
+MNIST = Path(os.environ.get("HETFL_DATA") or Path(__file__).parents[3] / "shared" / "data") / "mnist"  # where it is not, the Hub's
+
 SMALL = {"widths": [16, 32], "hidden": 128, "kernel": 3}
+
+LENET = {"widths": [8, 16], "hidden": [120, 84]}
+
+QUARTERS = {"extract": "heterofl", "aggregate": "overlap", "levels": "1:2,0.75:2,0.5:2,0.25:2"}
 
 HETERO = {
     "extract": "heterofl", "aggregate": "overlap", "levels": "1:2,0.5:2,0.25:2,0.125:2,0.0625:2", "eval_every": 1,
@@ -123,6 +144,7 @@ WORKS = {
         *(Work(f"tiny-{n}", "mlp", {"hidden": []}, 1000, n, 32, rounds=3) for n in (10, 100, 1000)),
         Work("hetero", "cnn", {}, 10, 10, 600, momentum=0.9, clip=1.0, rounds=2, more=HETERO),
         Work("resnet", "resnet18", {}, 10, 10, 600),
+        Work("heflwr", "fedavg-cnn", LENET, 8, 8, 7500, 64, data=str(MNIST) if MNIST.exists() else "mnist", more=QUARTERS),
     )
 }
 
@@ -139,6 +161,13 @@ def dataset(examples: int, tests: int = 1000) -> Path:
             x[np.arange(count), y * 2] |= 128  # something to learn
             np.savez(folder / f"{name}.npz", x=x, y=y)
     return folder
+
+
+def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The leading block of `whole` in the shape of `like`."""
+    for dim, size in enumerate(like.shape):
+        whole = whole.narrow(dim, 0, size)
+    return whole
 
 
 def norm(tensors: Any) -> float:
