@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import statistics
+import sys
 import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -119,3 +121,17 @@ def test_the_core_names_no_strategy():
         code = [line for line in path.read_text().splitlines() if " == " in line or "import" in line]
         found = [line for line in code for n in names if f"'{n}'" in line or f'"{n}"' in line or f"plugins.{n}" in line]
         assert not found, path
+
+
+def test_every_named_mutation_can_still_be_made():
+    """Who changes a line of plugins/ that benchmarks/mutations.py mutates gives it the new line."""
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "benchmarks" / "mutations.py")
+    mutations = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = mutations  # for its dataclass
+    spec.loader.exec_module(mutations)
+    mutations.refuse_stale(mutations.MUTATIONS)
+    named = {word for m in mutations.MUTATIONS for word in m.tests.split() if word.startswith("tests/")}
+    assert [word for word in sorted(named) if not (ROOT / word).exists()] == []
+    mutated = {m.path for m in mutations.MUTATIONS}
+    strategies = [p for p in (ROOT / "plugins").rglob("*.py") if "@hookimpl" in p.read_text()]
+    assert [str(p.relative_to(ROOT)) for p in strategies if str(p.relative_to(ROOT)) not in mutated] == []

@@ -106,3 +106,15 @@ def test_the_geometric_median_of_a_right_triangle_is_its_fermat_point():
     corners = over([0.0, 0.0], *(update(c, list(v)) for c, v in enumerate([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])))
     found = geomedian.GeoMedian(steps=100, least=0).aggregate(server_of(corners), corners, 1).state["v"]
     assert close(found, [(3 - 3**0.5) / 6] * 2, 1e-4)
+
+
+def test_krum_takes_nobody_for_an_outlier_with_whom_none_shares_an_entry():
+    distances = torch.ones(6, 6)
+    distances[5, :5] = distances[:5, 5] = float("nan")
+    distances[0, 1:5] = distances[1:5, 0] = 9.0
+    assert krum.choose_nearest(distances, 1) == [1, 2, 3, 4, 5]
+
+
+def test_the_geometric_median_of_one_client_is_that_client():
+    alone = over([0.0, 0.0], update(0, [1.0, 2.0]))
+    assert close(geomedian.GeoMedian(least=0).aggregate(server_of(alone), alone, 2).state["v"], [1, 2])

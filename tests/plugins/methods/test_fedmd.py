@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from helpers.oracles import T, close
 from helpers.states import same
+from hetfl import Update
 from hetfl.errors import UsageError
 from hetfl.plugins.methods import fedmd
 from hetfl.rounds.loop import run_round
@@ -49,19 +49,19 @@ def test_fedmd_stratified():
     assert fedmd.draw_stratified(public.y, 100, torch.Generator()).tolist() == list(range(40))
 
 
-def test_digest_steps_bring_clients_closer_to_the_consensus():
-    """spec fedmd properties: MSE on linear models with a small learning rate"""
-    torch.manual_seed(0)
-    clients, x = [nn.Linear(4, 3) for _ in range(3)], torch.randn(20, 4)
-    agreed = fedmd.average_scores([c(x).detach() for c in clients])
-    for client in clients:
-        before = fedmd.LOSSES["mse"](client(x), agreed).item()
-        optimizer = torch.optim.SGD(client.parameters(), 0.1)
-        for _ in range(5):
-            optimizer.zero_grad()
-            fedmd.LOSSES["mse"](client(x), agreed).backward()
-            optimizer.step()
-        assert fedmd.LOSSES["mse"](client(x), agreed).item() < before
+def test_a_digest_brings_clients_closer_together(simulate, monkeypatch):
+    """spec fedmd properties: where clients do nothing but digest, what they say moves towards the consensus"""
+    spreads, average = [], fedmd.average_scores
+
+    def watched(scores):
+        agreed = average(scores)
+        spreads.append(float(torch.stack([s - agreed for s in scores]).abs().mean()))
+        return agreed
+
+    monkeypatch.setattr(fedmd, "average_scores", watched)
+    options = {"public_epochs": 0, "digest_epochs": 5, "lr": 0.01, "distill_steps": 0}
+    simulate(3, extract="fedmd", aggregate="fedmd", levels="1,0.5,0.25", lr=1e-30, set={"fedmd": options})
+    assert spreads[0] > 1.2 * spreads[1] > 1.2 * spreads[2] > 0
 
 
 def test_fedmd_sends_scores_and_no_parameters(simulate):
@@ -119,3 +119,11 @@ def test_a_client_whose_model_is_another_digests_with_a_new_adam(simulate):
         steps.append(float(made.engine.client_states()[0]["memory"].get("digest/1.weight/step", torch.zeros(()))))
     assert not any("fault" in row for row in made.state.client_rows)
     assert steps == [0, 1, 2, 1]
+
+
+def test_scores_of_another_shape_have_no_say(simulate):
+    server, plugin = simulate(0, extract="fedmd", aggregate="fedmd").server, fedmd.Consensus(distill_steps=0)
+    right = torch.rand(len(plugin._draw_rows(server, 1)), server.classes)
+    said = {0: right, 1: right[:2], 2: right[:, :2]}
+    plugin.aggregate(server, [Update(c, {}, 1.0, {"scores": scores}) for c, scores in said.items()], 1)
+    assert torch.equal(plugin.state_dict()["consensus"], right)

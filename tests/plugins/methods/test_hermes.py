@@ -116,3 +116,18 @@ def test_hermes_keeps_the_branch_of_who_sits_out():
     server.branches = {"client 2": {"v": Patch(T([7.0]))}}
     made = merged_by(hermes.HermesMean(), over([9.0], update(1, [1.0])), server)
     assert {name: branch["v"].values.item() for name, branch in made.branches.items()} == {"client 1": 1.0, "client 2": 7.0}
+
+
+def test_hermes_does_not_prune_at_the_threshold_itself(simulate, monkeypatch):
+    """spec hermes 1: where the accuracy exceeds the threshold"""
+    monkeypatch.setattr(hermes, "hold_out_and_score", lambda task: 0.4)
+    for threshold, whole in ((0.4, True), (0.39, False)):
+        made = simulate(
+            1,
+            extract="hermes",
+            aggregate="hermes",
+            levels="0.5",
+            set={"extract": {"hermes": {"threshold": threshold, "rate": 0.5}}},
+        )
+        kept = made.plugins.plugins["extract.hermes"]._kept[0]
+        assert ([len(units) for units in kept.values()] == [8, 6]) == whole

@@ -89,3 +89,11 @@ def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     assert not same(made.server.state, made.state.initial)
     with all_exits(made.server.builder.module()):
         pass
+
+
+def test_heads_have_as_many_convolutions_as_asked_for(simulate):
+    for convs in (0, 2):
+        options = {"scalefl": {"exits": 2, "convs": convs}}
+        made = simulate(0, extract="scalefl", aggregate="overlap", model="cnn", model_args={"widths": [4, 4]}, set=options)
+        heads = [m for name, m in made.server.builder.model.named_modules() if name.startswith("heads")]
+        assert sum(isinstance(m, torch.nn.Conv2d) for m in heads) == convs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,3 +108,12 @@ def test_tailor_learns_importance_of_a_model_in_evaluation_mode(simulate, monkey
     monkeypatch.setattr(tailorfl, "functional_call", lambda model, *given: modes.append(model.training) or call(model, *given))
     simulate(1, extract="tailorfl", aggregate="tailorfl", set={"extract": {"tailorfl": {"steps": 2}}})
     assert modes == [False] * 6
+
+
+def test_importance_of_another_length_is_not_taken():
+    server = SimpleNamespace(widths=WIDTHS)
+    for length, known in ((3, set()), (sum(g.size for g in WIDTHS.groups), {1})):
+        plugin, answer = tailorfl.TailorFL(), SimpleNamespace(extras={"importance": torch.rand(length)})
+        reply = SimpleNamespace(client=SimpleNamespace(id=1), reply=answer, plan=None, update=lambda: update(1, [0.0]))
+        assert len(list(plugin.recover(server, [reply]))) == 1
+        assert set(plugin._importance) == known

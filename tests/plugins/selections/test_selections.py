@@ -138,3 +138,10 @@ def test_chance_is_another_one_every_round(select):
     chosen = [tuple(sorted(select().sample(server(4), [client(i) for i in range(40)], round))) for round in range(1, 6)]
     assert len(set(chosen)) == 5
     assert len({i for ids in chosen for i in ids}) > 8
+
+
+@pytest.mark.parametrize("select", [Oort, Availability, Uniform])
+def test_answers_are_ids_of_those_that_are_there(select):
+    there = [client(i, 1, examples=9, loss=1.0) for i in (11, 14, 17, 23)]
+    for number in range(1, 6):
+        assert len(set(select().sample(server(3), there, number)) & {11, 14, 17, 23}) == 3

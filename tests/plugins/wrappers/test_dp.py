@@ -15,7 +15,7 @@ from scipy.stats import beta
 from helpers.runs import STOPPABLE, ready
 from hetfl import Client, Coverage, Merged, Patch, Profile, ReceivedReply, Reply, Update, running_mean
 from hetfl.config import resolve
-from hetfl.plugins.wrappers.dp import DP, compute_epsilon
+from hetfl.plugins.wrappers.dp import DP, compute_epsilon, find_shares
 from hetfl.rng import secret_normal
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
@@ -257,3 +257,19 @@ def test_each_tensor_has_noise_of_its_own_and_no_variance_becomes_negative():
     assert abs(float(torch.corrcoef(torch.stack([found["a"], found["b"]]))[0, 1])) < 0.3
     assert float(found["n.running_var"].min()) == 0
     assert float(found["a"].min()) < 0
+
+
+def test_entries_behind_a_mask_are_covered_by_nobody():
+    server = serve({"w": torch.zeros(3)}, 4)
+    covered = [Coverage(0, {"w": Patch(torch.empty(0), {}, torch.tensor([1.0, 0.0, 0.5]))}, False),
+               Coverage(1, {"w": Patch(torch.empty(0))}, False)]  # fmt: skip
+    assert find_shares(server, covered)["w"].tolist() == [0.5, 0.25, 0.375]
+
+
+def test_another_seed_is_another_noise():
+    keys = []
+    for seed in (7, 7, 8):
+        server = serve({"w": torch.zeros(1)}, 1)
+        DP(seed=seed).prepare(server)
+        keys.append(server.key)
+    assert keys[0] == keys[1] != keys[2]

@@ -15,10 +15,10 @@ from hetfl.plugins.methods.fedconv import fast
 from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
 from hetfl.plugins.methods.fedconv.dilation import dilate, dilate_coverage
 from hetfl.plugins.methods.fedconv.filters import Filters, mlr, residual_of
-from hetfl.plugins.methods.fedconv.tiling import Block, Part, tile_parameters, tile_tensor, to_images
+from hetfl.plugins.methods.fedconv.tiling import Block, Part, split_axis, tile_parameters, tile_tensor, to_images
 from hetfl.submodel.plan import Selection, grow
 from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.widths import prefix
+from hetfl.submodel.widths import Axis, prefix
 
 
 def one_filter(v, small, large, p=0.0, q=0.0):
@@ -151,3 +151,15 @@ def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, f
     direction = torch.randn(ours.shape, generator=g)
     for a, b in zip(torch.autograd.grad(ours, weights, direction), torch.autograd.grad(theirs, weights, direction), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_an_axis_is_filtered_by_runs_of_one_group_and_sliced_where_there_are_too_many():
+    """spec fedconv 2.2: kernels do not reach over the border of two groups, be it where no unit number falls"""
+
+    def parts(group, unit, index):
+        axis = Axis(("a", "b"), torch.tensor(group), torch.tensor(unit))
+        return [(part.positions.tolist(), part.kept) for part in split_axis(axis, torch.tensor(index), len(group))]
+
+    assert parts([0, 1, 1], [0, 0, 1], [0, 1]) == [([0], 1), ([1, 2], 1)]
+    assert parts([0, 0, 0, 0], [0, 1, 0, 1], [0, 2]) == [([0, 1], 1), ([2, 3], 1)]
+    assert parts([0, 0] * 65, [0, 1] * 65, [0, 2, 4]) == [([0, 2, 4], 3)]
