@@ -81,7 +81,11 @@ def test_a_text_in_csv_stays_text(tmp_path):
     table = pd.DataFrame({"text": ["good day", "bad day"] * 20, "label": [1, 0] * 20, "stars": [5, 1] * 20})
     table.to_csv(tmp_path / "said.csv", index=False)
     data = load(DataOptions(dataset=str(tmp_path / "said.csv"), clients=2))
-    assert data.inputs.vocab is not None
+    texts, labels = (torch.cat(parts) for parts in zip(*(c.train.all() for c in data.clients), strict=True))
+    assert data.inputs.vocab > int(texts.max())
+    good, bad = ({tuple(t.tolist()) for t in texts[labels == k]} for k in (1, 0))
+    assert len(good) == len(bad) == 1, "two texts of two words, whatever the stars"
+    assert [a == b for a, b in zip(good.pop(), bad.pop(), strict=True)].count(False) == 1
 
 
 def test_missing_values_are_refused(tmp_path):

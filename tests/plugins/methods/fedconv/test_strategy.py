@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from types import SimpleNamespace
 
 import pytest
@@ -81,14 +82,18 @@ def test_dilators_tuned_as_one_batch_are_those_tuned_alone(monkeypatch, objectiv
     assert torch.allclose(*said, atol=1e-3)
 
 
-@pytest.mark.parametrize("preset", ["paper", "reference"])
-def test_literal_presets_run(tmp_path, preset):
+@pytest.mark.parametrize(("preset", "steps"), [("paper", 3 + 3 + 1), ("reference", 3 + 3 + 1 + 10 + 4 * 10)])
+def test_literal_presets_take_the_steps_of_the_code(tmp_path, preset, steps):
+    """spec fedconv 1, 3: an epoch for three compressors, three dilators and the weights; the code's ten for the global model before
+    the round and for each of four uploads"""
     options = {
         "fedconv": {"preset": preset, "epochs": 1, "dilator_epochs": 1},
         "kld": {"preset": preset, "epochs": 1},
     }
     weights, _ = run(tmp_path / "a", extract="fedconv", aggregate="kld", rounds=1, set=options)
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+    with open(tmp_path / "a" / "metrics.csv") as file:
+        assert [int(row["server steps"]) for row in csv.DictReader(file)] == [steps]
 
 
 def test_trained_dilators_run_and_differ(tmp_path):
