@@ -20,7 +20,7 @@ from hetfl.registry import BUILT_IN, Entry
 if TYPE_CHECKING:
     from hetfl.hooks.base import Plugin
     from hetfl.profiling.fleets import Fleet
-    from hetfl.profiling.inspection import ModelReport, WidthReport
+    from hetfl.profiling.inspection import AxisReport, ModelReport, WidthReport
     from hetfl.profiling.planning import ClassPlan
     from hetfl.runs.cell import TrialResult
 
@@ -204,6 +204,20 @@ def print_preset(preset: Preset) -> None:
         say(f"# unlike the paper: {preset.unlike}")
     say(f"# sha256 of the settings {preset.digest}")
     say(tomli_w.dumps({"preset": preset.name, **preset.values}).rstrip())
+
+
+def print_axes(reports: Sequence[AxisReport]) -> None:
+    """What `hfl inspect --axis` measured: each axis cut by itself, with its share of the whole in memory, compute and bytes."""
+    rows = []
+    for r in reports:
+        whole = next(other.cost for other in reports if other.axis == r.axis)
+        shares = (r.cost.macs / whole.macs, r.cost.memory / whole.memory, r.cost.bytes / whole.bytes)
+        macs, memory, payload = (f"{share:.1%}" for share in shares)
+        rows.append(
+            (r.axis, f"{r.ratio:g}", f"{r.cost.parameters:,}", f"{r.trained:,}", f"{r.cost.macs:,} ({macs})",
+             f"{format_bytes(r.cost.memory)} ({memory})", f"{format_bytes(r.cost.bytes)} ({payload})")
+        )  # fmt: skip
+    print_table(("axis", "level", "parameters", "trained", "MACs", "training memory", "payload"), rows, numbers=1, keys=2)
 
 
 def print_model_report(report: ModelReport) -> None:

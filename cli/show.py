@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,8 @@ def inspect(
     batch_size: Annotated[int, typer.Option(min=1, help="batch size of the training memory")] = 32,
     heads: Annotated[str, typer.Option(help="what is cut of attention: width, or whole heads")] = "width",
     norm_policy: Annotated[str, typer.Option(help="as in hfl run")] = "auto",
+    adapter: Annotated[str | None, typer.Option(help="as in hfl run, with --axis")] = None,
+    axis: Annotated[str, typer.Option(help="what each level of these costs, side by side: width, rank, depth")] = "",
     debug: Debug = False,
 ) -> None:
     """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
@@ -46,9 +48,14 @@ def inspect(
 
     inputs = inspection.choose_inputs(model, dataset, shape, classes, vocab)
     args = parse_pairs(model_args or [], "--model-args")
-    report = inspection.inspect_model(
-        model, args, inputs, ratios, batch=batch_size, heads=checked.heads, norm_policy=checked.norm_policy
-    )
+    how: dict[str, Any] = {"batch": batch_size, "heads": checked.heads, "norm_policy": checked.norm_policy}
+    if axis:
+        axes = [name.strip() for name in axis.split(",")]
+        render.print_axes(inspection.measure_axes(model, args, inputs, axes, ratios, adapter, **how))
+        return
+    if adapter:
+        raise UsageError("--adapter goes with --axis width,rank")
+    report = inspection.inspect_model(model, args, inputs, ratios, **how)
     render.print_model_report(report)
 
 

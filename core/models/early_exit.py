@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hetfl.models.frozen import MARK
+
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -94,8 +96,8 @@ def all_exits(model: nn.Module) -> Generator[None, None, None]:
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Whether `module` itself has parameters, its children left out."""
-    return next(module.parameters(recurse=False), None) is not None
+    """Whether `module` itself has parameters, frozen or not, its children left out."""
+    return hasattr(module, MARK) or next(module.parameters(recurse=False), None) is not None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,19 +18,23 @@ from hetfl.data import loading
 from hetfl.data.catalog import KNOWN
 from hetfl.data.dataset import Examples
 from hetfl.data.inputs import Inputs
-from hetfl.errors import UsageError
+from hetfl.errors import UsageError, unknown
 from hetfl.files import reason
 from hetfl.models import factory, normalization
-from hetfl.profiling.cost import Cost
+from hetfl.models.adapters import add_adapters, parse_adapter
+from hetfl.models.early_exit import add_exits
+from hetfl.models.frozen import freeze
+from hetfl.profiling.cost import Cost, measure_cost
 from hetfl.profiling.fleets import format_fleet
 from hetfl.profiling.meter import MakeStep, Meter, free_memory
 from hetfl.profiling.steptime import fit_step_time
 from hetfl.rng import stream
 from hetfl.submodel.builder import SubmodelBuilder
+from hetfl.submodel.ranks import find_rank_groups
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.tracing.table import Heads
 from hetfl.submodel.tracing.verify import compare_cut
-from hetfl.submodel.widths import Widths
+from hetfl.submodel.widths import Widths, unit_count
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,60 @@ def inspect_model(
             error = compare_cut(widths, model, [inputs.batch()], widths.prefix(ratio), stream(0, "inspect"))[1]
         rows.append(LevelReport(ratio, meter.width_cost(ratio), error))
     return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
+
+
+AXES = ("width", "rank", "depth")
+
+EXITS = 4  # classifiers that a model gets for its depth to be cut
+
+
+@dataclass(frozen=True)
+class AxisReport:
+    """What a model costs when `axis` alone is cut to `ratio`; `trained` are those of its parameters that are trained."""
+
+    axis: str
+    ratio: float
+    cost: Cost
+    trained: int
+
+
+def measure_axes(
+    name: str, args: Mapping[str, Any], inputs: Inputs, axes: Sequence[str], levels: Sequence[float], adapter: str | None, *,
+    batch: int = 32, heads: Heads = "width", norm_policy: str = "auto",
+) -> list[AxisReport]:  # fmt: skip
+    """Cuts one axis of the model `name` at a time, with the adapters that `adapter` asks for, and measures what is left.
+
+    width: all channels but ranks; rank: those of adapters alone; depth: the layers up to one of EXITS classifiers. Raises
+    UsageError for another axis, and for ranks without adapters.
+    """
+    for axis in axes:
+        if axis not in AXES:
+            raise unknown("axis", axis, AXES)
+    model, x = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy), inputs.batch()
+    if adapter and (spec := parse_adapter(adapter)):
+        add_adapters(model, spec, x, inputs.classes)
+    deep = add_exits(copy.deepcopy(model), x, inputs.classes, EXITS, 0) if "depth" in axes else None
+    builder = SubmodelBuilder(model, trace(model, x, heads=heads))
+    ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
+    if adapter:
+        builder = SubmodelBuilder(freeze(model), builder.widths)
+
+    if deep is not None and adapter:
+        freeze(deep)
+
+    def cut(axis: str, ratio: float) -> nn.Module:
+        if axis == "depth":
+            assert deep is not None
+            return copy.deepcopy(deep.at_depth(unit_count(deep.depth, ratio)))
+        ours = {g.name for g in builder.widths.groups if (g.name in ranks) == (axis == "rank")}
+        return builder.build({g.name: unit_count(g.size, ratio if g.name in ours else 1) for g in builder.widths.groups})
+
+    found = []
+    for axis, ratio in itertools.product(axes, levels):
+        small = cut(axis, ratio)
+        trained = sum(p.numel() for p in small.parameters() if p.requires_grad)
+        found.append(AxisReport(axis, ratio, measure_cost(small, x, inputs.classes, batch), trained))
+    return found
 
 
 def measure_widths(

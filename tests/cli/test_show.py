@@ -173,3 +173,14 @@ def test_inspect_refuses_in_one_sentence(nets, capsys, words, sentence):
     assert code == 2
     assert sentence in error
     assert "Traceback" not in error
+
+
+def test_inspect_puts_the_axes_side_by_side(capsys):
+    words = ["inspect", "cnn", "--input", "1x8x8", "--model-args", "widths=[4,8]", "--levels", "1,0.5", "--batch-size", "4"]
+    code, out, _ = hfl(capsys, *words, "--adapter", "lora:rank=8,target=conv", "--axis", "width,rank")
+    assert code == 0
+    assert ("(100.0%)" in out, "rank" in out, "training memory" in out) == (True, True, True)
+    code, _, error = hfl(capsys, *words, "--axis", "rank")
+    assert (code, "no adapters whose ranks could be cut" in error) == (2, True)
+    code, _, error = hfl(capsys, *words, "--axis", "widht")
+    assert (code, "did you mean 'width'" in error) == (2, True)

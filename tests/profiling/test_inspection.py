@@ -1,0 +1,26 @@
+"""What each axis of a model costs."""
+
+from __future__ import annotations
+
+from hetfl.data.inputs import Inputs
+from hetfl.profiling.inspection import measure_axes
+
+
+def test_ranks_save_bytes_and_little_else():
+    inputs, levels = Inputs((1, 8, 8), 10, None), (1.0, 0.25)
+    found = measure_axes(
+        "cnn", {"widths": (16, 16, 32)}, inputs, ("width", "rank", "depth"), levels, "lora:rank=8,target=conv", batch=4
+    )
+    cost = {(r.axis, r.ratio): r.cost for r in found}
+    whole = cost["rank", 1.0]
+    assert whole == cost["width", 1.0]
+
+    def share(axis, what):
+        return getattr(cost[axis, 0.25], what) / getattr(cost[axis, 1.0], what)
+
+    assert min(share("rank", "macs"), share("rank", "memory")) > 0.7 > 0.5 > share("rank", "bytes")
+    assert max(share("width", "macs"), share("width", "memory")) < 0.5
+    assert share("depth", "macs") < 0.8
+    halves, head = 8 * (9 + 16 * 9 + 16 * 9) + 8 * (16 + 16 + 32), 32 * 10 + 10
+    assert [r.trained for r in found if r.axis == "rank"] == [halves + head, halves // 4 + head]
+    assert all(r.cost.parameters > 3 * r.trained for r in found if r.axis == "rank" and r.ratio == 0.25)
