@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -190,7 +191,22 @@ def find_in_any_role(name: str) -> list[Entry]:
 
 
 def version(debug: Debug = False) -> None:
-    """Print the versions that matter."""
+    """Print the versions that matter, with the commit where hetfl is a checkout."""
     from importlib.metadata import version as version_of
 
-    say(" ".join(f"{name} {version_of(name)}" for name in ("hetfl", "torch", "flwr", "datasets")))
+    import hetfl
+
+    commit = find_commit(Path(hetfl.__file__).resolve().parent.parent)
+    own = f"hetfl {hetfl.__version__}{f' ({commit})' if commit else ''} (contract {hetfl.API})"
+    say(" ".join([own, *(f"{name} {version_of(name)}" for name in ("torch", "flwr", "datasets"))]))
+
+
+def find_commit(checkout: Path) -> str:
+    """The commit of hetfl's own checkout, with + where files are changed; "" where it is none, or git is not there."""
+    if not (checkout / ".git").exists():
+        return ""
+    words = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+API = "0.1"  # of the contract (hooks, the values they are given and answer, these names): CONTRIBUTING.md says when it changes
+
 _HOMES = {
     "aggregation.mean": ("MeanAggregator", "mean", "mean_with_absent", "running_mean"),
     "aggregation.updates": ("Merged", "Update", "Updates"),

@@ -148,7 +148,7 @@ class Checkpoints:
                 continue
             if digest(data) == name:
                 if place.parent == self._copies:
-                    write_file(self._objects / part, data)
+                    write_file(self._objects / part, data, private=True)
                     self.mended.append(part)
                 return data
             why = "a part is not what was written"

@@ -75,7 +75,8 @@ def shrink(model: nn.Module, example: Tensor, ratio: float, *, heads: Heads = "w
     >>> small = shrink(net, torch.randn(2, 64), 0.5)
     >>> small.model(torch.randn(5, 64)).shape, small.model[0].weight.shape
     (torch.Size([5, 10]), torch.Size([16, 64]))
-    >>> int(small.grow()[1]["0.weight"].sum())  # how many of the full weight's entries the smaller one covers
+    >>> _, coverage = small.grow()
+    >>> int(coverage["0.weight"].sum())  # how many of the full weight's entries the smaller one covers
     1024
 
     Raises UsageError where the ratio is not in (0, 1], the model does not run on the example or nothing of it can be cut.

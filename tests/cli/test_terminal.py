@@ -113,7 +113,7 @@ def test_bare_hfl_shows_help_and_no_error():
 def test_versions_and_the_short_name_of_the_list(capsys):
     code, out, _ = hfl(capsys, "--version")
     assert code == 0
-    assert re.match(r"hetfl \S+ torch \S+ flwr \S+ datasets \S+\n", out)
+    assert re.match(r"hetfl \S+ (\([0-9a-f]{10}\+?\) )?\(contract \S+\) torch \S+ flwr \S+ datasets \S+\n", out)
     assert hfl(capsys, "version")[1] == out
     assert hfl(capsys, "plugins") == hfl(capsys, "list-plugins")
 

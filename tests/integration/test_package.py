@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 
 import pytest
 
+import hetfl
 from helpers.paths import ROOT
 
 
@@ -26,15 +30,57 @@ def shipped_files():
     yield from (ROOT / "core" / "py.typed", ROOT / "cli" / "report.html", ROOT / "registry.toml")
 
 
-@pytest.mark.slow
-def test_wheel_holds_exactly_the_package(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], capture_output=True, text=True
-    )
+IN_THE_SOURCE = ("LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "CONTRIBUTING.md", "pyproject.toml")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the sdist, and of the wheel that is built from it."""
+    place = tmp_path_factory.mktemp("built")
+    done = subprocess.run([sys.executable, "-m", "build", "--outdir", str(place), str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("hetfl-*.whl")
+    return place
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_sdist_holds_exactly_the_package(built):
+    (wheel,) = built.glob("hetfl-*.whl")
+    assert wheel.name.startswith(f"hetfl-{hetfl.__version__}-")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == {shipped_as(path) for path in shipped_files()}
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_the_package_is_made_of_and_what_is_said_of_it(built):
+    (sdist,) = built.glob("hetfl-*.tar.gz")
+    with tarfile.open(sdist) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {*IN_THE_SOURCE, *(path.relative_to(ROOT).as_posix() for path in shipped_files())} <= names
+    assert not [name for name in names if name.startswith((".git", "runs/", "docs/", "benchmarks/"))]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_by_itself(built, tmp_path):
+    """In an environment that has the wheel and, of what is installed here, the rest but no hetfl."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (wheel,) = built.glob("hetfl-*.whl")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def hfl(*words):
+        command = [str(tmp_path / "venv" / "bin" / "hfl"), *words]
+        return subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, check=True).stdout
+
+    asked = [python, "-c", "import hetfl; print(hetfl.__file__)"]
+    where = subprocess.run(asked, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert where.stdout.startswith(str(site))
+    assert hfl("--version").startswith(f"hetfl {hetfl.__version__} (contract {hetfl.API}) torch ")
+    hfl("run", "--limit", "150", "--clients", "3", "--rounds", "1", "--pretrain-steps", "2", "--no-control", "--out", "r")
+    assert (tmp_path / "r" / "summary.json").exists()
+    assert "fedconv" in hfl("list-plugins")
 
 
 def test_no_python_file_at_the_root():

@@ -13,8 +13,8 @@ from hetfl.runs.folder import RunFolder
 cluster = pytest.importorskip("hetfl.runs.cluster")
 
 WORDS = [
-    "matrix", "--extract", "heterofl", "--sweep", "lr=0.1,0.01", "--wrap", "helpers.deadly:Slow", "--limit", "150", "--clients", "3",
-    "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,",
+    "matrix", "--extract", "heterofl", "--sweep", "lr=0.1,0.01", "--wrap", "helpers.deadly:Slow", "--limit", "150",
+    "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,",
 ]  # fmt: skip
 
 
