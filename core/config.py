@@ -132,6 +132,15 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     on_deadline: Literal["drop", "partial"] = Field(
         "drop", description="a client that would be late: leave it out, or have it do the steps that it can"
     )
+    schedule: Literal["sync", "semi", "fedbuff"] = Field(
+        "sync",
+        description="when updates are merged: all of a round's clients together; every --deadline those that have arrived; or the "
+        "first --buffer to arrive (with --fleet, docs/devices.md)",
+    )
+    buffer: int | None = Field(None, ge=1, description="fedbuff: arrivals that make a merge (default: half a round's clients)")
+    staleness: float = Field(
+        0.5, ge=0, description="semi, fedbuff: an update that is n merges late counts (1 + n)^-x of what it changed"
+    )
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
     eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")

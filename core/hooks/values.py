@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class Coverage:
     client: int
     patches: Patches
     more: bool
+
+    @classmethod
+    def of(cls, update: Update, more: bool) -> Coverage:
+        """That of an update."""
+        return cls(update.client, {name: replace(p, values=torch.empty(0)) for name, p in update.patches.items()}, more)
 
 
 @dataclass(frozen=True, eq=False)

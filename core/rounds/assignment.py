@@ -24,13 +24,16 @@ LEAST_WIDTH = 1e-4  # that a device may claim
 
 
 def sample_clients(now: RoundState) -> list[int]:
-    """The clients of the round, chosen of those that are there; the server notes how many of how many they are.
+    """The clients of the round, chosen of those that are there and have nothing under way; the server notes how many of how many
+    they are.
 
     Where not every client had the same chance they count as all that there are: privacy is not amplified by such a choice.
     """
     run, server = now.run, now.run.server
-    there = run.clock.find_ready() if run.clock else range(run.clients)
-    server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9)
+    there = run.clock.find_ready(run.underway) if run.clock else range(run.clients)
+    server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9) - len(run.underway)
+    if not there or server.wanted < 1:
+        return []
     chosen = run.plugins.sample(server, [recall_client(run, client) for client in there], now.number)
     uniform = run.clock is None and run.plugins.samples_uniformly
     server.sampled, server.population, server.averages = len(chosen), run.clients if uniform else len(chosen), run.plugins.averages
@@ -197,6 +200,8 @@ def refuse_scattered(server: Server, plans: Sequence[Plan | None]) -> None:
 
 
 def refuse_too_many(options: RunOptions, clients: int) -> None:
-    """A round cannot have more replies than clients."""
-    if options.min_clients > (count := sample_size(clients, options.fraction)):
-        raise UsageError(f"--min-clients {options.min_clients} is more than the {count} clients of a round")
+    """Raises UsageError where a round would need more replies than it has clients."""
+    count = sample_size(clients, options.fraction)
+    for flag, needed in (("--min-clients", options.min_clients), ("--buffer", options.buffer or 0)):
+        if needed > count:
+            raise UsageError(f"{flag} {needed} is more than the {count} clients of a round")

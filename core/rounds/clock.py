@@ -7,7 +7,7 @@ however fast the machine is, and a run that goes on knows the time from its last
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from hetfl.config import RunOptions
@@ -22,12 +22,28 @@ MOST_CHANGES = 5000
 
 def choose_fleet(options: RunOptions) -> Fleet | None:
     """The run's fleet; None: it has no clock. Raises UsageError for options that need one."""
+    needing = {
+        "--deadline": options.deadline, "--over-select": options.over_select > 1,
+        f"--schedule {options.schedule}": options.schedule != "sync",
+    }  # fmt: skip
     if options.fleet is None:
-        given = [flag for flag, used in (("--deadline", options.deadline), ("--over-select", options.over_select > 1)) if used]
-        if given:
-            raise UsageError(f"{given[0]} needs simulated time: give a fleet with --fleet (hfl fleets lists them)")
-        return None
-    return find_fleet(options.fleet)
+        for flag in (flag for flag, used in needing.items() if used):
+            raise UsageError(f"{flag} needs simulated time: give a fleet with --fleet (hfl fleets lists them)")
+    refuse_unscheduled(options)
+    return None if options.fleet is None else find_fleet(options.fleet)
+
+
+def refuse_unscheduled(options: RunOptions) -> None:
+    """Raises UsageError for options that do not go with the run's --schedule."""
+    schedule = options.schedule
+    if options.buffer is not None and schedule != "fedbuff":
+        raise UsageError(f"--buffer is for --schedule fedbuff, not {schedule}")
+    if schedule != "sync" and options.over_select > 1:
+        raise UsageError(f"--over-select is for --schedule sync: under {schedule} nobody is waited for")
+    if schedule == "semi" and options.deadline is None:
+        raise UsageError("--schedule semi merges every --deadline seconds: give one")
+    if options.buffer is not None and options.buffer < options.min_clients:
+        raise UsageError(f"--buffer {options.buffer} is fewer than the {options.min_clients} replies of --min-clients")
 
 
 @dataclass(eq=False)
@@ -63,14 +79,16 @@ class Clock:
             self._devices[client] = self._fleet.device(client, len(self.examples), self.options.seed)
         return self._devices[client]
 
-    def find_ready(self) -> list[int]:
-        """The clients that are there; where they are fewer than --min-clients, the clock first goes on until they are not.
+    def find_ready(self, busy: Collection[int] = ()) -> list[int]:
+        """The clients that are there, without the `busy`; where nobody is busy and they are fewer than --min-clients, the clock
+        first goes on until they are not.
 
         Raises RunError where that takes MOST_CHANGES comings and goings.
         """
-        everyone, when, need = range(len(self.examples)), self._when, self.options.min_clients
+        everyone, when = [i for i in range(len(self.examples)) if i not in busy], self._when
+        need = 0 if busy else self.options.min_clients
         if when is None:
-            return list(everyone)
+            return everyone
         began = self.now
         for _ in range(MOST_CHANGES):
             if len(ready := [i for i in everyone if when.is_ready(i, self.now)]) >= need:

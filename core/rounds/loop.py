@@ -18,6 +18,7 @@ from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.norm_statistics import renew_statistics
 from hetfl.rounds.receiving import TooFewReplies, receive_replies, recover_updates
 from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
+from hetfl.rounds.schedule import take_arrivals
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.timing import keep_in_time, settle
 from hetfl.rounds.validation import is_finite
@@ -47,11 +48,11 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
 
     # 3. The clients train. Nothing waits for all of them: replies are checked as they come, in client order, and
     # 4. recovered, each to an update in global coordinates, while
-    # 5. the aggregation takes the updates one by one, or gathers them first.
-    updates = recover_updates(now, receive_replies(now))
+    # 5. the aggregation takes those that the schedule gives it one by one, or gathers them first.
+    updates = take_arrivals(now, recover_updates(now, receive_replies(now)))
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
-    if now.assignments:
+    if now.assignments or merged is not None:
         now.row.taken = merged is not None
     if merged is not None:
         server.state, server.branches, now.row.facts = merged.state, dict(merged.branches), dict(merged.facts)
@@ -116,18 +117,19 @@ def report_round(now: RoundState) -> None:
     """Ends the round: what each client's submodel cost, the rows of both tables, and the alarms."""
     run, row = now.run, now.row
     costs: dict[int, dict[str, int]] = {}  # by plan: clients of a level share theirs
-    for client, assignment in ((i, a) for i, a in now.assignments.items() if i in row.clients):
+    lines = now.lines()
+    for client, assignment in ((i, a) for i, a in now.assignments.items() if i in lines):
         plan = assignment.plan
         if id(plan) not in costs:
             costs[id(plan)] = device_costs(run.meter.cost(plan.sizes, plan.model), assignment)
-        row.clients[client].costs = costs[id(plan)]
+        lines[client].costs = costs[id(plan)]
     accuracies = [c.metrics[OWN_ACCURACY] for c in row.clients.values() if OWN_ACCURACY in c.metrics]
     row.add_mean_and_decile("client@own", accuracies)
     row.seconds = time.perf_counter() - now.began[0]
     run.rows.append(row.columns())
-    lines = {client: c.columns() for client, c in row.clients.items()}
-    run.client_rows += lines.values()
-    run.latest |= lines
+    people = {client: c.columns() for client, c in row.clients.items()}
+    run.client_rows += people.values()
+    run.latest |= people
     for text in [
         *dict.fromkeys([*now.engine.notices, *run.server.alarms]),
         *find_alarms(run.rows, run.client_rows, run.server.classes),

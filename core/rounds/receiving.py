@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from hetfl.aggregation.updates import Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks.values import Client, Coverage, ReceivedReply
@@ -63,8 +61,7 @@ def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply])
     if now.run.plugins.finalizes:
         reply = of_client.reply if of_client else None
         more = reply is not None and bool(reply.extras or reply.kept or reply.masks)
-        patches = {name: replace(patch, values=torch.empty(0)) for name, patch in update.patches.items()}
-        now.coverage.append(Coverage(update.client, patches, more))
+        now.coverage.append(Coverage.of(update, more))
     if of_client is not None:
         pending.remove(of_client)
 
@@ -81,7 +78,7 @@ def receive_replies(now: RoundState) -> Iterator[ReceivedReply]:
         count += 1
         yield reply
     run.callback.phase(now.number, "aggregate")
-    if count < run.options.min_clients:
+    if count < run.options.min_clients and run.options.schedule == "sync":
         raise TooFewReplies(count)
 
 

@@ -20,12 +20,13 @@ STATISTICS_BYTES = "statistics bytes"  # of both ways' bytes, those of --norm-po
 # under --fleet
 SIMULATED, JOULES, CLOCK, JOULES_SO_FAR = "simulated seconds", "joules", "simulated seconds so far", "joules so far"
 DROPPED, DEVICE = "dropped", "device"
+STALENESS, UNDER_WAY = "staleness", "under way"  # of --schedule semi and fedbuff
 SERVER_STEPS, STEPS_SAVED, PHASE = "server steps", "server steps saved", "seconds "  # PHASE + the name of a phase
 CLIENTS_MODELS = ("client", "personal", "control", "pretrained")  # how accuracies begin that are not of the global model
 MEAN_LEVEL, WORST_LEVEL = "mean level@test", "worst level@test"
 RESERVED = {
     ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE,
-    SIMULATED, JOULES, DROPPED, DEVICE,
+    SIMULATED, JOULES, DROPPED, DEVICE, STALENESS,
 }  # fmt: skip
 
 
@@ -54,11 +55,13 @@ class ClientRow:
     device: str = ""
     simulated: float | None = None
     joules: float | None = None
+    staleness: int | None = None  # merges between the model that it was sent and that which it is merged into
 
     def columns(self) -> Row:
         """The line; what is not known has no column."""
         some = {LEVEL: self.level, BOTTLENECK: self.bottleneck}
         time = {SIMULATED: self.simulated, JOULES: self.joules, DEVICE: self.device or None, DROPPED: self.dropped or None}
+        time[STALENESS] = self.staleness
         more = {**time, CHANGE: self.change, FAULT: self.fault or None, TRACEBACK: self.traceback or None}
         return {
             ROUND: self.round, CLIENT: self.client, **{k: v for k, v in some.items() if v},
@@ -84,6 +87,7 @@ class RoundRow:
     server_steps: Counter[int] = field(default_factory=Counter)
     steps_saved: int = 0
     simulated: tuple[float, float, float, float] | None = None  # seconds and joules of the round, and of the run so far
+    under_way: int | None = None  # updates that wait for a later merge
 
     def add_mean_and_decile(self, name: str, values: Sequence[float]) -> None:
         """The mean and the worst decile over clients, under the metric's name."""
@@ -103,6 +107,8 @@ class RoundRow:
         people = self.clients.values()
         time = dict(zip((SIMULATED, JOULES, CLOCK, JOULES_SO_FAR), self.simulated or (), strict=False))
         time |= {DROPPED: sum(bool(c.dropped) for c in people)} if self.simulated else {}
+        late = [c.staleness for c in people if c.staleness is not None]
+        time |= {} if self.under_way is None else {STALENESS: sum(late) / max(len(late), 1), UNDER_WAY: self.under_way}
         return {
             ROUND: self.round, **self.facts, **self.results,
             BYTES_DOWN: sum(c.bytes_down for c in people), BYTES_UP: sum(c.bytes_up for c in people),

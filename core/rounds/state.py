@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from hetfl.aggregation.updates import Update
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.hooks.manager import PluginManager
@@ -22,10 +23,23 @@ from hetfl.rounds.evaluator import Evaluator
 from hetfl.rounds.limits import Limits
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.rows import RoundRow, Row
+from hetfl.rounds.rows import ClientRow, RoundRow, Row
 from hetfl.submodel.plan import Plan
 
 Item = TypeVar("Item")
+
+
+@dataclass(eq=False)
+class Underway:
+    """An update that waits for a later merge: what its client changed of the model of `round`, in the tensors `moved`; of others
+    the values. It `arrives` at so many simulated seconds of the run; `row` is its line of clients.csv, `more` as in `Coverage`."""
+
+    update: Update
+    round: int
+    arrives: float
+    row: ClientRow
+    moved: frozenset[str]
+    more: bool
 
 
 @dataclass(eq=False)
@@ -52,6 +66,7 @@ class RunState:
     client_rows: list[Row] = field(default_factory=list)
     latest: dict[int, Row] = field(default_factory=dict)  # by client: the last of these
     clock: Clock | None = None  # of a run with --fleet
+    underway: dict[int, Underway] = field(default_factory=dict)  # by client: what waits for a later merge
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
@@ -81,6 +96,7 @@ class RoundState:
         self.versions = dict(run.state_versions)  # of the clients' own states before this round
         self.assignments: dict[int, Assignment] = {}
         self.turns: dict[int, Turn] = {}  # under --fleet: what each client's part takes
+        self.ends: float | None = None  # under --schedule semi and fedbuff: the simulated time of the merge
         self.limits = Limits(run.options.max_change, run.client_rows)
         self.coverage: list[Coverage] = []
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
@@ -129,6 +145,10 @@ class RoundState:
         if self._phases:
             self.row.phases[self._phases[-1]] = self.row.phases.get(self._phases[-1], 0.0) + now - self._mark
         self._mark = now
+
+    def lines(self) -> dict[int, ClientRow]:
+        """The line of each client that took part in the round, or whose update waits for a later merge."""
+        return {client: late.row for client, late in self.run.underway.items()} | self.row.clients
 
     def alarm(self, text: str) -> None:
         """A note that nobody may overlook; it stands in the round's row too."""

@@ -44,7 +44,7 @@ def keep_in_time(now: RoundState, clock: Clock) -> None:
             row = now.row.clients[turn.client] = begin_row(now, turn.client)
             row.dropped, row.bytes_down = turn.fate, turn.work.bytes_down
             now.assignments.pop(turn.client)
-    if not arrived:
+    if not arrived and not run.underway:
         now.alarm(f"none of the {len(turns)} clients of the round got through in time; the global model stays as it was")
 
 
@@ -57,29 +57,47 @@ def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict
         sizes[key] = upload_bytes(plan, Reply(up, 0))
     work = Work(run.meter.cost(plan.sizes, plan.model), steps, examples, assignment.bytes, sizes[key])
     device = clock.device(client)
-    return Turn(assignment, device, work, device.spend(work), min(clock.options.deadline or math.inf, clock.stay(client)))
+    deadline = None if run.options.schedule == "semi" else run.options.deadline  # under semi who is late is merged later
+    return Turn(assignment, device, work, device.spend(work), min(deadline or math.inf, clock.stay(client)))
+
+
+def time_reply(now: RoundState, client: int) -> float:
+    """The simulated seconds that a client's part of the round took, now that it is known what it sent."""
+    turn = now.turns[client]
+    turn.spent = turn.device.spend(replace(turn.work, bytes_up=now.lines()[client].bytes_up))
+    return turn.spent.seconds
 
 
 def settle(now: RoundState, clock: Clock) -> None:
     """Puts the clock on and says in the rows what the round took: seconds and joules.
 
+    What a client spends counts in the round that merges it.
+    """
+    lines = now.lines()
+    for turn in now.turns.values():
+        row = lines[turn.client]
+        seconds = turn.spent.seconds if turn.fate else time_reply(now, turn.client)
+        row.simulated, row.device = seconds, turn.device.name
+    took = math.inf if now.ends is not None else find_duration(now, clock)
+    for turn in now.turns.values():
+        lines[turn.client].joules = (turn.device.spend(turn.work, min(turn.limit, took)) if turn.fate else turn.spent).joules
+    spent = math.fsum(row.joules for row in now.row.clients.values() if row.joules is not None)
+    clock.now, clock.joules = clock.now + took if now.ends is None else now.ends, clock.joules + spent
+    now.row.simulated = (clock.now - now.began[1], spent, clock.now, clock.joules)
+    if now.run.options.schedule != "sync":
+        now.row.under_way = len(now.run.underway)
+
+
+def find_duration(now: RoundState, clock: Clock) -> float:
+    """Seconds of a synchronous round.
+
     It ends with the last reply that is merged where none is missing, or none is waited for any more; else at the deadline, or when
     the last of the others has left.
     """
-    kept = [turn for turn in now.turns.values() if not turn.fate]
-    for turn in kept:
-        turn.spent = turn.device.spend(replace(turn.work, bytes_up=now.row.clients[turn.client].bytes_up))
-    missing = [t for t in now.turns.values() if t.fate and not t.fate.startswith(("not needed", "memory"))]
-    full = any(t.fate.startswith("not needed") for t in now.turns.values())
-    ends = [t.spent.seconds for t in kept] + ([] if full else [t.limit for t in missing])
-    took = max(ends, default=0.0)
+    turns = now.turns.values()
+    missing = [t for t in turns if t.fate and not t.fate.startswith(("not needed", "memory"))]
+    full = any(t.fate.startswith("not needed") for t in turns)
     if missing and not full and clock.options.deadline is not None:
-        took = clock.options.deadline
-    spent = 0.0
-    for turn in now.turns.values():
-        row = now.row.clients[turn.client]
-        joules = turn.spent.joules if not turn.fate else turn.device.spend(turn.work, min(turn.limit, took)).joules
-        row.simulated, row.joules, row.device = turn.spent.seconds, joules, turn.device.name
-        spent += joules
-    clock.now, clock.joules = clock.now + took, clock.joules + spent
-    now.row.simulated = (clock.now - now.began[1], spent, clock.now, clock.joules)
+        return clock.options.deadline
+    ends = [t.spent.seconds for t in turns if not t.fate] + ([] if full else [t.limit for t in missing])
+    return max(ends, default=0.0)

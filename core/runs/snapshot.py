@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from hetfl.aggregation.updates import Update
 from hetfl.config import RunOptions, format_run_file, resolve
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client
 from hetfl.models.frozen import base_hash
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.rows import CLIENT, RESERVED, ROUND
-from hetfl.rounds.state import RunState
+from hetfl.rounds.rows import CLIENT, RESERVED, ROUND, ClientRow
+from hetfl.rounds.state import RunState, Underway
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
@@ -41,6 +43,8 @@ def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
     tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
     tensors |= {f"plugin/{key}": plugin.state_dict() for key, plugin in experiment.plugins.plugins.items()}
     tensors |= {f"extras/{client}": extras for client, extras in run.extras.items() if extras}
+    for client, late in run.underway.items():
+        tensors |= {f"underway/{client}": flatten_patches(late.update.patches), f"underway extras/{client}": late.update.extras}
     for client, state in experiment.engine.client_states().items():
         tensors |= {f"client/{client}/{name}": named for name, named in state.items()}
     return Snapshot(len(run.rows), tensors, {"run": facts(experiment), **rounds})
@@ -104,6 +108,10 @@ def facts(experiment: Experiment) -> dict[str, Any]:
         "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
         "last round": {str(client): number for client, number in run.last_round.items()},
         "state versions": {str(client): number for client, number in run.state_versions.items()},
+        "under way": {
+            str(client): [late.update.weight, late.round, late.arrives, asdict(late.row), sorted(late.moved), late.more]
+            for client, late in run.underway.items()
+        },
         "data": experiment.federation.fingerprint, "base": base_hash(server.builder.model),
         "versions": {name: version(name) for name in BITS},
         "options": identity(resolve(tomllib.loads(format_run_file(experiment.options, experiment.plugins.options())))),
@@ -135,9 +143,11 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
         run.rows.append(row)
         run.client_rows += people
         run.latest |= {line[CLIENT]: line for line in people}
-    run.metric_names = {name for row in run.client_rows for name in row} - RESERVED
     if run.clock is not None:
         run.clock.set(run.rows)
+    run.underway = {int(key): restore_underway(key, given, snapshot.tensors) for key, given in known["under way"].items()}
+    lines = [*run.client_rows, *(late.row.metrics for late in run.underway.values())]
+    run.metric_names = {name for line in lines for name in line} - RESERVED
     for key, plugin in experiment.plugins.plugins.items():
         if state := snapshot.tensors[f"plugin/{key}"]:
             plugin.load_state_dict(state)
@@ -146,6 +156,13 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
         owner, name = key.split("/", 1)
         states.setdefault(int(owner), {})[name] = tensors
     experiment.engine.restore_client_states(states)
+
+
+def restore_underway(client: str, known: Sequence[Any], tensors: Mapping[str, State]) -> Underway:
+    """The update of a client that waits for a later merge, of what `facts` and `capture` say of it."""
+    weight, round, arrives, row, moved, more = known
+    update = Update(int(client), unflatten_patches(tensors[f"underway/{client}"]), weight, tensors[f"underway extras/{client}"])
+    return Underway(update, round, arrives, ClientRow(**row), frozenset(moved), more)
 
 
 def flatten_patches(patches: Patches) -> State:

@@ -93,6 +93,8 @@ class DP(Plugin):
 
 def explain_unaccounted(server: Server, covered: Sequence[Coverage]) -> str | None:
     """Why what was released is not the Gaussian mechanism on the clients' sum, or None."""
+    if server.options.schedule != "sync":
+        return f"under --schedule {server.options.schedule} whose updates are merged depends on other clients' devices"
     if not server.averages:
         return "the aggregation or the recovery is no mean of what clients send"
     if any(c.more for c in covered):

@@ -173,9 +173,11 @@ def simulated(made):
     return [{k: v for k, v in row.items() if "simulated" in k or "seconds" not in k} for row in rows]
 
 
-def test_the_clock_reads_no_clock_of_this_machine(monkeypatch):
-    """A machine whose time goes by leaps gives the same rows."""
-    options = {"fraction": 0.5, "over_select": 1.5, "fleet": "phones-always", "deadline": 0.5, "on_deadline": "partial"}
+@pytest.mark.parametrize("schedule", ["sync", "fedbuff"])
+def test_the_clock_reads_no_clock_of_this_machine(monkeypatch, schedule):
+    """A machine whose time goes by leaps, and which has other workers, gives the same rows."""
+    options = {"schedule": schedule, "fraction": 0.5, "over_select": 1.5 if schedule == "sync" else 1, "fleet": "phones-always"}
+    options |= {"deadline": 0.5, "on_deadline": "partial"}
     one = simulated(ran(**options))
     moments = (n**3 for n in count())
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(moments)))
@@ -183,7 +185,7 @@ def test_the_clock_reads_no_clock_of_this_machine(monkeypatch):
 
 
 def test_processes_simulate_what_threads_do():
-    options = {"fleet": "rpi4:1", "deadline": 0.0295, "on_deadline": "partial", "vmap": "off"}
+    options = {"fleet": "rpi4:1", "deadline": 0.0295, "on_deadline": "partial", "vmap": "off", "schedule": "fedbuff", "buffer": 4}
     assert simulated(ran(**options)) == simulated(ran(**options, engine="processes", workers=2))
 
 

@@ -42,7 +42,7 @@ def serve(state, sampled, averages="covering", key=bytes(32), population=None):
     """What dp sees of a server."""
     return SimpleNamespace(
         state=state, sampled=sampled, population=population or sampled, averages=averages, notes=[],
-        options=SimpleNamespace(norm_policy="aggregate", rounds=1),
+        options=SimpleNamespace(norm_policy="aggregate", rounds=1, schedule="sync"),
         secret_normal=lambda purpose, number, shape: secret_normal(key, purpose, number, tuple(shape)),
     )  # fmt: skip
 
@@ -176,6 +176,7 @@ NORMED = {"model": "cnn", "model_args": {"widths": [8, 8]}, "server_data": 0.1}
         ({"extract": "heterofl", **NORMED, "norm_policy": "static"}, "publishes the clients' statistics without noise"),
         ({"extract": "lotteryfl", "aggregate": "overlap"}, "no mean of what clients send"),
         ({"extract": "hermes", "aggregate": "overlap", "set": {"hermes": {"threshold": 0.0}}}, "mean of what clients send"),
+        ({"extract": "full", "fleet": "jetsons", "schedule": "fedbuff"}, "depends on other clients' devices"),
     ],
 )
 def test_epsilon_is_reported_only_where_the_mechanism_is_the_accountants(values, why):
