@@ -17,6 +17,12 @@ from hetfl.submodel.widths import Widths
 PLAN = ("sizes", "masks", "take", "put", "narrow")  # what a plan has
 
 
+def say_key(key: str) -> str:
+    """ "role.name" in words: extract plugin 'heterofl'."""
+    role, _, name = key.partition(".")
+    return f"{role} plugin '{name}'"
+
+
 def find_plan_fault(plans: Any, clients: Sequence[Client]) -> str | None:
     """That an extraction's answer is not a plan, or None, for each client; or that a plan keeps units that cannot be."""
     if not isinstance(plans, Sequence) or isinstance(plans, str):
@@ -41,6 +47,16 @@ def find_sample_fault(chosen: Any, clients: Sequence[Client], wanted: int) -> st
         return f"chose client {min(strangers)}, which is not among those that are there"
     if len(set(chosen)) < len(chosen) or not 0 < len(chosen) <= wanted:
         return f"chose {len(chosen)} clients, {len(set(chosen))} different ones, where 1 to {wanted} are wanted"
+    return None
+
+
+def find_allotment_fault(widths: Any, clients: Sequence[Client]) -> str | None:
+    """That an answer to `allot` is not a width for each of `clients`, above 0 and at most what its device affords."""
+    if not isinstance(widths, Sequence) or isinstance(widths, str) or len(widths) != len(clients):
+        return f"did not answer with {len(clients)} widths"
+    for client, width in zip(clients, widths, strict=True):
+        if not isinstance(width, int | float) or not 0 < width <= client.profile.width:
+            return f"gave client {client.id} the width {width!s:.20}, where it affords {client.profile.width:g}"
     return None
 
 

@@ -43,6 +43,12 @@ def profile(node: Node) -> Profile | None:
     """Node, every round: what this device can afford. Default: the full width."""
 
 
+@hookspec
+def allot(server: Server, clients: Sequence[Client], widths: Sequence[float], round: int) -> Sequence[float] | None:
+    """Server: the width of each of the round's clients, at most what its device affords. Each chosen plugin gets as `widths` what
+    the one before made. Default: what they afford."""
+
+
 @hookspec(firstresult=True)
 def extract(server: Server, clients: Sequence[Client], round: int) -> Sequence[Plan | None] | None:
     """Server: a plan for each of the round's clients, in their order; None: it sits out. Default: the whole model for everyone."""

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
-from hetfl.hooks import hookspecs
-from hetfl.hooks.answers import find_extras_fault, find_merge_fault, find_plan_fault, find_sample_fault
+from hetfl.hooks import answers, hookspecs
 from hetfl.hooks.base import Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
@@ -24,12 +23,6 @@ from hetfl.submodel.plan import Plan
 from hetfl.training.task import Reply, Task
 
 Answer = TypeVar("Answer")
-
-
-def say_key(key: str) -> str:
-    """ "role.name" in words: extract plugin 'heterofl'."""
-    role, _, name = key.partition(".")
-    return f"{role} plugin '{name}'"
 
 
 class PluginManager:
@@ -70,7 +63,7 @@ class PluginManager:
         """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
         raised = self._find_raiser(error)
         where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
-        return raised and f"{say_key(raised)} failed in {where}: {type(error).__name__}: {error}"
+        return raised and f"{answers.say_key(raised)} failed in {where}: {type(error).__name__}: {error}"
 
     def _find_raiser(self, error: Exception) -> str | None:
         """The key of the plugin in whose code an error was raised: the innermost that the traceback has."""
@@ -100,7 +93,7 @@ class PluginManager:
         impls = self._ask(hook, *([role] if role else [])).get_hookimpls()
         bearers = [impl.plugin_name for impl in impls if impl.plugin_name != "core"]
         where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
-        raise RunError(f"{' or '.join(map(say_key, bearers)) or 'hetfl'} {fault} ({where})")
+        raise RunError(f"{' or '.join(map(answers.say_key, bearers)) or 'hetfl'} {fault} ({where})")
 
     def _expect(
         self, kind: type[Answer], answer: Any, hook: str, role: str | None = None, round: int = 0, client: int | None = None
@@ -118,7 +111,7 @@ class PluginManager:
         """The ids of the round's clients, in ascending order. Raises RunError where the answer is something else."""
         with self._naming("sample", round):
             chosen = self._ask("sample", "select")(server=server, clients=clients, round=round)
-            self.refuse(find_sample_fault(chosen, clients, server.wanted), "sample", "select", round)
+            self.refuse(answers.find_sample_fault(chosen, clients, server.wanted), "sample", "select", round)
         return sorted(chosen)
 
     @cached_property
@@ -134,6 +127,14 @@ class PluginManager:
         except Exception as error:
             raise RunError(self.explain(error, "profile", node.round, node.client) or repr(error)) from error
         return self._expect(Profile, answer, "profile", "profile", node.round, node.client)
+
+    def allot(self, server: Server, clients: Sequence[Client], round: int) -> list[float]:
+        """The width of each client. Raises RunError where the answer is something else, or more than a device affords."""
+        widths: object = [client.profile.width for client in clients]
+        with self._naming("allot", round):
+            widths = self._pass_through("allot", "widths", widths, self._outwards, server=server, clients=clients, round=round)
+        self.refuse(answers.find_allotment_fault(widths, clients), "allot", None, round)
+        return list(cast(Sequence[float], widths))
 
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
         with self._naming("adapt_model"):
@@ -158,11 +159,10 @@ class PluginManager:
         """What travels under all chosen plugins."""
         if not self._answers("exchange"):
             return Exchange()
-        with self._naming("exchange", client=client.id):
-            answers = self._manager.hook.exchange(server=server, client=client, names=names)
         found = Exchange()
-        for said in answers:
-            found &= self._expect(Exchange, said, "exchange", client=client.id)
+        with self._naming("exchange", client=client.id):
+            for said in self._manager.hook.exchange(server=server, client=client, names=names):
+                found &= self._expect(Exchange, said, "exchange", client=client.id)
         return found
 
     def client_extras(self, server: Server, client: Client, plan: Plan, round: int) -> State:
@@ -173,7 +173,7 @@ class PluginManager:
         found: State = {}
         for extras in reversed(said):
             found |= self._expect(dict, extras, "client_extras", None, round, client.id)
-        if fault := find_extras_fault(found, self.extras_down):
+        if fault := answers.find_extras_fault(found, self.extras_down):
             self.refuse(f"sends what it did not declare: {fault}", "client_extras", None, round, client.id)
         return found
 
@@ -181,7 +181,7 @@ class PluginManager:
         """A plan for each client, None for one that sits out. Raises RunError where the answer is something else."""
         with self._naming("extract", round):
             plans = self._ask("extract", "extract")(server=server, clients=clients, round=round)
-            self.refuse(find_plan_fault(plans, clients), "extract", "extract", round)
+            self.refuse(answers.find_plan_fault(plans, clients), "extract", "extract", round)
         return list(plans)
 
     def fit(self, task: Task) -> Reply:
@@ -267,7 +267,7 @@ class PluginManager:
             caller = self._manager.subset_hook_caller("aggregate", remove_plugins=others)
         with self._naming("aggregate", round):
             merged = caller(server=server, updates=updates, round=round)
-        self.refuse(find_merge_fault(merged, server.state), "aggregate", "aggregate", round)
+        self.refuse(answers.find_merge_fault(merged, server.state), "aggregate", "aggregate", round)
         return cast(Merged, merged)
 
     @cached_property
@@ -292,7 +292,7 @@ class PluginManager:
         with self._naming("finalize", round):
             given = {"server": server, "covered": covered, "round": round}
             found = self._pass_through("finalize", "merged", merged, list(self.plugins), **given)
-        self.refuse(find_merge_fault(found, server.state), "finalize", None, round)
+        self.refuse(answers.find_merge_fault(found, server.state), "finalize", None, round)
         return found
 
     @cached_property

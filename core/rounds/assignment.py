@@ -67,7 +67,9 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
     if now.number == 1 and not profiles:
         first = now.row.clients[chosen[0]].fault.replace("its profile: ", "", 1)
         raise RunError(f"no client can take part; the profile of client {chosen[0]}: {first}")
-    found = [Client(i, profile, run.extras.get(i, {}), run.last_round.get(i, 0)) for i, profile in profiles.items()]
+    found = allot_widths(
+        run, [replace(recall_client(run, client), profile=profile) for client, profile in profiles.items()], now.number
+    )
     run.server.clients |= {client.id: client for client in found}
     if now.number == 1 and found:
         describe_fleet(now, found)
@@ -89,6 +91,15 @@ def check_profile(answer: Any, declared: Collection[float] | None = None, global
     if declared is not None and not any(math.isclose(answer.width, width) for width in allowed):
         return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
     return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
+
+
+def allot_widths(run: RunState, clients: Sequence[Client], round: int) -> list[Client]:
+    """The clients with the widths that the server allots them; who gets less than it affords is noted to be bound by that."""
+    widths = run.plugins.allot(run.server, clients, round)
+    return [
+        replace(c, profile=Profile(w, f"allotted {w:.4g} of {c.profile.width:g}")) if w < c.profile.width else c
+        for c, w in zip(clients, widths, strict=True)
+    ]
 
 
 def describe_fleet(now: RoundState, clients: Sequence[Client]) -> None:
