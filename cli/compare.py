@@ -30,6 +30,8 @@ COSTS = ("parameters", "MACs", "memory", "bytes", "seconds")  # of a client of a
 
 WAYS = ("rounds", "bytes", "MACs", "seconds")
 
+SIMULATED_WAYS = ("simulated seconds", "joules")  # of runs with --fleet
+
 NOT_SIGNIFICANT = "≈"
 
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -64,7 +66,12 @@ def compare(
         "parameters,MACs,bytes"
     ),
     target: Annotated[
-        float | None, typer.Option(min=0, max=1, help="also rounds, bytes, MACs and seconds until the first metric reaches this")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="also rounds, bytes, MACs, seconds (with --fleet simulated ones and joules) until the first metric has it",
+        ),
     ] = None,
     interval: Annotated[bool, typer.Option(help="95 % interval in place of the standard deviation")] = False,
     format: Annotated[Format, typer.Option(help="how it is printed")] = "table",
@@ -106,10 +113,12 @@ def make_sheet(
         for row, method in zip(found, methods, strict=True):
             row.append(cost_cell(method, sorted(levels, key=float, reverse=True), what))
     if target is not None:
-        for what in WAYS:
-            columns.append(f"{what} to {100 * target:g}%")
-        for row, method in zip(found, methods, strict=True):
-            row += way_cells(method, metrics[0], target)
+        ways = [method.ways(metrics[0], target) for method in methods]
+        timed = any(SIMULATED_WAYS[0] in way for each in ways for way in each if way)
+        shown = [*WAYS, *(SIMULATED_WAYS if timed else ())]
+        columns += [f"{what} to {100 * target:g}%" for what in shown]
+        for row, each in zip(found, ways, strict=True):
+            row += way_cells(each, shown)
         notes.append(
             f"to {100 * target:g}%: until {metrics[0]} first reached it, the mean over the seeds that did; MACs of training, a "
             "backward pass counted as two forward ones; seconds on the clock of the machine that ran it"
@@ -162,17 +171,19 @@ def format_count(number: float) -> str:
     return f"{number:,.3g}T"
 
 
-def way_cells(method: Method, metric: str, target: float) -> list[Cell]:
-    """Rounds, bytes, MACs and seconds to a target: means over the seeds that reached it, and how many did."""
-    ways = method.ways(metric, target)
+def way_cells(ways: Sequence[dict[str, float] | None], shown: Sequence[str]) -> list[Cell]:
+    """What is `shown` of the ways to a target: means over the seeds that reached it, and how many did."""
     reached = [way for way in ways if way is not None]
     if not reached:
-        return [Cell("never", None) for _ in WAYS]
+        return [Cell("never", None) for _ in shown]
     of = "" if len(reached) == len(ways) else f" ({len(reached)} of {len(ways)} seeds)"
-    means = {name: statistics.fmean(way[name] for way in reached) for name in WAYS}
-    show = {"rounds": f"{means['rounds']:.3g}{of}", "bytes": format_bytes(means["bytes"]), "MACs": format_count(means["MACs"]),
-            "seconds": f"{means['seconds']:.3g}"}  # fmt: skip
-    return [Cell(show[name], means[name]) for name in WAYS]
+    cells = []
+    for name in shown:
+        known = [way[name] for way in reached if name in way]
+        mean = statistics.fmean(known) if known else None
+        show: Callable[[float], str] = {"bytes": format_bytes, "MACs": format_count}.get(name, "{:.3g}".format)
+        cells.append(Cell("-" if mean is None else show(mean) + (of if name == "rounds" else ""), mean))
+    return cells
 
 
 def explain(methods: Sequence[Method], rows: Sequence[Sequence[Cell]], interval: bool) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from hetfl.rounds.rows import CLOCK, JOULES_SO_FAR, ROUND
 from hetfl.runs.cell import TrialResult
 from hetfl.runs.folder import RunFolder
 from hetfl.runs.leaderboard import point_label
@@ -23,6 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES = ("-", "--", "-.", ":")  # change with every colour, so that a print in black and white can be read
 
 MOST_CURVES = len(COLOURS)
+
+AXES = {"curves": ROUND, "curves-seconds": CLOCK, "curves-joules": JOULES_SO_FAR}  # a run's pictures; the last two with --fleet
 
 STYLE: Any = {
     "font.size": 9, "legend.fontsize": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -58,22 +61,24 @@ def draw_run(folder: RunFolder) -> None:
     summary = folder.read("summary.json")
     title = f"{summary['extract']} x {summary['aggregate']} on {Path(summary['dataset']).name}, {summary['clients']} clients"
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(5.5, 3.6)
-        plot_curves(figure.subplots(), rows, title)
-        save(figure, folder, "curves")
+        for name, axis in AXES.items():
+            if axis in rows[-1]:
+                figure = new_figure(5.5, 3.6)
+                plot_curves(figure.subplots(), rows, title, axis)
+                save(figure, folder, name)
         figure = new_figure(5.5, 3.6)
         show_partition(figure, folder.read("run.json"))
         save(figure, folder, "partition")
 
 
-def plot_curves(axes: Axes, rows: list[dict[str, str]], title: str) -> None:
-    """Test accuracy over rounds, all measured after the round: the global model, each level's part of it, the control."""
+def plot_curves(axes: Axes, rows: list[dict[str, str]], title: str, x: str = ROUND) -> None:
+    """Test accuracy over column `x`, all measured after the round: the global model, each level's part of it, the control."""
     curves = {name: words for name in rows[0] if (words := describe_curve(name))}
     for i, (name, words) in enumerate(curves.items()):
-        points = [(int(r["round"]), 100 * float(r[name])) for r in rows if r.get(name)]
+        points = [(float(r[x]), 100 * float(r[name])) for r in rows if r.get(name)]
         marker = "o" if len(points) == 1 else ""
         axes.plot(*zip(*points, strict=True), LINES[i % len(LINES)], color=COLOURS[i % MOST_CURVES], label=words, marker=marker)
-    finish(axes, "round", "test accuracy, %", title)
+    finish(axes, x.removesuffix(" so far"), "test accuracy, %", title, whole=x == ROUND)
     if curves:
         axes.legend()
 
@@ -89,12 +94,13 @@ def describe_curve(name: str) -> str:
     return parts.get(kind, "") if level else plain.get(model, "")
 
 
-def finish(axes: Axes, x: str, y: str, title: str) -> None:
-    """Labels, and whole numbers along x."""
+def finish(axes: Axes, x: str, y: str, title: str, *, whole: bool = True) -> None:
+    """Labels, and whole numbers along x where it counts something."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel=x, ylabel=y, title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def show_partition(figure: Figure, facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hetfl.config import DataOptions, RunOptions, resolve
 from hetfl.errors import UsageError, nearest
-from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, ROUND, SECONDS
+from hetfl.rounds.rows import BYTES_DOWN, BYTES_UP, CLOCK, JOULES, JOULES_SO_FAR, ROUND, SECONDS, SIMULATED
 from hetfl.runs.cell import WITHOUT_EFFECT, count_training_macs
 from hetfl.runs.folder import RunFolder
 from hetfl.runs.leaderboard import quantile
@@ -58,7 +58,10 @@ class EndedRun:
         return float(found[what]) if what in found else None
 
     def way(self, metric: str, target: float) -> dict[str, float] | None:
-        """Rounds, bytes, training MACs and seconds until `metric` first reached `target`; None where it never did."""
+        """Rounds, bytes, training MACs and seconds until `metric` first reached `target`; None where it never did.
+
+        With --fleet simulated seconds and joules, too.
+        """
         rows = self.folder.rows("metrics.csv")
         reached = next((int(r[ROUND]) for r in rows if r.get(metric) and float(r[metric]) >= target), None)
         if reached is None:
@@ -67,7 +70,9 @@ class EndedRun:
         clients = [r for r in self.folder.rows("clients.csv") if int(r[ROUND]) <= reached]
         macs = sum(count_training_macs(r, self.options) for r in clients)
         sent = sum(float(r[BYTES_DOWN]) + float(r[BYTES_UP]) for r in before)
-        return {"rounds": reached, "bytes": sent, "MACs": macs, "seconds": sum(float(r[SECONDS]) for r in before)}
+        found = {"rounds": reached, "bytes": sent, "MACs": macs, "seconds": sum(float(r[SECONDS]) for r in before)}
+        clock = {SIMULATED: CLOCK, JOULES: JOULES_SO_FAR}
+        return found | {what: float(before[-1][column]) for what, column in clock.items() if before[-1].get(column)}
 
 
 @dataclass(frozen=True, eq=False)

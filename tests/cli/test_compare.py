@@ -62,6 +62,18 @@ def test_csv_and_json_have_numbers(three, capsys):
     assert next(r for r in found["rows"] if r["method"] == "fjord x overlap")["worst level mean"] is None
 
 
+def test_the_way_to_a_target_has_simulated_seconds_and_joules_where_a_run_has_a_fleet(three, capsys):
+    clock = [{"simulated seconds so far": 2.5 * n, "joules so far": 7.0 * n} for n in (1, 2)]
+    rows = [{"round": n, "global@test": n / 2, "bytes down": 1, "bytes up": 1, "seconds": 1, **clock[n - 1]} for n in (1, 2)]
+    for seed, value in enumerate((0.9, 0.9)):
+        ended(three / f"full-{seed}", {"global@test": value}, rows, extract="full", seed=seed)
+    words = ("--metric", "global@test", "--format", "csv", "--target", "0.7")
+    found = {row["method"]: row for row in csv.DictReader(io.StringIO(printed(capsys, three, *words)))}
+    assert (found["full x overlap"]["simulated seconds to 70%"], found["full x overlap"]["joules to 70%"]) == ("5.0", "14.0")
+    assert found["heterofl x overlap"]["joules to 70%"] == ""
+    assert "simulated" not in printed(capsys, three / "heterofl-0", *words)
+
+
 def test_no_word_is_broken_at_80_columns(three, capsys, monkeypatch):
     from hetfl.cli import console
 

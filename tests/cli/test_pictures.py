@@ -26,6 +26,23 @@ def test_rounds_are_whole_numbers():
     assert axes.get_title() == "a title"
 
 
+def test_a_run_with_a_fleet_is_drawn_over_simulated_time_and_energy(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "save", lambda figure, folder, name: drawn.setdefault(name, figure.axes[0]))
+    monkeypatch.setattr(pictures, "show_partition", lambda figure, facts: figure.subplots())
+    clock = [{"simulated seconds so far": 0.25 * n, "joules so far": 3 * n} for n in (1, 2)]
+    for fleet in (False, True):
+        folder = RunFolder(tmp_path / str(fleet)).open()
+        folder.json("summary.json", {"extract": "a", "aggregate": "b", "dataset": "c", "clients": 2})
+        folder.json("run.json", {})
+        folder.table("metrics.csv", [{"round": n, "global@test": n / 4, **(clock[n - 1] if fleet else {})} for n in (1, 2)])
+        drawn.clear()
+        pictures.draw_run(folder)
+        assert drawn.keys() == {"curves", "partition", *(("curves-seconds", "curves-joules") if fleet else ())}
+    assert drawn["curves-seconds"].lines[0].get_xdata().tolist() == [0.25, 0.5]
+    assert drawn["curves-joules"].get_xlabel() == "joules"
+
+
 def test_a_band_is_one_deviation_about_the_mean():
     axes = Figure().subplots()
     pictures.plot_band(axes, [{1: 10.0, 2: 20.0}, {1: 14.0, 2: 20.0, 3: 9.0}], "k", "-", "it")
