@@ -105,15 +105,39 @@ def parse_ratios(levels: str) -> list[float]:
 
 def fleets(
     name: Annotated[str | None, typer.Argument(help="show this fleet, mix or file with its classes")] = None,
+    traces: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help="fit a fleet to a trace: FedScale's pickle or a CSV file; as often as wanted"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="with --import: the fleet file to write, for --fleet FILE")] = Path("imported.toml"),
     debug: Debug = False,
 ) -> None:
-    """List the fleets of devices that --fleet takes, or show one and where its figures come from."""
+    """List the fleets of devices that --fleet takes, show one and where its figures come from, or make one from traces."""
     from hetfl.profiling.fleets import find_fleet, list_fleets
 
-    if name is None:
+    if traces:
+        import_traces(traces, out)
+    elif name is None:
         render.print_fleets(list_fleets())
     else:
         render.print_fleet(find_fleet(name))
+
+
+def import_traces(traces: list[Path], out: Path) -> None:
+    """Writes the fleet file `out` from traces, and shows the fleet."""
+    from hetfl.files import reason
+    from hetfl.profiling.fleets import find_fleet
+    from hetfl.profiling.traces import format_traces, read_traces
+
+    if out.suffix != ".toml" or not out.stem.replace("-", "").replace("_", "").isalnum():
+        raise UsageError(f"--out takes a file NAME.toml of letters, digits, - and _, not '{out}'")
+    text = format_traces(out.stem, read_traces(traces))
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"'{out}' cannot be written: {reason(error)}") from error
+    render.print_fleet(find_fleet(str(out)))
+    say(f"fleet file: {out}")
 
 
 def list_plugins() -> None:
