@@ -59,8 +59,9 @@ class FedConv(FedConvOptions):
         filters = Filters(selection, tile_parameters(selection, server.state, names))
         if self.start == "random":
             filters.randomise(server.stream(purpose))
-        if saved := {k.split("/", 1)[1]: v for k, v in self._saved.items() if k.startswith(f"{purpose}/")}:
-            filters.load_state_dict(saved)
+        saved = {key.split("/", 1)[1]: self._saved.pop(key) for key in list(self._saved) if key.startswith(f"{purpose}/")}
+        if {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in filters.state_dict().items()}:
+            filters.load_state_dict(saved)  # else they were of another width
         return filters
 
     @hookimpl
