@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,15 +34,16 @@ class Availability:
         self._ends: dict[int, list[float]] = {}  # by client: the ends of its intervals
         self._first: dict[int, bool] = {}  # by client: whether its first interval is a session
         self._chunks: dict[int, int] = {}
+        self._days: dict[tuple[int, int], float] = {}  # by client and day: the number drawn for its rhythm
 
     def is_ready(self, client: int, now: float) -> bool:
         """Whether the client is there at `now`."""
         return self._place(client, now)[1] and self._keeps_to(client, int(now // HOUR))
 
-    def next_change(self, client: int, now: float) -> float:
-        """When a client that is there leaves, or one that is not comes."""
+    def next_change(self, client: int, now: float, until: float = math.inf) -> float:
+        """When a client that is there leaves, or one that is not comes; some moment from `until` on where it is not before."""
         ready, time = self.is_ready(client, now), now
-        while self.is_ready(client, time) == ready:
+        while time < until and (time == now or self.is_ready(client, time) == ready):
             place, session = self._place(client, time)
             end = self._ends[client][place]
             time = min(end, (time // HOUR + 1) * HOUR) if session else end
@@ -49,8 +51,10 @@ class Availability:
 
     def _keeps_to(self, client: int, hour: int) -> bool:
         """Whether the client's sessions are used in an hour, counted from time 0."""
-        drawn = seed_of(self._seed, "rhythm", hour // 24, client) / 2**63
-        return self._rates[hour % 24] > drawn
+        day = client, hour // 24
+        if day not in self._days:
+            self._days[day] = seed_of(self._seed, "rhythm", hour // 24, client) / 2**63
+        return self._rates[hour % 24] > self._days[day]
 
     def _place(self, client: int, now: float) -> tuple[int, bool]:
         """The number of the interval at `now`, and whether it is a session."""

@@ -97,9 +97,10 @@ class Clock:
         hours = (self.now - began) / 3600
         raise RunError(f"in {hours:,.0f} hours of simulated time no {need} clients of the fleet were there at once (--min-clients)")
 
-    def stay(self, client: int) -> float:
-        """Seconds that a client that is there will stay."""
-        return self._when.next_change(client, self.now) - self.now if self._when else math.inf
+    def stay(self, client: int, most: float) -> float:
+        """Seconds that a client that is there will stay, or `most`."""
+        ends = self._when.next_change(client, self.now, self.now + most) if self._when else math.inf
+        return ends - self.now if ends < self.now + most else most
 
 
 def judge(turn: Turn, options: RunOptions) -> None:

@@ -58,7 +58,7 @@ def make_turn(now: RoundState, clock: Clock, assignment: Assignment, sizes: dict
     work = Work(run.meter.cost(plan.sizes, plan.model), steps, examples, assignment.bytes, sizes[key])
     device = clock.device(client)
     deadline = None if run.options.schedule == "semi" else run.options.deadline  # under semi who is late is merged later
-    return Turn(assignment, device, work, device.spend(work), min(deadline or math.inf, clock.stay(client)))
+    return Turn(assignment, device, work, device.spend(work), clock.stay(client, deadline or math.inf))
 
 
 def time_reply(now: RoundState, client: int) -> float:

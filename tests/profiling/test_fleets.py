@@ -80,6 +80,15 @@ def test_sessions_and_gaps_alternate_and_repeat():
     assert made[1].next_change(2, now - 1e-6) == now  # asked late, the same
 
 
+def test_who_asks_only_until_a_moment_learns_of_changes_before_it():
+    when, asked = (Availability((8, 2), (7, 2), 1e6, {3: 1.5, 15: 0.5}, 1) for _ in range(2))
+    for client in range(40):
+        now = client * 2000.0
+        change = when.next_change(client, now)
+        found = asked.next_change(client, now, now + 5000)
+        assert found == change if change < now + 5000 else found >= now + 5000
+
+
 def test_the_rhythm_is_a_line_through_its_hours():
     points = [(4.0, 1.42), (13.0, 0.71)]
     assert interpolate(points, 4) == 1.42
