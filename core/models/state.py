@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,9 +32,11 @@ def move_state(state: Mapping[str, Tensor], device: torch.device | str) -> State
     return {name: t.to(device) for name, t in state.items()}
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Copies `state` into the tensors of `model`, in place."""
+def load_state(model: nn.Module, state: Mapping[str, Tensor], rest: Callable[[State], State] | None = None) -> nn.Module:
+    """Copies `state` into the tensors of `model`, in place; those that it lacks are what `rest` answers, given the model's."""
     mine = tensors(model)
+    if rest is not None and (lacking := {name: tensor for name, tensor in mine.items() if name not in state}):
+        state = {**state, **rest(lacking)}
     with torch.no_grad():
         torch._foreach_copy_(list(mine.values()), [state[name] for name in mine])
     return model

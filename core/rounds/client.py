@@ -197,12 +197,11 @@ class ClientRuntime:
         """The submodel with what was sent, and for the rest what the client has."""
         model = self.builder.module(sent.sizes, sent.model)
         given = {**initial_statistics(model), **sent.state} if sent.local else sent.state
-        missing = {name: tensor for name, tensor in tensors(model).items() if name not in given}
-        return load_state(model, {**self._from_home(sent, state, missing), **given})
+        return load_state(model, given, partial(self._from_home, sent, state))
 
     def _from_home(self, sent: Instruction, state: ClientState, wanted: State) -> State:
         """The client's own tensors: as it left them if they still fit those `wanted`, else those of an untrained model."""
-        home = state.get("home", {}) if wanted else {}
+        home = state.get("home", {})
         found = {name: home[name] for name, t in wanted.items() if name in home and home[name].shape == t.shape}
         if len(found) < len(wanted):
             initial = self.builder.initial(sent.sizes, sent.model)

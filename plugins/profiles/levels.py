@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from pydantic import field_validator, model_validator
@@ -49,11 +50,11 @@ class Levels(Plugin):
 
     @property
     def declared_widths(self) -> list[float]:
-        return [ratio for ratio, _ in self._levels()]
+        return [ratio for ratio, _ in self._levels]
 
     @hookimpl
     def profile(self, node: Node) -> Profile:
-        levels = self._levels()
+        levels = self._levels
         if self.redraw:
             share = levels[draw([float(share) for _, share in levels], node)][0]
         else:
@@ -64,6 +65,7 @@ class Levels(Plugin):
             share = near[draw([1.0] * len(near), node)][0]
         return Profile(min(1.0, share / node.global_width))
 
+    @cached_property
     def _levels(self) -> list[tuple[float, Fraction]]:
         """(ratio, share) in the order of the mix."""
         return parse_mix(expand_letters(self.mix), parse_ratio)

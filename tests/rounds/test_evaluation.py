@@ -33,6 +33,19 @@ def test_each_model_is_tested_once_and_as_if_by_itself(simulate, monkeypatch):
     assert second["global@test loss"] == pytest.approx(score.loss)
 
 
+def test_a_control_that_was_not_trained_is_not_tested_again(simulate, monkeypatch):
+    made = simulate(1, extract="heterofl", aggregate="overlap", levels="1", control=True)
+    seen, whole = [], evaluation.score_batches
+    pieces = -(-len(made.state.test) // (made.options.eval_batch_size * exams.PIECE))
+    with monkeypatch.context() as patched:
+        patched.setattr(Server, "score", lambda *_: pytest.fail("it was"))
+        patched.setattr(exams, "score_batches", lambda model, data, part: seen.append(model) or whole(model, data, part))
+        run_round(made.state, 2, made.engine)
+    assert len(seen) == pieces  # the new global model
+    first, second = (row["control@test"] for row in made.state.rows)
+    assert first == second == made.server.score(made.state.control, made.state.test).accuracy
+
+
 def test_the_control_takes_as_many_steps_of_as_many_examples_as_the_method(simulate, monkeypatch):
     """Filters are tuned in batches of 64, the weights in batches of 16, where pre-training has 32."""
     seen = []
