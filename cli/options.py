@@ -143,7 +143,7 @@ def parse_value(text: str) -> Any:
     """Numbers, true, false and JSON lists and objects as such; anything else is text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -257,6 +257,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"run file '{path}' cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"run file '{path}' is not TOML: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"run file '{path}' cannot be read: its values are nested too deeply") from error
 
 
 def format_run_file(options: RunOptions, plugins: dict[str, dict[str, Any]] | None = None) -> str:

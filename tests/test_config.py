@@ -8,7 +8,8 @@ import tomllib
 import pytest
 import torch
 
-from hetfl.config import check_option, format_run_file, merge_options, resolve
+from helpers.paths import ROOT
+from hetfl.config import check_option, format_run_file, merge_options, read_run_file, resolve
 from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError
 
@@ -47,3 +48,15 @@ def test_digests_of_tensors_are_of_names_types_shapes_and_values():
 def test_the_digest_of_a_runs_weights_is_of_names_and_values():
     wanted = hashlib.sha256(b"w" + b"\0\0\x80?" + b"n" + b"\2\0\0\0\0\0\0\0").hexdigest()
     assert digest_tensors({"w": torch.ones(1), "n": torch.tensor(2)}, shapes=False) == wanted
+
+
+@pytest.mark.parametrize("content", [b"lr = " + b"[" * 20_000 + b"]" * 20_000, b"\xff\xfe\x00", b"lr = = 1"])
+def test_a_run_file_that_is_none_is_one_sentence(tmp_path, content):
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"^run file '.*run\.toml' (is not TOML|cannot be read): "):
+        read_run_file(tmp_path / "run.toml")
+
+
+def test_nothing_that_lasts_is_timed_by_the_wall_clock():
+    """A clock that jumps ends no wait and makes nobody late."""
+    assert not [path for place in ("core", "cli") for path in (ROOT / place).rglob("*.py") if "time.time()" in path.read_text()]
