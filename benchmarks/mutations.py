@@ -22,6 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 0.1  # share of mutations that may survive
 UNMUTATED = ("hetfl.runs.runner", "torch._dynamo", "datasets", "flwr_datasets", "hypothesis", "scipy.stats", "dp_accounting.rdp")
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-o",
+           "addopts=--import-mode=importlib -m 'not slow'")  # fmt: skip
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
 
 
@@ -403,7 +405,10 @@ MUTATIONS = [
         ("uniform draws the same every round", "server.sample_stream(round)", "server.sample_stream(1)"),
     ),
     *of("profiles/levels", "tests/plugins/profiles",
-        ("redrawn levels ignore their shares", "torch.tensor([float(share) for _, share in levels])", "torch.ones(len(levels))"),
+        ("redrawn levels ignore their shares",
+         "draw([float(share) for _, share in levels], node)", "draw([1.0] * len(levels), node)"),
+        ("tiers reach as far as there are levels", "levels[max(0, own - self.tiers) : own + self.tiers + 1]", "levels"),
+        ("tiers only go down", "levels[max(0, own - self.tiers) :", "levels[own :"),
         ("levels forget the width of the global model", "min(1.0, share / node.global_width)", "share"),
         ("nobody needs to hold the widest level", "parse_ratio, node.clients, max)", "parse_ratio, node.clients)"),
     ),
@@ -516,6 +521,35 @@ MUTATIONS = [
     *of("profiles/budget", "tests/plugins/profiles",
         ("budgets forget the memory", '{"memory": cost.memory, "macs"', '{"macs"'),
     ),
+    # Adapters.
+    *of("adapters/loraranks", f"{ROUNDS}/test_adapters.py",
+        ("ranks roll one by one", "self.step * (round - 1)", "round - 1"),
+        ("ranks are drawn once",
+         'server.stream(f"ranks {group.name}", round, client.id)', 'server.stream(f"ranks {group.name}", 1, client.id)'),
+        ("who pruned gets its ranks back",
+         "count = min(count, self._ranks.get(client.id, {}).get(group.name, count))", "count = max(1, count)"),
+        ("the last ranks are not held down", "return penalty * torch", "return 0 * torch"),
+        ("ranks are pruned where they grew", "if after[g] < before[g]}", "if after[g] > before[g]}"),
+        ("the norm of the last ranks is that of A",
+         "torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)", "torch.linalg.vector_norm(a)"),
+    ),
+    *of("adapters/flexlora", f"{ROUNDS}/test_adapters.py",
+        ("flexlora's mean is over those that have a rank", "if by_rank else votes / sum(weights)", "if True else votes"),
+        ("flexlora keeps the smallest directions", "v[:count], u[:, :count] * s[:count]", "v[-count:], u[:, -count:] * s[-count:]"),
+        ("flexlora loses the ranks that nobody has",
+         "lost = (~held.any(0)).to(product) * by_rank", "lost = (~held.any(0)).to(product) * 0"),
+        ("flexlora ignores examples", "updates.votes(self.weighting), list", 'updates.votes("uniform"), list'),
+    ),
+    *of("adapters/hetlora", f"{ROUNDS}/test_adapters.py",
+        ("hetlora counts examples", "weights = norms if sum(norms) > 0 else updates.weights", "weights = updates.weights"),
+        ("hetlora's missing ranks do not count", "(updates.cover(name, weights) / sum(weights))", "1.0"),
+    ),
+    *of("adapters/fedsa", f"{ROUNDS}/test_adapters.py",
+        ("fedsa shares B", "own = {adapter.b for", "own = {adapter.a for"),
+    ),
+    *of("adapters/ffa", f"{ROUNDS}/test_adapters.py",
+        ("ffa trains A", "half.requires_grad_(False)", "pass"),
+    ),
 ]  # fmt: skip
 
 
@@ -548,7 +582,7 @@ def passes(tree: Path, tests: str) -> bool:
                 os.chdir(tree)
                 for descriptor in (1, 2):
                     os.dup2(said.fileno(), descriptor)
-                code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", *shlex.split(tests)])
+                code = pytest.main([*OPTIONS, *shlex.split(tests)])
             finally:
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

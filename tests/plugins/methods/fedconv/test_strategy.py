@@ -20,7 +20,7 @@ from hetfl.presets import find_preset
 from hetfl.rounds.loop import run_round, run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
-from hetfl.submodel.plan import prefix
+from hetfl.submodel.widths import prefix
 from hetfl.training.tuning import halve_rate
 
 
