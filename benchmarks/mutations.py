@@ -22,8 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 0.1  # share of mutations that may survive
 UNMUTATED = ("hetfl.runs.runner", "torch._dynamo", "datasets", "flwr_datasets", "hypothesis", "scipy.stats", "dp_accounting.rdp")
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-o",
-           "addopts=--import-mode=importlib -m 'not slow'")  # fmt: skip
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "xdist.plugin", "-n", "0")
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "build", "*.egg-info")
 
 

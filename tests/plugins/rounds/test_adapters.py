@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from helpers.plain import UNEQUAL, Federation, descend, mean
-from hetfl import Patch, Update
-from hetfl.plugins.adapters.flexlora import FlexLora
+from hetfl import Patch, Update, Updates
+from hetfl.models.adapters import list_adapters
+from hetfl.plugins.adapters.flexlora import FlexLora, average_products
 from hetfl.rounds.loop import run_round
 from hetfl.runs.snapshot import capture
 
@@ -152,6 +153,19 @@ def test_clients_prune_themselves_and_stay_pruned(simulate):
     run_round(made.state, 3, made.engine)
     now = made.plugins.plugins["extract.loraranks"]._ranks
     assert all(now[c][g] <= n for c, ranks in other._ranks.items() for g, n in ranks.items())
+    clients = list(made.server.clients.values())
+    plans = made.plugins.extract(made.server, clients, 4)
+    assert all({g: plan.sizes[g] for g in now[c.id]} == now[c.id] for c, plan in zip(clients, plans, strict=True))
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_a_rank_that_nobody_has_stays_under_the_mean_by_rank_alone(by_rank):
+    """raFLoRA averages rank by rank; FlexLoRA's mean of products knows no ranks, so the missing one is gone."""
+    a, b, first = torch.randn(2, 3), torch.randn(4, 2), torch.tensor([0])
+    patches = {"x.lora_A.weight": Patch(2 * a[:1], {0: first}), "x.lora_B.weight": Patch(b[:, :1], {1: first})}
+    old = {"x.lora_A.weight": a, "x.lora_B.weight": b}
+    found = average_products(Updates([Update(0, patches, 5.0)], old), list_adapters(list(old))[0], [5.0], by_rank)
+    assert torch.allclose(found, 2 * torch.outer(b[:, 0], a[0]) + by_rank * torch.outer(b[:, 1], a[1]), atol=1e-6)
 
 
 def energy_beyond(product, rank):
