@@ -127,10 +127,10 @@ def conclude(results: list[TrialResult], metric: str, out: Path) -> None:
 
     pictures.draw_matrix(results, out, metric)
     render.print_leaderboard(results, metric, out)
+    refuse_failed(results)
     names = {name for result in results for name in result.row if "@" in name}
     if metric not in names:
         raise UsageError(f"--metric '{metric}' is not among what was measured{nearest(metric, names)} ({', '.join(sorted(names))})")
-    refuse_failed(results)
 
 
 @with_run_options
