@@ -1,4 +1,4 @@
-"""hfl scale."""
+"""hfl scale and hfl matrix."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import pandas as pd
 import pytest
 
 from helpers.cli import hfl
+from hetfl.cli import pictures, study
+from hetfl.errors import RunError
+from hetfl.runs.cell import TrialResult
+from hetfl.runs.sweep import plan_trials
 
 
 @pytest.mark.slow
@@ -34,3 +38,12 @@ def test_scale_says_what_is_wrong(tmp_path, capsys, words, said):
     code, _, error = hfl(capsys, "scale", "--out", tmp_path / "s", *words)
     assert code == 2
     assert said in error
+
+
+def test_a_matrix_in_which_every_run_failed_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw_matrix", lambda *_: None)
+    monkeypatch.setattr(study.render, "print_leaderboard", lambda *_: None)
+    (trial,) = plan_trials({"dataset": "digits"}, [("heterofl", "overlap")], {}, [0])
+    failed = TrialResult(trial, "failed", {"why": "no space left"})
+    with pytest.raises(RunError, match=r"1 of 1 trials failed, the first: .*: no space left"):
+        study.conclude([failed], "global@test", tmp_path)
