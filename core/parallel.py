@@ -75,9 +75,11 @@ class Job:
     def run(self) -> None:
         self.started = time.monotonic()
         try:
-            self.future.set_result(self.function(self.item))
+            result = self.function(self.item)
         except BaseException as error:
             self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
 
     def overdue(self, limit: float) -> bool:
         """Whether it is running for `limit` seconds or more; waiting in the queue does not count."""

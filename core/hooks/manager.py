@@ -130,10 +130,10 @@ class PluginManager:
 
     def allot(self, server: Server, clients: Sequence[Client], round: int) -> list[float]:
         """The width of each client. Raises RunError where the answer is something else, or more than a device affords."""
-        widths: object = [client.profile.width for client in clients]
+        own: object = [client.profile.width for client in clients]
         with self._naming("allot", round):
-            widths = self._pass_through("allot", "widths", widths, self._outwards, server=server, clients=clients, round=round)
-        self.refuse(answers.find_allotment_fault(widths, clients), "allot", None, round)
+            widths = self._pass_through("allot", "widths", own, self._outwards, server=server, clients=clients, round=round)
+        self.refuse(None if widths is own else answers.find_allotment_fault(widths, clients), "allot", None, round)
         return list(cast(Sequence[float], widths))
 
     def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:

@@ -49,7 +49,9 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     # 3. The clients train. Nothing waits for all of them: replies are checked as they come, in client order, and
     # 4. recovered, each to an update in global coordinates, while
     # 5. the aggregation takes those that the schedule gives it one by one, or gathers them first.
-    updates = take_arrivals(now, recover_updates(now, receive_replies(now)))
+    updates = recover_updates(now, receive_replies(now))
+    if run.options.schedule != "sync":
+        updates = take_arrivals(now, updates)
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
     if now.assignments or merged is not None:
@@ -117,7 +119,7 @@ def report_round(now: RoundState) -> None:
     """Ends the round: what each client's submodel cost, the rows of both tables, and the alarms."""
     run, row = now.run, now.row
     costs: dict[int, dict[str, int]] = {}  # by plan: clients of a level share theirs
-    lines = now.lines()
+    lines = now.lines() if run.underway else row.clients
     for client, assignment in ((i, a) for i, a in now.assignments.items() if i in lines):
         plan = assignment.plan
         if id(plan) not in costs:

@@ -24,15 +24,13 @@ from hetfl.submodel.plan import Patch
 
 
 def take_arrivals(now: RoundState, updates: Iterable[Update]) -> Iterator[Update]:
-    """The updates that this round merges, in client order: under sync those of its clients, each as soon as it comes.
+    """The updates that this round merges, in client order: those of its clients and those under way that have arrived at `now.ends`.
 
-    Else those of its clients and those under way that have arrived at `now.ends`, the time of the merge, which is found here. The
-    others stay under way. Raises TooFewReplies after the last where they are too few.
+    That is the time of the merge, which is found here; the others stay under way. Raises TooFewReplies after the last where they are
+    too few.
     """
     run, clock = now.run, now.run.clock
-    if run.options.schedule == "sync" or clock is None:
-        yield from updates
-        return
+    assert clock is not None, "a schedule other than sync needs a fleet"
     fresh = {update.client: update for update in updates}
     arrivals = {client: clock.now + time_reply(now, client) for client in fresh}
     arrivals |= {client: each.arrives for client, each in run.underway.items()}
