@@ -549,6 +549,18 @@ MUTATIONS = [
     *of("adapters/ffa", f"{ROUNDS}/test_adapters.py",
         ("ffa trains A", "half.requires_grad_(False)", "pass"),
     ),
+    *of("wrappers/grow", "tests/plugins/wrappers/test_widths.py",
+        ("widths grow one round late", "int((round - 1) * self.stages", "int((round - 2) * self.stages"),
+        ("widths are whole a stage early",
+         "self.start + (1 - self.start) * stage / last", "self.start + (1 - self.start) * (stage + 1) / last"),
+        ("widths grow to the end of the run", "(self.until * rounds)", "rounds"),
+    ),
+    *of("wrappers/ration", "tests/plugins/wrappers/test_widths.py",
+        ("rations are of widths, not of compute", "width**2 - least**2 <= left", "width - least <= left"),
+        ("who needs least is served first",
+         "(-find_need(clients[place]), clients[place].id)", "(find_need(clients[place]), clients[place].id)"),
+        ("rations exceed what a client affords", "for width in grid if width <= widths[place] and", "for width in grid if"),
+    ),
 ]  # fmt: skip
 
 
