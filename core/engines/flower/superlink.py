@@ -90,11 +90,11 @@ class LocalFederation:
         until = time.monotonic() + READY
         while not port_answers(self._port):
             if time.monotonic() > until or self._running["superlink"].poll() is not None:
-                raise RunError(f"the SuperLink did not begin: {self.tail('superlink')}")
+                raise RunError(f"the SuperLink did not begin; what it said is in '{self._log('superlink')}'")
             time.sleep(0.1)
 
     def _start(self, name: str, command: str, *words: str) -> None:
-        with open(self._home / f"{name}.log", "ab") as log:
+        with open(self._log(name), "ab") as log:
             self._running[name] = subprocess.Popen(
                 [str(BIN / command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
                 start_new_session=True, preexec_fn=die_with_parent,
@@ -131,10 +131,11 @@ class LocalFederation:
         return name in self._running and self._running[name].poll() is None
 
     def flwr(self, *words: str) -> str:
-        """Runs a command of Flower's. Raises RunError with what it said."""
+        """Runs a command of Flower's. Raises RunError, which names the file with what it said."""
         done = subprocess.run([str(BIN / "flwr"), *words], capture_output=True, text=True, env=self.env, check=False, timeout=120)
         if done.returncode:
-            raise RunError(f"flwr {' '.join(words[:2])} failed: {' '.join((done.stdout + done.stderr).split())[-400:]}")
+            self._log("flwr").write_text(done.stdout + done.stderr)
+            raise RunError(f"flwr {' '.join(words[:2])} failed; what it said is in '{self._log('flwr')}'")
         return done.stdout
 
     def events(self, app: Path, out: Path) -> Iterator[dict[str, Any]]:
@@ -155,14 +156,18 @@ class LocalFederation:
                 if "ended" in event or "failed" in event:
                     return
             if over:
-                raise RunError(f"the run ended without a result: {self.tail('run')}")
+                raise RunError(self._why_over())
             time.sleep(0.1)
 
-    def tail(self, name: str) -> str:
-        """The last words of a process."""
-        path = self._home / f"{name}.log"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        return " ".join(text.split())[-500:] or "it said nothing"
+    def _why_over(self) -> str:
+        """Why a run ended that told no result, with the file of whoever knows more."""
+        if not self.running("superlink"):
+            return f"the SuperLink ended in mid-run, and the run with it; what it said is in '{self._log('superlink')}'"
+        return f"the federation's server ended without a result; what it said is in '{self._log('run')}'"
+
+    def _log(self, name: str) -> Path:
+        """The file with what a process of ours said."""
+        return self._home / f"{name}.log"
 
     def stop(self) -> None:
         """Ends everything that was begun, within a second: what does not end when asked is killed."""

@@ -1,0 +1,37 @@
+"""A federation of ours that ends badly: one sentence, and the file with what Flower said."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetfl.engines.flower.superlink import LocalFederation
+from hetfl.errors import RunError
+
+
+@pytest.mark.parametrize(
+    ("there", "why"),
+    [
+        ({"superlink"}, "the federation's server ended without a result; what it said is in '.*run.log'$"),
+        (set(), "the SuperLink ended in mid-run, and the run with it; what it said is in '.*superlink.log'$"),
+    ],
+)
+def test_a_run_that_tells_no_result_names_who_ended_and_where_it_stands(tmp_path, monkeypatch, there, why):
+    made = LocalFederation.__new__(LocalFederation)
+    made._home = tmp_path
+    (tmp_path / "run.log").write_text("rting logstream for run_id 1 INFO")
+    monkeypatch.setattr(made, "_start", lambda *words: None)
+    monkeypatch.setattr(made, "running", lambda name: name in there)
+    with pytest.raises(RunError, match=why) as said:
+        list(made.events(tmp_path / "app", tmp_path))
+    assert "logstream" not in str(said.value)
+
+
+def test_a_command_of_flowers_that_fails_leaves_its_words_in_a_file(tmp_path, monkeypatch):
+    made = LocalFederation.__new__(LocalFederation)
+    made._home, made.env = tmp_path, {}
+    (tmp_path / "flwr").write_text("#!/bin/sh\necho torn box; exit 1\n")
+    (tmp_path / "flwr").chmod(0o755)
+    monkeypatch.setattr("hetfl.engines.flower.superlink.BIN", tmp_path)
+    with pytest.raises(RunError, match=r"^flwr supernode register failed; what it said is in '.*flwr.log'$"):
+        made.flwr("supernode", "register", "key")
+    assert (tmp_path / "flwr.log").read_text() == "torn box\n"
