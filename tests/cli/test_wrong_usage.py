@@ -20,7 +20,7 @@ WRONG = {
     "run --batch-size 0": "--batch-size: should be greater than or equal to 1",
     "run --lr -1": "--lr: should be greater than 0",
     "run --alpha 0": "--alpha: should be greater than 0",
-    "run --engine spark": "--engine: should be 'local', 'processes', 'ray' or 'flower'",
+    "run --engine spark": "--engine: should be 'local', 'processes', 'ray', 'flower-sim' or 'flower'",
     "run --workers 0": "--workers: should be greater than or equal to 1",
     "run --partition shards": "'pathological', 'shard', 'quantity'",
     "run --on-client-error ignore": "should be 'skip', 'retry' or 'fail'",
