@@ -15,7 +15,7 @@ from pathlib import Path
 
 PAIRS = "fedconv:kld,heterofl:kld,fedconv:overlap,heterofl:overlap,fedrolex:overlap,full:fedavg"
 
-NAMES = ("global@test", "sent-0.25@test", "control@test")
+NAMES = ("global@test", "level-0.25@test", "sent-0.25@test", "mean level@test", "worst level@test", "control@test")
 
 
 def measure(pair: str, alpha: str, seed: int, rest: list[str]) -> dict[str, float]:

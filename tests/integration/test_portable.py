@@ -11,7 +11,7 @@ from helpers.paths import ROOT
 CODE = """
 import importlib, os, signal, sys
 import asyncio, datasets, psutil, filelock, flwr.app, flwr.clientapp.mod, flwr.serverapp, flwr_datasets, matplotlib.figure, pandas
-import PIL.Image, pluggy, rich.live, safetensors.torch, torch.func, trustme, typer
+import PIL.Image, pluggy, ray.util.scheduling_strategies, rich.live, safetensors.torch, torch.func, trustme, typer
 for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty"):
     sys.modules[name] = None
 for name in ("getuid", "killpg", "sched_getaffinity", "setsid", "sysconf"):
