@@ -52,7 +52,8 @@ def inspect(
     how: dict[str, Any] = {"batch": batch_size, "heads": checked.heads, "norm_policy": checked.norm_policy}
     if axis:
         axes = [name.strip() for name in axis.split(",")]
-        render.print_axes(inspection.measure_axes(model, args, inputs, axes, ratios, adapter, **how))
+        whole = sorted({1.0, *ratios}, reverse=True)
+        render.print_axes(inspection.measure_axes(model, args, inputs, axes, whole, adapter, **how))
         return
     if adapter:
         raise UsageError("--adapter goes with --axis width,rank")

@@ -137,7 +137,9 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         description="when updates are merged: all of a round's clients together; every --deadline those that have arrived; or the "
         "first --buffer to arrive (with --fleet, docs/devices.md)",
     )
-    buffer: int | None = Field(None, ge=1, description="fedbuff: arrivals that make a merge (default: half a round's clients)")
+    buffer: int | None = Field(
+        None, ge=1, description="fedbuff: arrivals that make a merge (default: half a round's clients, --min-clients at least)"
+    )
     staleness: float = Field(
         0.5, ge=0, description="semi, fedbuff: an update that is n merges late counts (1 + n)^-x of what it changed"
     )

@@ -166,7 +166,7 @@ class Server:
         with seeded_random(self.widths.draws, self.stream(f"{purpose} dropout", round, client)):
             self.tune(
                 parameters, loss, judge, purpose, round, steps=steps, lr=lr or self.options.server_lr,
-                batch=batch or self.options.server_batch_size, client=client, keep=tuple(model.buffers()),
-                watch=watch,
+                batch=batch or self.options.server_batch_size, client=client, watch=watch,
+                keep=tuple(buffer for name, buffer in model.named_buffers() if name in state),  # a frozen base is all threads'
             )  # fmt: skip
         return move_state(copy_state(model), "cpu")

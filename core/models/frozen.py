@@ -51,11 +51,14 @@ def replacing(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[
     before = [module._buffers[name] for module, name in places]
     for module, name in places:
         module._buffers[name] = None
-    yield
-    made = {id(tensor): change(tensor) for tensor in before if tensor is not None}
-    for (module, name), tensor in zip(places, before, strict=True):
-        module._buffers[name] = made[id(tensor)]
-        renew_recurrent(module)
+    made = {id(tensor): tensor for tensor in before if tensor is not None}
+    try:
+        yield
+        made = {key: change(tensor) for key, tensor in made.items()}
+    finally:
+        for (module, name), tensor in zip(places, before, strict=True):
+            module._buffers[name] = made[id(tensor)]
+            renew_recurrent(module)
 
 
 def base_hash(model: nn.Module) -> str | None:

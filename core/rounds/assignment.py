@@ -30,13 +30,14 @@ def sample_clients(now: RoundState) -> list[int]:
     Where not every client had the same chance they count as all that there are: privacy is not amplified by such a choice.
     """
     run, server = now.run, now.run.server
+    server.averages = run.plugins.averages
     there = run.clock.find_ready(run.underway) if run.clock else range(run.clients)
     server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9) - len(run.underway)
     if not there or server.wanted < 1:
         return []
     chosen = run.plugins.sample(server, [recall_client(run, client) for client in there], now.number)
     uniform = run.clock is None and run.plugins.samples_uniformly
-    server.sampled, server.population, server.averages = len(chosen), run.clients if uniform else len(chosen), run.plugins.averages
+    server.sampled, server.population = len(chosen), run.clients if uniform else len(chosen)
     return chosen
 
 
@@ -67,12 +68,11 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
     if now.number == 1 and not profiles:
         first = now.row.clients[chosen[0]].fault.replace("its profile: ", "", 1)
         raise RunError(f"no client can take part; the profile of client {chosen[0]}: {first}")
-    found = allot_widths(
-        run, [replace(recall_client(run, client), profile=profile) for client, profile in profiles.items()], now.number
-    )
+    able = [replace(recall_client(run, client), profile=profile) for client, profile in profiles.items()]
+    found = allot_widths(run, able, now.number)
     run.server.clients |= {client.id: client for client in found}
     if now.number == 1 and found:
-        describe_fleet(now, found)
+        describe_fleet(now, able)
     return found
 
 

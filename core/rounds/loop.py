@@ -54,7 +54,7 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
         updates = take_arrivals(now, updates)
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
-    if now.assignments or merged is not None:
+    if now.assignments or now.row.clients or merged is not None:
         now.row.taken = merged is not None
     if merged is not None:
         server.state, server.branches, now.row.facts = merged.state, dict(merged.branches), dict(merged.facts)
@@ -93,7 +93,7 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
         if run.plugins.finalizes:
             merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
     except TooFewReplies as few:
-        if now.assignments:
+        if now.assignments or few.count:
             wanted = f"{few.count} of the {run.options.min_clients} valid replies that a round needs (--min-clients)"
             now.alarm(f"{wanted}; the global model stays as it was")
         return None

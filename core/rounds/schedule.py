@@ -24,10 +24,10 @@ from hetfl.submodel.plan import Patch
 
 
 def take_arrivals(now: RoundState, updates: Iterable[Update]) -> Iterator[Update]:
-    """The updates that this round merges, in client order: those of its clients and those under way that have arrived at `now.ends`.
+    """The updates that this round merges, in client order: of its clients' and of those under way those that have arrived.
 
-    That is the time of the merge, which is found here; the others stay under way. Raises TooFewReplies after the last where they are
-    too few.
+    That is by `now.ends`, the time of the merge, which is found here; the others stay under way. Raises TooFewReplies after the
+    last where they are too few.
     """
     run, clock = now.run, now.run.clock
     assert clock is not None, "a schedule other than sync needs a fleet"
@@ -63,7 +63,7 @@ def find_merge(now: RoundState, clock: Clock, arrivals: Mapping[int, float]) -> 
     if not order:
         return clock.now + max((t.limit for t in now.turns.values() if math.isfinite(t.limit)), default=0.0), []
     if options.schedule == "fedbuff":
-        order = order[: options.buffer or math.ceil(sample_size(now.run.clients, options.fraction) / 2)]
+        order = order[: options.buffer or max(options.min_clients, math.ceil(sample_size(now.run.clients, options.fraction) / 2))]
         return max(clock.now, arrivals[order[-1]]), sorted(order)
     last, least = arrivals[order[-1]], arrivals[order[min(options.min_clients, len(order)) - 1]]
     ends = max(least, min(clock.now + (options.deadline or 0.0), last))

@@ -35,7 +35,8 @@ def write_adapters(whole_model: nn.Module, names: Collection[str], options: RunO
     adapted = [name for name, module in model.named_modules() if isinstance(module, Lora)]
     trained = {name for name in tensors(model) if before + name in names}
     whole = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
-    state = {n: t for n, t in tensors(model).items() if n in trained or n.rpartition(".")[0] in whole}
+    halves = tuple(f"{name}.lora_" for name in adapted)  # one of which may be frozen
+    state = {n: t for n, t in tensors(model).items() if n in trained or n.startswith(halves) or n.rpartition(".")[0] in whole}
     config: dict[str, Any] = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": options.model, "inference_mode": True,
         "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
 from hetfl.errors import RunError, UsageError
-from hetfl.models.frozen import base_hash
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
 from hetfl.rounds.rows import ALARMS, CLIENT, FAULT, ROUND, TAKEN, Row
@@ -56,7 +55,7 @@ def run(
         experiment.engine.drive(partial(run_rounds, experiment.state, experiment.engine))
     finally:
         experiment.close()
-    base = base_hash(experiment.server.builder.model)
+    base = experiment.server.builder.base_hash
     weights = save(to_contiguous(experiment.server.state), {BASE_HASH: base} if base else None)
     folder.write(WEIGHTS, weights)
     summary = summarise(experiment, time.perf_counter() - began) | {FILE_HASH: hashlib.sha256(weights).hexdigest()}

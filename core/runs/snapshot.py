@@ -17,7 +17,6 @@ from hetfl.aggregation.updates import Update
 from hetfl.config import RunOptions, format_run_file, resolve
 from hetfl.errors import RunError
 from hetfl.hooks.values import Client
-from hetfl.models.frozen import base_hash
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.rows import CLIENT, RESERVED, ROUND, ClientRow
@@ -112,7 +111,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
             str(client): [late.update.weight, late.round, late.arrives, asdict(late.row), sorted(late.moved), late.more]
             for client, late in run.underway.items()
         },
-        "data": experiment.federation.fingerprint, "base": base_hash(server.builder.model),
+        "data": experiment.federation.fingerprint, "base": server.builder.base_hash,
         "versions": {name: version(name) for name in BITS},
         "options": identity(resolve(tomllib.loads(format_run_file(experiment.options, experiment.plugins.options())))),
     }  # fmt: skip
@@ -123,7 +122,7 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
     if known["data"] != experiment.federation.fingerprint:
         raise RunError("the data are not those that this run began with, so it cannot go on")
-    if known["base"] != base_hash(server.builder.model):
+    if known["base"] != server.builder.base_hash:
         raise RunError("the frozen base of the model is not the one that this run began with, so it cannot go on")
     if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
         raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")

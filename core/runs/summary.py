@@ -15,7 +15,6 @@ from hetfl import presets
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
 from hetfl.digest import digest_tensors
-from hetfl.models.frozen import base_hash
 from hetfl.models.state import State
 from hetfl.rounds.rows import (
     BYTES_DOWN,
@@ -53,7 +52,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
         **preset_origin(experiment.given), **object_facts(experiment.given),
         "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
-        **({BASE_HASH: base} if (base := base_hash(experiment.server.builder.model)) else {}),
+        **({BASE_HASH: base} if (base := experiment.server.builder.base_hash) else {}),
         "classes": list(federation.classes), "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
                      "tune": len(federation.public.tune) if federation.public else 0,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Hashable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from hetfl.models.frozen import frozen, replacing
+from hetfl.models.frozen import base_hash, frozen, replacing
 from hetfl.models.state import State, load_state, tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.slicing import build_submodel
@@ -45,6 +46,11 @@ class SubmodelBuilder:
             pass
         self.base, self._cuts = frozen(model), dict[Units, State]()
         self._there: dict[int, tuple[Tensor, Tensor]] = {}  # frozen tensors on another device, beside those in main memory
+
+    @cached_property
+    def base_hash(self) -> str | None:
+        """That of the frozen base, which never changes."""
+        return base_hash(self.model)
 
     def module(self, sizes: Mapping[str, int] | None = None, model: str | None = None) -> nn.Module:
         """This thread's submodel of `sizes` units of each group (None: the whole model), with the values of its last use."""
@@ -92,8 +98,9 @@ class SubmodelBuilder:
         with self._lock:
             if key not in self._cuts:
                 while len(self._cuts) >= CACHED:
-                    self._cuts.pop(next(iter(self._cuts)))
-                    self._there.clear()
+                    for name, tensor in self._cuts.pop(next(iter(self._cuts))).items():
+                        if tensor is not self.base[name]:
+                            self._there.pop(id(tensor), None)
                 blocks = ((name, t, take(t, self.widths.index(kept).get(name, {}))) for name, t in self.base.items())
                 self._cuts[key] = {name: t if small.shape == t.shape else self._lay_out(small.clone()) for name, t, small in blocks}
             return self._cuts[key]

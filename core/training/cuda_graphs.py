@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hetfl.config import RunOptions
+from hetfl.models.frozen import frozen
 from hetfl.models.state import State
 from hetfl.training.local import learning_rate
 from hetfl.training.stacking import EagerStep, copy_into
@@ -42,7 +43,9 @@ class GraphedSteps:
         device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with on_stream(self.stream):
-            self._step = EagerStep(copy.deepcopy(model).train(), states, options, round, in_place=True)
+            self._step = EagerStep(
+                copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train(), states, options, round, in_place=True
+            )
         self.stack, self._width = self._step.stack, 0
         self._graphs: dict[int, GraphStep] = {}
 

@@ -10,7 +10,7 @@ from hetfl import NotApplicable, Plugin, hookimpl
 
 
 class FFA(Plugin):
-    """lora_A is a part of the frozen base: it is neither trained nor sent."""
+    """lora_A is not trained; with --adapter it is a part of the frozen base, and is not sent either."""
 
     @hookimpl(wrapper=True)
     def adapt_model(self, model: nn.Module) -> Generator[None, nn.Module | None, nn.Module]:

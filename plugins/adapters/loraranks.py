@@ -73,9 +73,10 @@ class LoraRanks(Plugin):
         return reply
 
     @hookimpl
-    def receive(self, server: Server, received: ReceivedReply) -> None:
-        sizes = received.plan.sizes
-        self._ranks = {**self._ranks, received.client.id: {group: sizes[group] for group in find_rank_groups(server.widths)}}
+    def receive(self, received: ReceivedReply) -> None:
+        if pruned := {group: len(units) for group, units in received.reply.kept.items()}:
+            client = received.client.id
+            self._ranks = {**self._ranks, client: {**self._ranks.get(client, {}), **pruned}}
 
     def state_dict(self) -> State:
         return {f"{client}/{group}": torch.tensor(n) for client, counts in self._ranks.items() for group, n in counts.items()}

@@ -30,6 +30,9 @@ class Ration(Plugin):
 
 
 def find_need(client: Client) -> float:
-    """How much there is to learn from a client: its examples times its last loss; of one that is not known, most."""
+    """How much there is to learn from a client: its examples times its last loss; most of one that is not known, nothing of one
+    that was late, or failed, when it was last asked."""
     last = client.last
-    return float(last["examples"] * last["loss"]) if {"examples", "loss"} <= last.keys() else float("inf")
+    if {"examples", "loss"} <= last.keys():
+        return float(last["examples"] * last["loss"])
+    return 0.0 if last else float("inf")

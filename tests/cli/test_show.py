@@ -180,6 +180,9 @@ def test_inspect_puts_the_axes_side_by_side(capsys):
     code, out, _ = hfl(capsys, *words, "--adapter", "lora:rank=8,target=conv", "--axis", "width,rank")
     assert code == 0
     assert ("(100.0%)" in out, "rank" in out, "training memory" in out) == (True, True, True)
+    words[words.index("1,0.5")] = "0.5"
+    code, out, _ = hfl(capsys, *words, "--axis", "width")
+    assert (code, out.count("(100.0%)")) == (0, 3), "shares are of the whole model, asked for or not"
     code, _, error = hfl(capsys, *words, "--axis", "rank")
     assert (code, "no adapters whose ranks could be cut" in error) == (2, True)
     code, _, error = hfl(capsys, *words, "--axis", "widht")

@@ -132,6 +132,20 @@ def test_peft_loads_what_was_exported(tmp_path):
     assert torch.equal(again(x), run.model(x))
 
 
+def test_halves_that_stay_as_they_were_drawn_are_exported_too(tmp_path):
+    run = hetfl.run(extract="heterofl", wrap=("ffa",), **SMALL, **LORA)
+    run.export_peft(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("base_model.model.3.lora_A.weight"), run.model[3].lora_A.weight)
+
+
+def test_the_base_that_threads_share_is_never_written_to(simulate):
+    made = simulate(0, extract="heterofl", adapter="lora:rank=4", pretrain_steps=5)
+    before = {name: tensor._version for name, tensor in made.server.builder.base.items()}
+    made.server.train(made.server.state, 12, "finetune", 1)
+    assert {name: tensor._version for name, tensor in made.server.builder.base.items()} == before != {}
+
+
 def test_what_is_exported_names_the_adapted_layers(tmp_path):
     run = hetfl.run(extract="heterofl", **SMALL, **LORA)
     run.export_peft(tmp_path)

@@ -52,6 +52,11 @@ def test_a_merge_of_all_at_once_is_a_synchronous_round_to_the_bit(extract, value
     assert timeless(other.state.client_rows, ("staleness",)) == timeless(one.state.client_rows)
 
 
+def test_without_a_buffer_a_merge_waits_for_as_many_as_a_round_needs():
+    made = ran(schedule="fedbuff", min_clients=4, rounds=2)
+    assert [row["clients"] for row in made.state.rows] == [4, 4]
+
+
 def test_the_first_to_arrive_are_merged_and_the_others_later():
     made = ran(**ASYNC)
     sent, arrives = {}, {}

@@ -17,7 +17,6 @@ import tomli_w
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.flower.manifest import OUTLINE, RUN, read_mod
 from hetfl.errors import UsageError
-from hetfl.models.frozen import base_hash
 from hetfl.rounds import setup
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import Setup
@@ -34,7 +33,6 @@ HALF = '''"""The {half} of an experiment of hetfl; run.toml says which."""
 from pathlib import Path
 
 from hetfl.engines.flower.manifest import begin
-from hetfl.models.frozen import base_hash
 from {module} import {half}
 
 app = {half}(begin(__file__))
@@ -67,7 +65,7 @@ def describe_run(common: Setup, mods: Sequence[str]) -> dict[str, Any]:
     """What nodes know of the run beside its options; `key` sets its clients' memory apart from that of other runs."""
     widths, named = serialization.to_json(common.builder.widths), list(common.federation.classes)
     found = {"key": secrets.token_hex(8), "classes": named, "mods": [read_mod(m) for m in mods], "widths": widths}
-    return found | {"base": base_hash(common.builder.model)}
+    return found | {"base": common.builder.base_hash}
 
 
 def project_file(options: RunOptions) -> dict[str, Any]:

@@ -155,7 +155,17 @@ def test_clients_prune_themselves_and_stay_pruned(simulate):
     assert all(now[c][g] <= n for c, ranks in other._ranks.items() for g, n in ranks.items())
     clients = list(made.server.clients.values())
     plans = made.plugins.extract(made.server, clients, 4)
-    assert all({g: plan.sizes[g] for g in now[c.id]} == now[c.id] for c, plan in zip(clients, plans, strict=True))
+    assert all({g: plan.sizes[g] for g in now.get(c.id, {})} == now.get(c.id, {}) for c, plan in zip(clients, plans, strict=True))
+
+
+def test_who_pruned_nothing_gets_more_ranks_when_its_width_grows(simulate):
+    grow = {"loraranks": {"prune": 0.5, "penalty": 0.0}, "grow": {"until": 1, "stages": 2}}
+    made = simulate(2, extract="loraranks", set=grow, wrap=("grow",), adapter="lora:rank=4", levels="1", rounds=2)
+    plugin = made.plugins.plugins["extract.loraranks"]
+    groups = [name for name in made.server.builder.full if "lora_A" in name]
+    for client, assignment in made.last.assignments.items():
+        assert {assignment.plan.sizes[g] for g in groups if g not in plugin._ranks.get(client, {})} <= {4}
+    assert sum(len(made.last.assignments) > 0 and g not in plugin._ranks.get(c, {}) for c in made.last.assignments for g in groups)
 
 
 @pytest.mark.parametrize("by_rank", [False, True])

@@ -11,6 +11,8 @@ from hetfl.hooks.answers import find_allotment_fault
 from hetfl.hooks.manager import PluginManager
 from hetfl.plugins.wrappers.grow import Grow
 from hetfl.plugins.wrappers.ration import Ration
+from hetfl.rounds.loop import run_round
+from hetfl.rounds.reporting import NoCallback
 
 
 def test_widths_rise_in_equal_steps_to_the_whole_one():
@@ -39,6 +41,8 @@ def test_who_has_most_to_learn_from_gets_the_widest_part_within_the_budget():
     assert allotted(0.1, clients) == [0.25] * 4
     assert allotted(0.001, clients) == [0.25] * 4
     assert allotted(0.4, people((1.0, 9), (1.0, None), (0.25, 9))) == [0.25, 1.0, 0.25]
+    late = Client(1, Profile(1.0), last={"fault": "it would have been late"})
+    assert allotted(0.4, [people((1.0, 9))[0], late, people((0.25, 9))[0]]) == [1.0, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("extract", ["heterofl", "fjord", "fedrolex", "fiarse"])
@@ -52,6 +56,18 @@ def test_grow_goes_over_the_papers_four_extractions(extract):
     assert all(row["bottleneck"] == f"allotted {row['level']} of {second[i]['level']}" for i, row in first.items())
     assert all(first[i]["parameters"] < second[i]["parameters"] for i in first)
     assert all(row["bytes down"] < second[i]["bytes down"] for i, row in first.items())
+
+
+def test_what_grow_holds_back_for_now_is_no_want_of_the_fleet():
+    notes = list[str]()
+    made = ready(0, extract="heterofl", rounds=2, wrap=("grow",), levels="1:2,0.5:2", clients=4)
+    made.state.callback = SimpleNamespace(
+        **{name: lambda *_: None for name in dir(NoCallback) if name[0] != "_"},
+    )
+    made.state.callback.note = notes.append
+    run_round(made.state, 1, made.engine)
+    assert made.state.rows[0]["clients"] == 4
+    assert not any("no client affords the whole model" in text for text in notes)
 
 
 def test_an_allotment_beyond_what_a_device_affords_names_the_plugin():
