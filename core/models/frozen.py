@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from hetfl.digest import digest_tensors
+from hetfl.errors import UsageError
 from hetfl.models.state import State
 
 MARK = "frozen_names"  # of a module: the names of its own parameters that became part of the architecture
@@ -65,3 +66,9 @@ def base_hash(model: nn.Module) -> str | None:
     """The SHA-256 of what is frozen of `model`, names, types and values; None where nothing is."""
     base = frozen(model)
     return digest_tensors({name: tensor.cpu() for name, tensor in base.items()}) if base else None
+
+
+def refuse_other_base(model: nn.Module, wanted: str | None) -> None:
+    """Raises UsageError where the frozen base of a node's `model` has another hash than that of the run."""
+    if base_hash(model) != wanted:
+        raise UsageError("the frozen base of this node's model is not that of the run: it needs the same weights (--base)")

@@ -8,16 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.ray_nodes import cluster
 from helpers.runs import FOUR_CLIENTS
-from hetfl.config import resolve
+from hetfl.config import format_run_file, resolve
+from hetfl.data import loading
 from hetfl.engines.local import Call
 from hetfl.engines.pickling import pack, to_bytes, unpack
 from hetfl.errors import RunError, UsageError
+from hetfl.models.state import tensors
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import Failure, Instruction
 from hetfl.rounds.reporting import NoCallback
+from hetfl.rounds.setup import build_model, build_setup
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
 
@@ -150,6 +154,27 @@ def test_a_node_that_is_killed_costs_a_try_of_its_client_and_the_run_goes_on_els
         after = stops.go_on(tmp_path / "ray")
     assert not [note for note in after.notes if "takes no part" in note]
     assert stops.equal(tmp_path / "local", tmp_path / "ray")
+
+
+@pytest.fixture
+def based(tmp_path, monkeypatch):
+    """(job, path): what actors of a run are begun with, and the weights of its --base."""
+    monkeypatch.setattr(engine, "connect", lambda *_: False)
+    monkeypatch.setattr(engine, "ray", fake := FakeRay())
+    fake.remote, fake.places = (lambda _: Actor(fake)), 0.0
+    values = {**FOUR_CLIENTS, "extract": "heterofl", "model": "mlp", "adapter": "lora:rank=2"}
+    weights = tensors(build_model(resolve(values), loading.load(resolve(values)), "mlp"))
+    save_file(weights, path := tmp_path / "base.safetensors")
+    setup = build_setup(resolve({**values, "base": path}), NoCallback())
+    return engine.RayEngine(setup.runtime(), format_run_file(setup.options, setup.plugins.options()))._job, path
+
+
+def test_a_node_whose_base_has_other_weights_begins_no_actor(based):
+    job, path = based
+    engine.ClientActor(job)
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UsageError, match=r"the frozen base of this node's model is not that of the run: .* \(--base\)"):
+        engine.ClientActor(job)
 
 
 def test_a_state_that_several_are_sent_is_put_once(monkeypatch):

@@ -23,6 +23,7 @@ from hetfl.engines.flower.manifest import OUTLINE, RUN, make_mods
 from hetfl.engines.flower.node import make_client_app
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.errors import UsageError
+from hetfl.models.frozen import refuse_other_base
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.setup import build_node_setup
 from hetfl.submodel import serialization
@@ -61,8 +62,7 @@ def build_node_runtime(home: Path, config: str, node: str) -> ClientRuntime:
     if list(federation.classes) != outline["classes"]:
         raise UsageError(f"this node's data have the classes {', '.join(federation.classes)}, not {', '.join(outline['classes'])}")
     setup = build_node_setup(options, federation, serialization.from_json(outline["widths"]))
-    if setup.builder.base_hash != outline["base"]:
-        raise UsageError("the frozen base of this node's model is not that of the run: it needs the same weights (--base)")
+    refuse_other_base(setup.builder.model, outline["base"])
     return setup.runtime(RecordCodec().pack)
 
 
