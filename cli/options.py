@@ -149,6 +149,7 @@ def parse_value(text: str) -> Any:
 
 def check(options: RunOptions) -> None:
     """Refuses what can be refused before torch is imported."""
+    config.refuse_for_ray(options)
     needy = next((e for e in registry.choose_entries(options) if e.public), None)
     if needy and not options.server_data:
         raise UsageError(f"{needy.role} plugin '{needy.name}' needs public data on the server: --server-data must be above 0")

@@ -88,8 +88,10 @@ def resume(
         say(f"this run has ended; nothing is left to do in {path}")
         render.print_summary(folder.read("summary.json"), path)
         return
+    elsewhere = {} if ray_address is None else {"ray_address": ray_address}
     if (path / FEDERATION).exists():
-        options = config.resolve({**config.read_run_file(path / "app" / "hetfl_app" / "run.toml"), "out": path})
+        options = config.resolve({**config.read_run_file(path / "app" / "hetfl_app" / "run.toml"), **elsewhere, "out": path})
+        config.refuse_for_ray(options)
         folder.lock()
         try:
             from hetfl.rounds.reporting import NoCallback
@@ -103,8 +105,8 @@ def resume(
     values = config.read_run_file(path / "config.toml")
     if not values:
         raise UsageError(f"the run in '{path}' was killed before its options were written; start it again with hfl run")
-    elsewhere = {} if ray_address is None else {"ray_address": ray_address}
     options = config.resolve({**values, **elsewhere, "out": path})
+    config.refuse_for_ray(options)
     folder.lock()
     try:
         summary = watch_run("resume_run", options, folder, track or [], force)

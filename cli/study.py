@@ -57,6 +57,8 @@ def matrix(
     swept |= parse_sweep(sweep or [])
     pairs = sweeps.cross_plugins(extract.split(","), aggregate.split(","))
     trials = sweeps.plan_trials(gather(None, given), pairs, swept, parse_seeds(seeds))
+    if elsewhere is None and all(trial.options.engine != "ray" for trial in trials):
+        config.refuse_for_ray(trials[0].options, "--engine ray or --on ray")
     make_folder(out / "cells", out)
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []

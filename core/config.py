@@ -207,6 +207,16 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         return self
 
 
+FOR_RAY = ("ray_address", "client_gpus")  # options that nothing but Ray has a use for
+
+
+def refuse_for_ray(options: RunOptions, where: str = "--engine ray") -> None:
+    """Raises UsageError for options of Ray in a run that is elsewhere; `where` says what they are for."""
+    for name in FOR_RAY:
+        if options.engine != "ray" and getattr(options, name) is not None:
+            raise UsageError(f"{format_flag(name)} is for {where}, not {options.engine}")
+
+
 def format_flag(field: str) -> str:
     """The flag of a field: --batch-size of batch_size."""
     return "--" + field.replace("_", "-")

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetfl.config import RunOptions, format_run_file
+from hetfl.config import RunOptions, format_run_file, refuse_for_ray
 from hetfl.data.dataset import FederatedDataset
 from hetfl.engines.select import EngineContext, make_engine
 from hetfl.hooks.manager import PluginManager
@@ -58,6 +58,7 @@ def prepare(
 
     `context` says where clients in other processes are. Raises UsageError for what cannot work together.
     """
+    refuse_for_ray(given)
     fleet = choose_fleet(given)
     setup = build_setup(given, callback)
     federation, builder, plugins = setup.federation, setup.builder, setup.plugins

@@ -199,8 +199,10 @@ def fill_folder(trial: Trial, folder: RunFolder, workers: int | None) -> None:
     from hetfl.rounds.reporting import NoCallback
     from hetfl.runs import runner
 
+    unused = {} if trial.options.engine == "ray" else dict.fromkeys(config.FOR_RAY)  # they were for the task that runs it
+    options = trial.options.model_copy(update={"workers": workers, "checkpoint_every": 0, **unused})
     try:
-        runner.run(trial.options.model_copy(update={"workers": workers, "checkpoint_every": 0}), folder, NoCallback())
+        runner.run(options, folder, NoCallback())
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:

@@ -21,6 +21,8 @@ WRONG = {
     "run --lr -1": "--lr: should be greater than 0",
     "run --alpha 0": "--alpha: should be greater than 0",
     "run --engine spark": "--engine: should be 'local', 'processes', 'ray', 'flower-sim' or 'flower'",
+    "run --client-gpus 0.5 --ray-address 10.0.0.9:1": "--ray-address is for --engine ray, not local",
+    "run --client-gpus 0.5 --engine processes": "--client-gpus is for --engine ray, not processes",
     "run --workers 0": "--workers: should be greater than or equal to 1",
     "run --partition shards": "'pathological', 'shard', 'quantity'",
     "run --on-client-error ignore": "should be 'skip', 'retry' or 'fail'",
@@ -38,6 +40,7 @@ WRONG = {
     "run --dataset empty": "needs train*.parquet or train.npz",
     "resume": "Missing argument",
     "resume nothing": "it holds no config.toml",
+    "resume begun --ray-address 10.0.0.9:1": "--ray-address is for --engine ray, not processes",
     "show": "Missing argument",
     "show nothing": "unknown plugin or run folder 'nothing' (known: availability",
     "show empty": "holds neither summary.json nor leaderboard.csv",
@@ -52,6 +55,7 @@ WRONG = {
     "matrix --sweep alpha": "--sweep takes name=value, not 'alpha'",
     "matrix --sweep alpha=x": "--alpha: should be a valid number",
     "matrix --seeds 0": "--seeds takes how many, such as 3, or seeds such as 0,1,2",
+    "matrix --ray-address 10.0.0.9:1": "--ray-address is for --engine ray or --on ray, not local",
     "matrix --jobs 0": "0 is not in the range x>=1",
     "matrix --metric accuracy": "no run measures the metric 'accuracy' (global@test",
     "reproduce nothing": "unknown table 'nothing' (known: fedconv-mnist",
@@ -89,10 +93,11 @@ WRONG = {
 def place(tmp_path, monkeypatch):
     """A current folder with what commands are given wrongly."""
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "taken"):
+    for name in ("empty", "taken", "begun"):
         (tmp_path / name).mkdir()
     files = {
         "taken/file": "1",
+        "begun/config.toml": 'engine = "processes"',
         "broken.npz": "1",
         "broken.csv": "a,b\n1\n2,3,4\n",
         "broken.toml": "a = = 1",

@@ -210,6 +210,7 @@ def test_threads_get_the_same_and_the_process_keeps_its_settings(first):
         ({"callback": SimpleNamespace(on_round_ended=print)}, "did you mean 'on_round_end'"),
         ({"progress": "yes"}, "progress is True, False or 'auto'"),
         ({"engine": "flower"}, "exported apps"),
+        ({"ray_address": "10.0.0.9:1"}, "ray_address is for engine ray, not local"),
         ({"clients": 500}, "clients 500 is more than"),
     ],
 )
