@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from hetfl.engines.ray import connect, count_gpus, find_own_modules, why_not_begun
+from hetfl.errors import UsageError, plural
 from hetfl.models.factory import find_factory
 from hetfl.runs.cell import Trial
 from hetfl.runs.folder import FolderInUseError, MemoryFolder, RunFolder
@@ -28,6 +30,7 @@ def run_on_ray(trials: Sequence[Trial], out: Path) -> Generator[Trial]:
     modules = sorted({path for trial in trials for path in find_own_modules(trial.options)})
     began = connect(first.ray_address, modules, None)
     try:
+        refuse_too_large(trials)
         running = {begin(trial): trial for trial in trials}
         while running:
             for task in ray.wait([*running])[0]:
@@ -37,6 +40,16 @@ def run_on_ray(trials: Sequence[Trial], out: Path) -> Generator[Trial]:
     finally:
         if began:
             ray.shutdown()
+
+
+def refuse_too_large(trials: Sequence[Trial]) -> None:
+    """Raises UsageError for a trial that no node of the cluster has room for, however idle; Ray would wait for one for ever."""
+    listed: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in listed if node["Alive"]]
+    for cores, gpus in sorted({(trial.options.workers or 1, count_gpus(trial.options)) for trial in trials}):
+        if not any(node.get("CPU", 0) >= cores and node.get("GPU", 0) >= gpus for node in nodes):
+            also = f" and {gpus:g} GPU{'s' * (gpus > 1)} (--device cuda, --client-gpus)" if gpus else ""
+            raise UsageError(f"no node of the Ray cluster has {plural(cores, 'core')} (--workers){also}")
 
 
 def begin(trial: Trial) -> ray.ObjectRef[dict[str, bytes]]:

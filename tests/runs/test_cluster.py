@@ -7,7 +7,8 @@ import csv
 import pytest
 
 from hetfl.cli.main import main
-from hetfl.runs import sweep
+from hetfl.errors import UsageError
+from hetfl.runs import runner, sweep
 from hetfl.runs.folder import RunFolder
 
 cluster = pytest.importorskip("hetfl.runs.cluster")
@@ -46,6 +47,37 @@ def test_a_matrix_on_ray_is_the_one_on_this_machine_and_is_not_run_again(tmp_pat
 def cell(tmp_path):
     (trial,) = sweep.plan_trials({}, [("heterofl", "overlap")], {}, [0])
     return trial, tmp_path / "cells" / trial.name
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"workers": 64}, r"no node of the Ray cluster has 64 cores \(--workers\)$"),
+        ({"workers": 16, "device": "cuda"}, r"has 16 cores \(--workers\) and 1 GPU \(--device cuda, --client-gpus\)$"),
+        ({"device": "cuda", "client_gpus": 3}, r"has 1 core \(--workers\) and 3 GPUs"),
+    ],
+)
+def test_a_task_that_no_node_has_room_for_is_refused_and_not_waited_for(tmp_path, monkeypatch, values, why):
+    """Of three nodes one has cores, one GPUs, and one, with both, is dead."""
+    nodes = [(True, {"CPU": 16.0}), (True, {"CPU": 4.0, "GPU": 2.0}), (False, {"CPU": 99.0, "GPU": 9.0})]
+    ended = []
+    monkeypatch.setattr(cluster, "connect", lambda *_: True)
+    monkeypatch.setattr(cluster, "begin", lambda trial: pytest.fail("it would wait for ever"))
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": alive, "Resources": has} for alive, has in nodes])
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(UsageError, match=why):
+        next(cluster.run_on_ray(sweep.plan_trials(values, [("heterofl", "overlap")], {}, [0]), tmp_path))
+    assert ended, "the Ray that was begun for it goes on"
+    cluster.refuse_too_large(sweep.plan_trials({"device": "cuda", "workers": 4}, [("heterofl", "overlap")], {}, [0]))
+
+
+@pytest.mark.parametrize(("engine", "kept"), [("local", (None, None)), ("ray", ("auto", 0.5))])
+def test_what_was_for_the_task_is_no_option_of_its_run_unless_that_is_on_ray_too(monkeypatch, engine, kept):
+    seen = []
+    monkeypatch.setattr(runner, "run", lambda options, *_: seen.append((options.ray_address, options.client_gpus)))
+    values = {"engine": engine, "ray_address": "auto", "client_gpus": 0.5, "device": "cuda"}
+    cluster.run_cell(*sweep.plan_trials(values, [("heterofl", "overlap")], {}, [0]), 1)
+    assert seen == [kept]
 
 
 def test_the_summary_is_written_last(tmp_path, cell, monkeypatch):
