@@ -149,8 +149,8 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
     engine: Literal["local", "processes", "ray", "flower-sim", "flower"] = Field(
         "local",
-        description="where clients run: on threads of this process, in processes of their own, on all nodes of a Ray cluster, on "
-        "Flower's simulation (docs/federation.md)",
+        description="where clients run: on threads of this process, in processes of their own, on all nodes of a Ray cluster "
+        "(docs/cluster.md), on Flower's simulation, on a Flower federation: hfl federate or an exported app (docs/federation.md)",
     )
     ray_address: str | None = Field(
         None, description="of the Ray cluster: auto or HOST:PORT (default: RAY_ADDRESS, else a Ray of its own on this machine)"
@@ -158,7 +158,12 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     client_gpus: float | None = Field(
         None, gt=0, description="GPUs of a client on Ray, such as 0.25 (default: 1 where --device is cuda)"
     )
-    wait: float = Field(120.0, gt=0, description="seconds to wait for all clients to join before round 1 (not for local engines)")
+    wait: float = Field(
+        120.0,
+        gt=0,
+        description="seconds to wait: on a federation for all clients to join before round 1, on Ray in any round for a node that "
+        "takes a client (not for other engines)",
+    )
     timeout: float | None = Field(None, gt=0, description="seconds that a client may take for an answer (default: any time)")
     on_client_error: Literal["skip", "retry", "fail"] = Field(
         "skip", description="a client that fails or answers nonsense: leave it out of the round, ask it once more, or end the run"
