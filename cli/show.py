@@ -110,14 +110,20 @@ def fleets(
         list[Path] | None,
         typer.Option("--import", help="fit a fleet to a trace: FedScale's pickle or a CSV file; as often as wanted"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="with --import: the fleet file to write, for --fleet FILE")] = Path("imported.toml"),
+    out: Annotated[
+        Path | None, typer.Option(help="with --import: the fleet file to write, for --fleet FILE [default: imported.toml]")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """List the fleets of devices that --fleet takes, show one and where its figures come from, or make one from traces."""
     from hetfl.profiling.fleets import find_fleet, list_fleets
 
+    if traces and name is not None:
+        raise UsageError(f"fleets shows '{name}' or makes a fleet with --import, not both")
+    if out is not None and not traces:
+        raise UsageError("--out is for --import: nothing else writes a fleet file here")
     if traces:
-        import_traces(traces, out)
+        import_traces(traces, out or Path("imported.toml"))
     elif name is None:
         render.print_fleets(list_fleets())
     else:
@@ -132,6 +138,8 @@ def import_traces(traces: list[Path], out: Path) -> None:
 
     if out.suffix != ".toml" or not out.stem.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"--out takes a file NAME.toml of letters, digits, - and _, not '{out}'")
+    if out.exists():
+        raise UsageError(f"'{out}' is there already; choose another file with --out")
     text = format_traces(out.stem, read_traces(traces))
     try:
         out.write_text(text, encoding="utf-8")

@@ -72,6 +72,9 @@ WRONG = {
     "plan --fleet phones": "Missing option '--model'",
     "plan --fleet phonez --model cnn --input 1x8x8": "did you mean 'phones'?",
     "plan --fleet phones --model cnn --input 1x8": "the model does not run on inputs of shape (2, 1, 8)",
+    "fleets phones --import trace.csv": "fleets shows 'phones' or makes a fleet with --import, not both",
+    "fleets --out x.toml": "--out is for --import",
+    "fleets --import trace.csv": "'imported.toml' is there already; choose another file with --out",
     "fleets nope": "no device class or fleet 'nope' (fleets: fedconv-testbed",
     "presets nothing": "hfl presets lists them",
     "new-plugin 1bad": "small letters, digits and single hyphens, such as my-method",
@@ -97,6 +100,8 @@ def place(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     files = {
         "taken/file": "1",
+        "imported.toml": "x = 1",
+        "trace.csv": "computation,communication\n" + "1,2\n" * 9,
         "begun/config.toml": 'engine = "processes"',
         "broken.npz": "1",
         "broken.csv": "a,b\n1\n2,3,4\n",
