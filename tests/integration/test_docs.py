@@ -39,6 +39,12 @@ def test_presets_page_is_generated():
     assert runpy.run_path(str(DOCS / "presets.py"))["text"]() == (DOCS / "presets.md").read_text()
 
 
+@pytest.mark.parametrize(("page", "notes"), [("performance.md", "notes.md"), ("gpu.md", "gpu-notes.md")])
+def test_a_measured_page_ends_with_its_notes(page, notes):
+    """As benchmarks/compare.py and gpu.py write it: a passage is changed in the notes, and is here the same."""
+    assert (DOCS / page).read_text().rstrip().endswith((DOCS / "performance" / notes).read_text().rstrip())
+
+
 def test_every_model_of_the_zoo_has_its_row():
     page = (DOCS / "models.md").read_text()
     assert all(f"| `{name}` |" in page for name in ZOO)
