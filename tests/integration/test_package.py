@@ -65,10 +65,11 @@ def test_the_installed_wheel_runs_by_itself(built, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = built.glob("hetfl-*.whl")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, cwd=tmp_path, env=bare, check=True)  # a checkout as the current folder counts as installed
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
-    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def hfl(*words):
         command = [str(tmp_path / "venv" / "bin" / "hfl"), *words]

@@ -54,7 +54,7 @@ def test_other_strategies_on_real_data(tmp_path, name, extract):
 
 SETS = {
     "mnist": ["--model", "cnn", *FEW],
-    "cifar10": ["--model", "resnet18", *FEW],
+    "cifar10": ["--model", "resnet18", "--model-args", "widths=[16,32,64,64]", *FEW],
     "cifar10 googlenet": ["--model", "googlenet", "--model-args", "shrink=4", *FEW],
     "cifar10 mobilenetv2": ["--model", "mobilenetv2", *FEW],
     "ag_news": FEW,
