@@ -32,7 +32,7 @@ from hetfl.config import RunOptions, resolve
 from hetfl.engines.local import Call, KeepingEngine
 from hetfl.engines.pickling import Packed, answer_in_bytes, pack, read_answer, unpack
 from hetfl.errors import RunError, UsageError
-from hetfl.models.frozen import base_hash, refuse_other_base
+from hetfl.models.frozen import refuse_other_base
 from hetfl.parallel import cores
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import MOST_TEXT, Answer, Failure, Instruction, Kind
@@ -58,7 +58,7 @@ class ClientActor:
         config, widths, federation, base = unpack(job)
         options = resolve(tomllib.loads(config))
         setup = build_node_setup(options, federation.on(options.device), serialization.from_json(widths))
-        refuse_other_base(setup.builder.model, base)
+        refuse_other_base(setup.builder.base_hash, base)
         self._runtime = setup.runtime()
 
     def begun(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class RayEngine(KeepingEngine):
         self._options, self._gpus = options, count_gpus(options)
         self._began = connect(options.ray_address, find_own_modules(options), options.workers)
         widths = serialization.to_json(runtime.builder.widths)
-        self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"), base_hash(runtime.builder.model))))
+        self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"), runtime.builder.base_hash)))
         self._class: Any = ray.remote(ClientActor)
         self._workers: list[Worker] = []
         self._answered: list[tuple[Call, Answer]] = []  # and not yet taken by whoever asked

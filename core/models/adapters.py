@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hetfl.errors import NotApplicable, UsageError, nearest
+from hetfl.models.watching import run_watched
 
 KEYS = ("rank", "alpha", "target")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -127,11 +127,8 @@ def find_heads(model: nn.Module, x: Tensor, classes: int) -> set[str]:
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(x)
+        run_watched(model, x, hooks)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
     return found

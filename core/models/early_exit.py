@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hetfl.models.frozen import MARK
+from hetfl.models.watching import run_watched
 
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -204,12 +205,7 @@ def run_steps(model: nn.Module, x: Tensor) -> list[StageEnd]:
             ended.append(StageEnd(name, tuple(out.shape[1:]), frozenset(names[m] for m in started), is_channels_last(started)))
 
     hooks = [m.register_forward_pre_hook(start) for m in names] + [m.register_forward_hook(end) for m in names]
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_watched(model, x, hooks)
     uncalled = {name for module, name in names.items() if module not in started}  # their tensors are used by the module around them
     once = [step for step in ended if sum(names[module] == step.name for module in started) == 1]
     return [replace(step, run=step.run | {n for n in uncalled if n.rpartition(".")[0] in step.run}) for step in once]

@@ -68,7 +68,7 @@ def base_hash(model: nn.Module) -> str | None:
     return digest_tensors({name: tensor.cpu() for name, tensor in base.items()}) if base else None
 
 
-def refuse_other_base(model: nn.Module, wanted: str | None) -> None:
-    """Raises UsageError where the frozen base of a node's `model` has another hash than that of the run."""
-    if base_hash(model) != wanted:
+def refuse_other_base(found: str | None, wanted: str | None) -> None:
+    """Raises UsageError where the frozen base of a node's model has another hash than that of the run."""
+    if found != wanted:
         raise UsageError("the frozen base of this node's model is not that of the run: it needs the same weights (--base)")

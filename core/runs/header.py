@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
-
 from hetfl.data.dataset import FederatedDataset
 from hetfl.data.inputs import Inputs
 from hetfl.errors import plural
 from hetfl.models.adapters import list_adapters, parse_adapter
-from hetfl.models.frozen import base_hash
 from hetfl.models.state import tensors
 from hetfl.profiling.cost import count_parameters
 from hetfl.rounds.setup import Setup
+from hetfl.submodel.builder import SubmodelBuilder
 
 ELASTIC = 0.8  # share of a model's entries that can be cut, below which a narrow client carries much more than its width says
 
@@ -30,20 +28,20 @@ def describe_setup(setup: Setup) -> list[str]:
     server = f", {len(public.tune)} + {len(public.holdout)} with the server (to tune on, held out)" if public else ""
     return [
         f"model: {setup.options.model}, {count_parameters(model):,} parameters, {widths.elastic():.1%} of its entries can be cut",
-        *describe_adapters(setup.options.adapter, model),
+        *describe_adapters(setup.options.adapter, setup.builder),
         f"inputs: {describe_inputs(federation.inputs)}; {len(federation.classes)} classes",
         f"examples: {sum(sizes):,} to train on with {len(sizes)} clients{server}, {len(federation.test):,} to test on",
         f"who holds what: {span(sizes)} examples of {span(classes)} classes a client ({setup.options.partition}; partition.csv)",
     ]
 
 
-def describe_adapters(given: str | None, model: nn.Module) -> list[str]:
+def describe_adapters(given: str | None, builder: SubmodelBuilder) -> list[str]:
     """What is trained of a model with adapters, by what their output is multiplied, and the hash of what is not."""
     if given is None:
         return []
-    spec, layers = parse_adapter(given), len(list_adapters(tensors(model)))
+    spec, layers = parse_adapter(given), len(list_adapters(tensors(builder.model)))
     scale = f", alpha / rank = {spec.scale:g} whatever ranks a client has" if spec else ""
-    trained, base = sum(p.numel() for p in model.parameters()), str(base_hash(model))
+    trained, base = sum(p.numel() for p in builder.model.parameters()), str(builder.base_hash)
     return [
         f"adapters: {given}, in {plural(layers, 'layer')}{scale}; {trained:,} parameters are trained, heads included; "
         f"the base (sha256 {base[:12]}…) is not sent"

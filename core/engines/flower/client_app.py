@@ -62,7 +62,7 @@ def build_node_runtime(home: Path, config: str, node: str) -> ClientRuntime:
     if list(federation.classes) != outline["classes"]:
         raise UsageError(f"this node's data have the classes {', '.join(federation.classes)}, not {', '.join(outline['classes'])}")
     setup = build_node_setup(options, federation, serialization.from_json(outline["widths"]))
-    refuse_other_base(setup.builder.model, outline["base"])
+    refuse_other_base(setup.builder.base_hash, outline["base"])
     return setup.runtime(RecordCodec().pack)
 
 
