@@ -28,6 +28,11 @@ class Call:
     content: Content
     state: ClientState
 
+    @property
+    def entries(self) -> int:
+        """Entries of the tensors that it sends."""
+        return sum(t.numel() for t in self.content.state.values()) if isinstance(self.content, Instruction) else 0
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -144,9 +149,7 @@ class ThreadWorkers:
 
     def _cost(self, call: Call) -> float:
         """Predicted work: parameters times examples."""
-        if not isinstance(call.content, Instruction):
-            return 0.0
-        return float(self._examples[call.client] * sum(t.numel() for t in call.content.state.values()))
+        return float(self._examples[call.client] * call.entries)
 
     def _shape(self, call: Call) -> object:
         """What clients of one vmap group have in common; None for a client that trains by itself."""

@@ -21,7 +21,7 @@ from hetfl.engines.local import Call, Job
 from hetfl.engines.pickling import answer_in_bytes, read_answer, to_bytes
 from hetfl.parallel import end_with_parent
 from hetfl.rounds.client import ClientRuntime
-from hetfl.rounds.messages import Answer, Failure, Instruction
+from hetfl.rounds.messages import Answer, Failure
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_setup
 
@@ -36,7 +36,7 @@ class ProcessWorkers:
 
     def split(self, calls: Sequence[Call]) -> list[Job]:
         """A job for each call; the widest clients are the dearest."""
-        return [Job([call], float(entries(call))) for call in calls]
+        return [Job([call], float(call.entries)) for call in calls]
 
     def work(self, job: Job) -> list[Answer]:
         """The answer; a Failure where the client raised, its process ended or it took longer than `timeout` and was ended."""
@@ -54,11 +54,6 @@ class ProcessWorkers:
         """Ends the processes."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
-
-
-def entries(call: Call) -> int:
-    """Entries of the tensors that a call sends."""
-    return sum(t.numel() for t in call.content.state.values()) if isinstance(call.content, Instruction) else 0
 
 
 # in the other process
