@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -132,3 +133,8 @@ def test_every_named_mutation_can_still_be_made():
     mutations.refuse_stale(mutations.MUTATIONS)
     named = {word for m in mutations.MUTATIONS for word in m.tests.split() if word.startswith("tests/")}
     assert [word for word in sorted(named) if not (ROOT / word).exists()] == []
+
+
+def test_nothing_that_a_run_leaves_is_tracked():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert not [name for name in tracked if name.endswith((".safetensors", "metrics.csv", "clients.csv"))]

@@ -22,9 +22,10 @@ KEYS = "keys.json"  # in the run folder of a federation: client -> the public ke
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is given: the folder for the state of clients in other processes, and a deployed run's Flower grid."""
+    """What an engine is given: the folder for the state of clients in other processes (None: one that goes with the engine), and a
+    deployed run's Flower grid."""
 
-    client_states: Path
+    client_states: Path | None = None
     grid: Grid | None = None
 
 
@@ -54,7 +55,8 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
         raise UsageError("--engine flower is what an exported app runs on: use hfl federate, or hfl export flower and flwr run")
     from hetfl.engines.flower.remote import FlowerEngine
 
-    engine = FlowerEngine(clients, options.timeout, options.wait, read_keys(context.client_states.parent / KEYS))
+    keys = {} if context.client_states is None else read_keys(context.client_states.parent / KEYS)
+    engine = FlowerEngine(clients, options.timeout, options.wait, keys)
     engine.attach(context.grid)
     return engine
 

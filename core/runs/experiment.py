@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from hetfl.config import RunOptions, format_run_file, refuse_for_ray
 from hetfl.data.dataset import FederatedDataset
@@ -100,9 +99,7 @@ def prepare(
         clock=None if fleet is None else Clock(fleet, options, [len(client.train) for client in federation.clients]),
     )
     config = format_run_file(options, plugins.options())
-    engine = make_engine(
-        setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext(Path("memory"))
-    )
+    engine = make_engine(setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext())
     seconds = {"pretrain": time.perf_counter() - began}
     return Experiment(given, options, federation, plugins, server, state, initial, pretrained, score, group_size, engine, seconds)
 

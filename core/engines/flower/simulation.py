@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,14 @@ from hetfl.parallel import cores, interrupt
 class SimulationEngine(FlowerEngine):
     """Asks clients while `drive` runs; an actor a core. Raises UsageError where Ray is not installed."""
 
-    def __init__(self, clients: int, options: RunOptions, config: str, client_states: Path) -> None:
+    def __init__(self, clients: int, options: RunOptions, config: str, client_states: Path | None) -> None:
         super().__init__(clients, options.timeout, options.wait)
         if importlib.util.find_spec("ray") is None:
             raise UsageError("--engine flower-sim needs Flower's simulation: pip install 'hetfl[ray]'")
-        self._config, self._folder, self._workers = config, client_states.absolute(), options.workers or cores()
+        self._config, self._workers = config, options.workers or cores()
+        self._folder = (client_states or Path(tempfile.mkdtemp(prefix="hetfl-"))).absolute()
+        if client_states is None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def drive(self, work: Callable[[], None]) -> None:
         """Does `work` while the simulation runs; what it raises is raised here."""
