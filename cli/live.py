@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ class RoundDisplay:
     """A table of the rounds that grows while they run; one plain line a round where the output is no terminal."""
 
     def __init__(self, options: RunOptions, path: Path) -> None:
-        self.options, self.path, self.rows, self.notes = options, path, list[dict[str, Any]](), list[str]()
+        self.options, self.path = options, path
+        self._rows, self._notes = deque[dict[str, Any]](maxlen=SHOWN), deque[str](maxlen=4)
+        self._done, self._seconds = 0, 0.0
         self.started, self._told, self._phase = time.perf_counter(), time.perf_counter(), "starting"
         self._screen = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
 
@@ -70,20 +73,21 @@ class RoundDisplay:
         self._remark(f"ALARM: {text}")
 
     def _remark(self, text: str) -> None:
-        self.notes.append(text)
+        self._notes.append(text)
         self._refresh()
         if not self._screen:
             say(text)
 
     def done(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        self._rows.append(row)
+        self._done, self._seconds = self._done + 1, self._seconds + row["seconds"]
         self._refresh()
         if not self._screen:
             say(round_line(row, self.options.rounds))
 
     def _refresh(self) -> None:
         if self._screen:
-            notes = (plain_text(n, "bold red" if n.startswith("ALARM") else "yellow") for n in self.notes[-4:])
+            notes = (plain_text(n, "bold red" if n.startswith("ALARM") else "yellow") for n in self._notes)
             self._screen.update(Group(self._table(), plain_text(self._status()), *notes))
             self._screen.refresh()
 
@@ -91,13 +95,12 @@ class RoundDisplay:
         if not self._phase:
             return ""
         left = ""
-        if self.rows:
-            each = sum(r["seconds"] for r in self.rows) / len(self.rows)
-            left = f", about {each * (self.options.rounds - len(self.rows)):.0f} s left"
+        if self._done:
+            left = f", about {self._seconds / self._done * (self.options.rounds - self._done):.0f} s left"
         return f"{self._phase} ({time.perf_counter() - self.started:.0f} s{left})"
 
     def _table(self) -> Table:
-        rows = [(str(row["round"]), *round_cells(row)) for row in self.rows[-SHOWN:]]
+        rows = [(str(row["round"]), *round_cells(row)) for row in self._rows]
         return table(("round", *COLUMNS), rows, numbers=0)
 
 

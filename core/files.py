@@ -37,6 +37,16 @@ def write_file(path: Path, data: bytes, named: bool = True, private: bool = Fals
         draft.write_bytes(data)
 
 
+def append_file(path: Path, length: int, data: bytes) -> None:
+    """Adds `data` to a file after its first `length` bytes, and puts it on disk; what lies beyond is cut off. Raises OSError."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.truncate(length)
+        file.seek(length)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Puts the names in a folder on disk, where the system can: a file's content alone does not survive a power cut."""
     if os.name != "posix":

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from hetfl.rounds.rows import CHANGE, CLIENT, ROUND, Row
+from hetfl.rounds.rows import CHANGE, CLIENT, Row
 
 PATIENCE = 3  # evaluated rounds before chance level is worth a word
 
 CHANCE, EXPLODED, SKEWED = 1.1, 3.0, 10.0  # times chance, the lowest loss so far, the median change of a client
 
 
-def find_alarms(rows: Sequence[Row], people: Sequence[Row], classes: int) -> list[str]:
-    """The alarms of the last of `rows` that the one before did not have; `people` are the rows of clients."""
-    before = alarms_of(rows[:-1], people, 1 / classes) if len(rows) > 1 else {}
-    return [text for kind, text in alarms_of(rows, people, 1 / classes).items() if kind not in before]
+class Watch:
+    """Looks at each round once. It keeps the number of evaluations, the least loss, and the alarms of the round before."""
 
+    def __init__(self, classes: int) -> None:
+        self._chance, self._evaluated, self._least, self._before = 1 / classes, 0, math.inf, frozenset[str]()
 
-def alarms_of(rows: Sequence[Row], people: Sequence[Row], chance: float) -> dict[str, str]:
-    """The alarms after the last of `rows`, by their kind."""
-    recent = itertools.takewhile(lambda row: row[ROUND] >= rows[-1][ROUND], reversed(people))
-    ours = [row for row in recent if row[ROUND] == rows[-1][ROUND]]
-    return dict([*accuracy_alarms(rows, chance), *loss_alarms(rows, chance), *client_alarms(ours)])
+    def look(self, row: Row, people: Sequence[Row]) -> list[str]:
+        """The alarms of a round that the one before did not have; `people` are the rows of its clients."""
+        found = dict([*self._accuracy_alarms(row), *self._loss_alarms(row), *client_alarms(people)])
+        before, self._before = self._before, frozenset(found)
+        return [text for kind, text in found.items() if kind not in before]
 
+    def _accuracy_alarms(self, row: Row) -> Iterator[tuple[str, str]]:
+        if "global@test" not in row:
+            return
+        self._evaluated += 1
+        if self._evaluated >= PATIENCE and row["global@test"] <= CHANCE * self._chance:
+            yield "chance", f"global accuracy {row['global@test']:.1%} is at the level of chance ({self._chance:.1%})"
 
-def accuracy_alarms(rows: Sequence[Row], chance: float) -> Iterator[tuple[str, str]]:
-    seen = [row["global@test"] for row in rows if "global@test" in row]
-    if len(seen) >= PATIENCE and "global@test" in rows[-1] and seen[-1] <= CHANCE * chance:
-        yield "chance", f"global accuracy {seen[-1]:.1%} is at the level of chance ({chance:.1%})"
-
-
-def loss_alarms(rows: Sequence[Row], chance: float) -> Iterator[tuple[str, str]]:
-    seen = [row["global@test loss"] for row in rows if "global@test loss" in row]
-    if "global@test loss" not in rows[-1]:
-        return
-    least, now = min(seen), seen[-1]
-    if not math.isfinite(now) or (now > EXPLODED * least and now > -2 * math.log(chance)):
-        yield "loss", f"the global model's loss has exploded: {now:.3g}, {least:.3g} at best"
+    def _loss_alarms(self, row: Row) -> Iterator[tuple[str, str]]:
+        if "global@test loss" not in row:
+            return
+        now = row["global@test loss"]
+        self._least = min(self._least, now)
+        if not math.isfinite(now) or (now > EXPLODED * self._least and now > -2 * math.log(self._chance)):
+            yield "loss", f"the global model's loss has exploded: {now:.3g}, {self._least:.3g} at best"
 
 
 def client_alarms(people: Sequence[Row]) -> Iterator[tuple[str, str]]:

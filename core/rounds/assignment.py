@@ -45,7 +45,7 @@ def recall_client(run: RunState, client: int) -> Client:
     """A client as it was when it last took part; one that never did, with the whole width."""
     known = run.server.clients.get(client)
     profile = known.profile if known else Profile()
-    return Client(client, profile, run.extras.get(client, {}), run.last_round.get(client, 0), run.latest.get(client, {}))
+    return Client(client, profile, run.extras.get(client, {}), run.last_round.get(client, 0), run.history.latest.get(client, {}))
 
 
 def sample_size(clients: int, fraction: float) -> int:

@@ -69,9 +69,9 @@ class Clock:
         self.options, self.examples, self.now, self.joules = options, examples, 0.0, 0.0
         self._fleet, self._when, self._devices = fleet, fleet.when(options.seed), dict[int, Device]()
 
-    def set(self, rows: Sequence[Row]) -> None:
-        """To the end of the last of `rows` of metrics.csv."""
-        self.now, self.joules = (float(rows[-1][CLOCK]), float(rows[-1][JOULES_SO_FAR])) if rows else (0.0, 0.0)
+    def set(self, last: Row) -> None:
+        """To the end of the `last` row of metrics.csv, which is empty before round 1."""
+        self.now, self.joules = float(last.get(CLOCK, 0.0)), float(last.get(JOULES_SO_FAR, 0.0))
 
     def device(self, client: int) -> Device:
         """The client's device."""

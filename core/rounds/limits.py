@@ -7,7 +7,7 @@ The bounds are far above what honest clients do (docs/federation.md says how far
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from hetfl.models.state import State
 from hetfl.rounds.rows import CHANGE, EXAMPLES, FAULT, Row
@@ -19,14 +19,13 @@ LARGEST_CHANGE = 10.0  # of a client's weights in a round, as a share of the nor
 LARGEST_JUMP = 1e6  # the same with the running statistics of batch norm
 CHANGES = 50.0  # times the median change of the clients before
 COUNTS = 1000.0  # times the median number of examples of the clients before
-RECENT = 1000  # replies that make a median
 
 
 class Limits:
-    """What replies of this round may be, after the rows of `people` that came before: those without a fault count."""
+    """What replies of this round may be, after the last rows of clients, `people`: those without a fault count."""
 
-    def __init__(self, largest_change: float | None, people: Sequence[Row]) -> None:
-        accepted = [row for row in people[-RECENT:] if FAULT not in row]
+    def __init__(self, largest_change: float | None, people: Iterable[Row]) -> None:
+        accepted = [row for row in people if FAULT not in row]
         changes = [row[CHANGE] for row in accepted if row.get(CHANGE)]
         counts = [row[EXAMPLES] for row in accepted if row.get(EXAMPLES)]
         usual = CHANGES * statistics.median(changes) if changes else 0.0

@@ -11,7 +11,6 @@ from hetfl.aggregation.updates import Merged, Update
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.profiling.cost import Cost
-from hetfl.rounds.alarms import find_alarms
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
 from hetfl.rounds.evaluation import evaluate_round
 from hetfl.rounds.messages import Assignment, Engine
@@ -24,10 +23,12 @@ from hetfl.rounds.timing import keep_in_time, settle
 from hetfl.rounds.validation import is_finite
 from hetfl.submodel.plan import Patches
 
+MOST_NOTES = 200  # of a run
+
 
 def run_rounds(run: RunState, engine: Engine) -> None:
     """All rounds that are not done yet; the global model is `run.server.state` afterwards."""
-    for number in range(len(run.rows) + 1, run.options.rounds + 1):
+    for number in range(run.history.rounds + 1, run.options.rounds + 1):
         run_round(run, number, engine)
 
 
@@ -128,20 +129,25 @@ def report_round(now: RoundState) -> None:
     accuracies = [c.metrics[OWN_ACCURACY] for c in row.clients.values() if OWN_ACCURACY in c.metrics]
     row.add_mean_and_decile("client@own", accuracies)
     row.seconds = time.perf_counter() - now.began[0]
-    run.rows.append(row.columns())
-    people = {client: c.columns() for client, c in row.clients.items()}
-    run.client_rows += people.values()
-    run.latest |= people
-    for text in [
-        *dict.fromkeys([*now.engine.notices, *run.server.alarms]),
-        *find_alarms(run.rows, run.client_rows, run.server.classes),
-    ]:
+    people = [c.columns() for c in row.clients.values()]
+    for text in [*dict.fromkeys([*now.engine.notices, *run.server.alarms]), *run.watch.look(row.columns(), people)]:
         now.alarm(text)
     run.server.alarms.clear()
     now.engine.notices.clear()
-    if row.alarms:
-        run.rows[-1] = row.columns()
+    keep_notes(run)
+    run.rows.append(row.columns())
+    run.client_rows += people
+    run.history.add(run.rows[-1], people)
     run.callback.done(run.rows[-1])
+
+
+def keep_notes(run: RunState) -> None:
+    """Leaves out notes that repeat, and of more than MOST_NOTES those in the middle, which are counted: tables have them too."""
+    notes = run.server.notes = [*dict.fromkeys(run.server.notes)]
+    if len(notes) > MOST_NOTES:
+        middle = slice(MOST_NOTES // 2, -MOST_NOTES // 2)
+        run.unsaid += len(notes[middle])
+        del notes[middle]
 
 
 def has_finite_outputs(server: Server, state: State) -> bool:

@@ -18,8 +18,10 @@ from hetfl.hooks.values import Coverage
 from hetfl.models.normalization import STATIC, initial_statistics, running_names
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
+from hetfl.rounds.alarms import Watch
 from hetfl.rounds.clock import Clock, Turn
 from hetfl.rounds.evaluator import Evaluator
+from hetfl.rounds.history import History
 from hetfl.rounds.limits import Limits
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.reporting import Callback
@@ -49,7 +51,8 @@ class RunState:
     `control` is the server-only control's model, `initial` the global model before round 1. By client: `extras` and `last_round`
     of its last valid reply (round 0: none), `state_versions` the round that its own state is of. `device` is where submodels lie on
     their way to clients and back, and where they are summed; the server's own tensors are in main memory. `metric_names`: those
-    that replies have used so far.
+    that replies have used so far. `rows` and `client_rows` are those of finished rounds that nobody has put away yet; `unsaid`
+    counts notes that are too many to keep.
     """
 
     server: Server
@@ -64,7 +67,8 @@ class RunState:
     device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     client_rows: list[Row] = field(default_factory=list)
-    latest: dict[int, Row] = field(default_factory=dict)  # by client: the last of these
+    history: History = field(default_factory=History)
+    unsaid: int = 0
     clock: Clock | None = None  # of a run with --fleet
     underway: dict[int, Underway] = field(default_factory=dict)  # by client: what waits for a later merge
     extras: dict[int, State] = field(default_factory=dict)
@@ -77,6 +81,7 @@ class RunState:
     local_norms: bool = field(init=False)  # whether normalisation statistics stay with the clients
     static_norms: bool = field(init=False)  # whether they come from a pass through each network, and not from training
     evaluator: Evaluator = field(init=False)
+    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
         self.options, self.local_norms = self.server.options, self.norm_policy == "local"
@@ -84,7 +89,7 @@ class RunState:
         self.running_names = running_names(model)
         self.at_home = frozenset(initial_statistics(model)) if self.local_norms else frozenset()
         self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
-        self.evaluator = Evaluator(self.server, self.test)
+        self.evaluator, self.watch = Evaluator(self.server, self.test), Watch(self.server.classes)
 
 
 class RoundState:
@@ -97,7 +102,7 @@ class RoundState:
         self.assignments: dict[int, Assignment] = {}
         self.turns: dict[int, Turn] = {}  # under --fleet: what each client's part takes
         self.ends: float | None = None  # under --schedule semi and fedbuff: the simulated time of the merge
-        self.limits = Limits(run.options.max_change, run.client_rows)
+        self.limits = Limits(run.options.max_change, run.history.recent)
         self.coverage: list[Coverage] = []
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
         self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}

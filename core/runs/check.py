@@ -11,7 +11,6 @@ from hetfl.errors import UsageError
 from hetfl.runs.checkpoint import Checkpoints
 from hetfl.runs.folder import WEIGHTS, RunFolder, csv_text
 from hetfl.runs.runner import CHECKPOINTS
-from hetfl.runs.snapshot import list_rounds
 
 
 def check_folder(path: Path) -> Iterator[tuple[str, str]]:
@@ -26,9 +25,11 @@ def check_folder(path: Path) -> Iterator[tuple[str, str]]:
     store = Checkpoints(path / CHECKPOINTS)
     yield from store.check()
     yield from ((part, "was damaged, and is mended from its copy") for part in store.mended)
-    whole = Checkpoints(path / CHECKPOINTS).load(lambda _: None)
+    whole = store.load(lambda _: None)
     if whole is not None:
-        rounds = list_rounds(whole)
+        faults = store.journal.faults(whole.mark)
+        yield from ((name, f"{fault}; hfl resume takes its copy, which is whole") for name, fault in faults.items())
+        rounds = list(whole.rounds)
         tables = {"metrics.csv": [row for row, _ in rounds], "clients.csv": [row for _, people in rounds for row in people]}
         for name, rows in tables.items() if rounds else ():
             yield name, table_fault(folder, name, rows)

@@ -3,14 +3,14 @@
 A checkpoint is a small manifest that names its parts. A part is a file named after the SHA-256 of its content (safetensors or JSON,
 never a pickle), so what has not changed is not written again, and what was torn or tampered with is recognised. A part that two
 checkpoints share has a copy beside it: no damaged file voids both. Only its owner can read a part: the server's secret and what
-clients remember are among them.
+clients remember are among them. The rows of finished rounds are no part: a manifest says how far the journal went.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,32 @@ from typing import Any
 from hetfl.errors import RunError
 from hetfl.files import reason, sync_folder, write_file
 from hetfl.models.state import State, pack_tensors, unpack_tensors
+from hetfl.runs.journal import Journal, Mark, Round
 
 SUFFIX = {"tensors": ".safetensors", "facts": ".json"}
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """A run after `round` rounds: named groups of tensors, and facts that JSON can say."""
+    """A run after `round` rounds: named groups of tensors, and facts that JSON can say. Of one that was loaded also the `rounds`,
+    which can be gone through any number of times, and the `mark` of the journal that they are in."""
 
     round: int
     tensors: dict[str, State] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    mark: Mark = field(default_factory=Mark)
+    rounds: Iterable[Round] = ()
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a journal as far as `mark`, read from the disk each time that they are gone through."""
+
+    journal: Journal
+    mark: Mark
+
+    def __iter__(self) -> Iterator[Round]:
+        return self.journal.read(self.mark)
 
 
 class BrokenError(Exception):
@@ -42,30 +57,45 @@ class Checkpoints:
         self._folder, self._objects, self._copies, self._keep = folder, folder / "objects", folder / "copies", keep
         self._known: dict[str, tuple[Any, tuple[int, ...], str]] = {}  # group -> what it held, its versions, its file
         self._fresh: set[str] = set()  # files that only the checkpoint under way has
+        self.journal = Journal(folder)
         self.mended: list[str] = []  # parts that were damaged and are so no more
 
-    def save(self, moment: Snapshot) -> None:
-        """Writes a checkpoint whole or not at all. Raises RunError where the disk is full; what was written before stays."""
+    def begin(self, moment: Snapshot | None) -> None:
+        """Goes on from `moment`, or from nothing: what is of later rounds is removed. Raises RunError where it cannot be."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._manifests():
+                if moment is None or path.name > manifest_name(moment.round):
+                    path.unlink()
+            self.journal.cut(moment.mark if moment else Mark())
+        except OSError as error:
+            raise RunError(f"'{self._folder}' cannot be written: {reason(error)}") from error
+
+    def save(self, moment: Snapshot, rounds: Sequence[Round] = ()) -> None:
+        """Writes a checkpoint whole or not at all; `rounds` are those since the one before. Raises RunError where the disk is full;
+        what was written before stays."""
         self._fresh.clear()
         try:
             self._objects.mkdir(parents=True, exist_ok=True)
             self._copies.mkdir(exist_ok=True)
+            mark = self.journal.add(rounds)
             body = {
                 "round": moment.round,
+                "journal": {"bytes": mark.length, "sha256": mark.sha256},
                 "tensors": {name: self._tensors(name, group) for name, group in moment.tensors.items()},
-                "facts": {name: self._facts(name, fact) for name, fact in moment.facts.items()},
+                "facts": {name: self._put(text(fact), "facts") for name, fact in moment.facts.items()},
             }
             for part in parts(body):
                 self._copy_shared(part)
             for folder in (self._objects, self._copies):
                 sync_folder(folder)
-            write_file(self._folder / f"round-{moment.round:06d}.json", text({"body": body, "sha256": digest(text(body))}))
+            write_file(self._folder / manifest_name(moment.round), text({"body": body, "sha256": digest(text(body))}))
         except OSError as error:
             raise RunError(
                 f"the checkpoint of round {moment.round} cannot be written to '{self._folder}': {reason(error)}; "
                 "the one before is intact: make room and go on with hfl resume"
             ) from error
-        self._known = {name: known for name, known in self._known.items() if name in moment.tensors or name in moment.facts}
+        self._known = {name: known for name, known in self._known.items() if name in moment.tensors}
         self._tidy()
 
     def _tensors(self, name: str, group: State) -> str:
@@ -75,13 +105,6 @@ class Checkpoints:
         alike = before and versions == before[1] and len(held) == len(before[0])
         if not (before and alike and all(a is b for a, b in zip(held, before[0], strict=True))):
             self._known[name] = held, versions, self._put(pack_tensors(group), "tensors")
-        return self._known[name][2]
-
-    def _facts(self, name: str, fact: Any) -> str:
-        """The file of a fact; the very object of last time is not looked at again, for nothing changes a fact."""
-        before = self._known.get(name)
-        if before is None or before[0] is not fact:
-            self._known[name] = fact, (), self._put(text(fact), "facts")
         return self._known[name][2]
 
     def _put(self, data: bytes, kind: str) -> str:
@@ -118,6 +141,8 @@ class Checkpoints:
                 found = self._read(path)
                 if self.mended:
                     note(f"the checkpoint '{path.name}' had {len(self.mended)} damaged parts, which their copies have mended")
+                for name, fault in self.journal.faults(found.mark).items():
+                    note(f"'{name}', the rows of finished rounds, {fault}; the other copy of them is whole")
                 return found
             except BrokenError as error:
                 note(f"the checkpoint '{path.name}' is damaged ({error}); going back to the one before")
@@ -136,7 +161,10 @@ class Checkpoints:
         body = manifest(path)
         tensors = {name: unpack_tensors(self._get(file, "tensors")) for name, file in body["tensors"].items()}
         facts = {name: json.loads(self._get(file, "facts")) for name, file in body["facts"].items()}
-        return Snapshot(int(body["round"]), tensors, facts)
+        mark = Mark(body["journal"]["bytes"], body["journal"]["sha256"])
+        if self.journal.find(mark) is None:
+            raise BrokenError("neither copy of the rows of its rounds is what was written")
+        return Snapshot(int(body["round"]), tensors, facts, mark, Rounds(self.journal, mark))
 
     def _get(self, name: str, kind: str) -> bytes:
         """A part, from its copy where it is damaged itself: it is then mended."""
@@ -153,6 +181,11 @@ class Checkpoints:
                 return data
             why = "a part is not what was written"
         raise BrokenError(why)
+
+
+def manifest_name(round: int) -> str:
+    """The file of the checkpoint after `round` rounds."""
+    return f"round-{round:06d}.json"
 
 
 def manifest(path: Path) -> dict[str, Any]:

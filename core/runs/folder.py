@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hetfl.errors import RunError, UsageError
-from hetfl.files import reason, write_file
+from hetfl.files import reason, replace_file, write_file
 
 LOCK, MARK = ".lock", ".hetfl"
 
@@ -37,7 +37,7 @@ class RunFolder:
         self.path = path
         self._lock: FileLock | None = None
         self._replaced: Path | None = None  # where the run lies that this one is to replace once it has begun
-        self._tables: dict[str, tuple[list[str], int]] = {}  # columns and number of rows of what was written
+        self._columns: dict[str, list[str]] = {}  # of the tables that `append` began
 
     def open(self, overwrite: bool = False) -> RunFolder:
         """Makes the folder. Raises UsageError if it holds anything (unless `overwrite`), is in use or cannot be written.
@@ -115,21 +115,25 @@ class RunFolder:
             raise RunError(f"'{target}' cannot be written: {reason(error)}; what was written before is intact") from error
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes rows as CSV; columns in order of appearance. Where they only add to what this object wrote, they are appended."""
-        columns, count = self._tables.get(name, ([], 0))
-        wider = list(dict.fromkeys([*columns, *(key for row in rows[count:] for key in row)]))
-        if columns == wider:
-            self._append(name, csv_text(columns, rows[count:]))
-        else:
-            self.write(name, csv_text(wider, [dict(zip(wider, wider, strict=True)), *rows]))
-        self._tables[name] = wider, len(rows)
+        """Writes rows as CSV; columns in order of appearance."""
+        self.write(name, table_text(rows))
 
-    def _append(self, name: str, text: str) -> None:
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows to a table, which the first call begins anew; new columns come after the others. Raises RunError."""
+        columns = self._columns.get(name)
+        wider = list(dict.fromkeys([*(columns or ()), *(key for row in rows for key in row)]))
         try:
-            with open(self.path / name, "a", newline="") as file:
-                file.write(text)
+            if columns is None:
+                write_file(self.path / name, table_text(rows).encode())
+            elif len(wider) > len(columns):
+                with replace_file(self.path / name) as draft:
+                    widen_table(self.path / name, draft, wider, rows)
+            else:
+                with open(self.path / name, "a", newline="") as file:
+                    file.write(csv_text(columns, rows))
         except OSError as error:
             raise RunError(f"'{self.path / name}' cannot be written: {reason(error)}") from error
+        self._columns[name] = wider
 
     def holds(self, name: str) -> bool:
         return (self.path / name).exists()
@@ -193,7 +197,7 @@ class MemoryFolder(RunFolder):
     def __init__(self) -> None:
         super().__init__(Path(tempfile.gettempdir()) / f"hetfl-{uuid.uuid4().hex}")  # made only by what needs it
         self._files: dict[str, bytes] = {}
-        self._rows: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self._rows: dict[str, list[Mapping[str, Any]]] = {}
         self._remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -202,16 +206,18 @@ class MemoryFolder(RunFolder):
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keeps rows, which are put into columns when they are read."""
-        self._rows[name] = rows
+        self._rows[name] = [*rows]
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps further rows."""
+        self._rows.setdefault(name, []).extend(rows)
 
     def holds(self, name: str) -> bool:
         return name in self._files or name in self._rows
 
     def bytes_of(self, name: str) -> bytes:
         if name in self._rows:
-            rows = self._rows[name]
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            return csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows]).encode()
+            return table_text(self._rows[name]).encode()
         if name not in self._files:
             raise FileNotFoundError(name)
         return self._files[name]
@@ -239,6 +245,22 @@ def is_run_folder(path: Path) -> bool:
 
 
 CONTROL = dict.fromkeys([*(n for n in range(32) if n not in (9, 10)), *range(127, 160)])  # characters, for str.translate
+
+
+def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`rows` as a CSV table; columns in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return csv_text(columns, [dict(zip(columns, columns, strict=True)), *rows])
+
+
+def widen_table(old: Path, new: Path, columns: Sequence[str], more: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table with further `columns`, which the lines of the `old` one leave empty, and with `more` rows."""
+    with open(old, newline="") as source, open(new, "w", newline="") as file:
+        lines, writer = csv.reader(source), csv.writer(file, lineterminator="\n")
+        next(lines, None)
+        file.write(csv_text(columns, [dict(zip(columns, columns, strict=True))]))
+        writer.writerows([*cells, *[""] * (len(columns) - len(cells))] for cells in lines)
+        file.write(csv_text(columns, more))
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -13,13 +13,15 @@ from safetensors.torch import save
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
 from hetfl.errors import RunError, UsageError
+from hetfl.rounds.history import History
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.rows import ALARMS, CLIENT, FAULT, ROUND, TAKEN, Row
+from hetfl.rounds.rows import ROUND, Row
 from hetfl.runs.checkpoint import Checkpoints, Snapshot
 from hetfl.runs.experiment import Experiment, prepare
 from hetfl.runs.folder import BASE_HASH, FILE_HASH, WEIGHTS, RunFolder
-from hetfl.runs.snapshot import capture, describe_changes, list_rounds, restore
+from hetfl.runs.journal import Round
+from hetfl.runs.snapshot import capture, describe_changes, restore
 from hetfl.runs.summary import class_counts, run_facts, summarise, to_contiguous
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def run(
             restore(experiment, snapshot)
             experiment.server.notes += [f"went on after round {snapshot.round} although {change}" for change in changed]
         folder.commit()
-        recorder.begin(snapshot is None)
+        recorder.begin(snapshot)
         experiment.engine.drive(partial(run_rounds, experiment.state, experiment.engine))
     finally:
         experiment.close()
@@ -60,20 +62,18 @@ def run(
     folder.write(WEIGHTS, weights)
     summary = summarise(experiment, time.perf_counter() - began) | {FILE_HASH: hashlib.sha256(weights).hexdigest()}
     folder.json("summary.json", summary)
-    refuse_untaken(experiment.state.rows, experiment.state.client_rows)
+    refuse_untaken(experiment.state.history)
     return summary
 
 
-def refuse_untaken(rows: Sequence[Row], people: Sequence[Row]) -> None:
+def refuse_untaken(history: History) -> None:
     """Raises RunError where clients were asked and no round's replies became the next global model."""
-    taken = [row[TAKEN] for row in rows if TAKEN in row]
-    if not taken or any(taken):
+    if not history.asked or history.taken:
         return
-    faults = [f"client {row[CLIENT]}: {row[FAULT]}" for row in people if FAULT in row]
-    alarms = [row[ALARMS] for row in rows if ALARMS in row]
-    if faults and len(faults) == len(people):
-        raise RunError(f"every client failed in every round, so the global model was never trained; the first, {faults[0]}")
-    raise RunError(f"no round's replies became the global model, which was never trained; the first: {[*alarms, *faults, '?'][0]}")
+    fault, why = history.first_fault, history.first_alarm or history.first_fault or "?"
+    if fault and history.faults == history.replies:
+        raise RunError(f"every client failed in every round, so the global model was never trained; the first, {fault}")
+    raise RunError(f"no round's replies became the global model, which was never trained; the first: {why}")
 
 
 def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, force: bool = False) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, force
     """
     snapshot = load_snapshot(options, folder, callback)
     changed = refuse_changed(snapshot, options, folder, force)
-    for row, _ in list_rounds(snapshot) if snapshot else ():
+    for row, _ in snapshot.rounds if snapshot else ():
         callback.done(row)
     return run(options, folder, callback, snapshot, changed=changed)
 
@@ -111,15 +111,17 @@ class RunRecorder:
 
     def __init__(self, folder: RunFolder, experiment: Experiment, callback: Callback) -> None:
         self._folder, self._state, self._callback, self._experiment = folder, experiment.state, callback, experiment
-        self._every, self._rounds = experiment.options.checkpoint_every, dict[str, Any]()
+        self._every, self._unsaved = experiment.options.checkpoint_every, list[Round]()
         self._checkpoints = Checkpoints(folder.path / CHECKPOINTS, experiment.options.keep_checkpoints)
 
-    def begin(self, anew: bool) -> None:
-        """The tables as they are so far, and the state before round 1."""
-        if self._state.rows:
-            self._tables()
-        if anew and self._every:
-            self._checkpoints.save(capture(self._experiment, self._rounds))
+    def begin(self, snapshot: Snapshot | None) -> None:
+        """The tables as they are so far, and the state before round 1 or after `snapshot`."""
+        for row, people in snapshot.rounds if snapshot else ():
+            self._tables(row, people)
+        if self._every:
+            self._checkpoints.begin(snapshot)
+            if snapshot is None:
+                self._checkpoints.save(capture(self._experiment))
 
     def phase(self, round: int, name: str) -> None:
         self._callback.phase(round, name)
@@ -136,11 +138,17 @@ class RunRecorder:
         self._callback.alarm(text)
 
     def done(self, row: Row) -> None:
-        self._tables()
-        if self._every and (row[ROUND] % self._every == 0 or row[ROUND] == self._state.options.rounds):
-            self._checkpoints.save(capture(self._experiment, self._rounds))
+        people = [*self._state.client_rows]
+        self._state.rows.clear()
+        self._state.client_rows.clear()
+        self._tables(row, people)
+        if self._every:
+            self._unsaved.append((row, people))
+            if row[ROUND] % self._every == 0 or row[ROUND] == self._state.options.rounds:
+                self._checkpoints.save(capture(self._experiment), self._unsaved)
+                self._unsaved.clear()
         self._callback.done(row)
 
-    def _tables(self) -> None:
-        self._folder.table("metrics.csv", self._state.rows)
-        self._folder.table("clients.csv", self._state.client_rows)
+    def _tables(self, row: Row, people: Sequence[Row]) -> None:
+        self._folder.append("metrics.csv", [row])
+        self._folder.append("clients.csv", people)

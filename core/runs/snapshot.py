@@ -19,8 +19,8 @@ from hetfl.errors import RunError
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
-from hetfl.rounds.rows import CLIENT, RESERVED, ROUND, ClientRow
-from hetfl.rounds.state import RunState, Underway
+from hetfl.rounds.rows import RESERVED, ClientRow
+from hetfl.rounds.state import Underway
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
@@ -33,10 +33,9 @@ HARMLESS = {  # change no result
 BITS = ("hetfl", "torch", "numpy")  # packages on whose versions bits depend
 
 
-def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
-    """The run as it is now, between two rounds; `rounds` are the blocks of rows of the capture before, and become those of now."""
+def capture(experiment: Experiment) -> Snapshot:
+    """The run as it is now, between two rounds."""
     run, server = experiment.state, experiment.server
-    renew_blocks(run, rounds)
     tensors = {"pretrained": experiment.pretrained, "server": server.state, "control": run.control, "initial": run.initial}
     tensors["secret"] = {"key": torch.frombuffer(bytearray(server.key), dtype=torch.uint8)}
     tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
@@ -46,41 +45,7 @@ def capture(experiment: Experiment, rounds: dict[str, Any]) -> Snapshot:
         tensors |= {f"underway/{client}": flatten_patches(late.update.patches), f"underway extras/{client}": late.update.extras}
     for client, state in experiment.engine.client_states().items():
         tensors |= {f"client/{client}/{name}": named for name, named in state.items()}
-    return Snapshot(len(run.rows), tensors, {"run": facts(experiment), **rounds})
-
-
-def list_blocks(rounds: int) -> list[tuple[int, int]]:
-    """The first and last rounds of the blocks that keep the rows of so many rounds: 13 are 1-8, 9-12, 13.
-
-    So a checkpoint lists as many parts as its number of rounds has bits, and each row is written as often at most.
-    """
-    found, first = list[tuple[int, int]](), 1
-    for bit in reversed(range(rounds.bit_length())):
-        if rounds >> bit & 1:
-            found.append((first, first + (1 << bit) - 1))
-            first += 1 << bit
-    return found
-
-
-def renew_blocks(run: RunState, blocks: dict[str, Any]) -> None:
-    """Makes `blocks` those of the run's rounds now: lists of (row, rows of its clients); what was there already stays."""
-    wanted = {f"rounds/{first}-{last}": (first, last) for first, last in list_blocks(len(run.rows))}
-    for gone in blocks.keys() - wanted.keys():
-        del blocks[gone]
-    for name in wanted.keys() - blocks.keys():
-        first, last = wanted[name]
-        people: dict[int, list[Any]] = {number: [] for number in range(first, last + 1)}
-        for row in reversed(run.client_rows):
-            if row[ROUND] < first:
-                break
-            if row[ROUND] <= last:
-                people[row[ROUND]].insert(0, row)
-        blocks[name] = [(row, people[row[ROUND]]) for row in run.rows[first - 1 : last]]
-
-
-def list_rounds(snapshot: Snapshot) -> list[Any]:
-    """(row, rows of its clients) of every finished round."""
-    return [pair for first, last in list_blocks(snapshot.round) for pair in snapshot.facts[f"rounds/{first}-{last}"]]
+    return Snapshot(run.history.rounds, tensors, {"run": facts(experiment)})
 
 
 def describe_changes(snapshot: Snapshot, options: RunOptions) -> list[str]:
@@ -104,6 +69,7 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     run, server = experiment.state, experiment.server
     return {
         "steps": [list(server.taken.items()), server.steps_saved, server.epochs_saved], "notes": list(server.notes),
+        "unsaid": run.unsaid,
         "clients": {str(c.id): [c.profile.width, c.profile.bottleneck, c.last_round] for c in server.clients.values()},
         "last round": {str(client): number for client, number in run.last_round.items()},
         "state versions": {str(client): number for client, number in run.state_versions.items()},
@@ -131,22 +97,20 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
     taken, server.steps_saved, server.epochs_saved = known["steps"]
     server.taken = Counter(dict(taken))
-    server.notes = known["notes"]
+    server.notes, run.unsaid = known["notes"], known["unsaid"]
     run.extras = {int(client): extras for client, extras in of_kind(snapshot.tensors, "extras").items()}
     run.state_versions = {int(client): number for client, number in known["state versions"].items()}
     run.last_round = {int(client): number for client, number in known["last round"].items()}
     for key, (width, bottleneck, last_round) in known["clients"].items():
         client = int(key)
         server.clients[client] = Client(client, Profile(width, bottleneck), run.extras.get(client, {}), last_round)
-    for row, people in list_rounds(snapshot):
-        run.rows.append(row)
-        run.client_rows += people
-        run.latest |= {line[CLIENT]: line for line in people}
+    for row, people in snapshot.rounds:
+        run.watch.look(row, people)
+        run.history.add(row, people)
     if run.clock is not None:
-        run.clock.set(run.rows)
+        run.clock.set(run.history.last)
     run.underway = {int(key): restore_underway(key, given, snapshot.tensors) for key, given in known["under way"].items()}
-    lines = [*run.client_rows, *(late.row.metrics for late in run.underway.values())]
-    run.metric_names = {name for line in lines for name in line} - RESERVED
+    run.metric_names = run.history.metrics.union(*(late.row.metrics for late in run.underway.values())) - RESERVED
     for key, plugin in experiment.plugins.plugins.items():
         if state := snapshot.tensors[f"plugin/{key}"]:
             plugin.load_state_dict(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -15,20 +15,17 @@ from hetfl import presets
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
 from hetfl.digest import digest_tensors
+from hetfl.errors import plural
 from hetfl.models.state import State
+from hetfl.rounds.history import History, Mean
 from hetfl.rounds.rows import (
     BYTES_DOWN,
     BYTES_UP,
     CLIENT_SECONDS,
     CLOCK,
     DROPPED,
-    FAULT,
     JOULES,
     JOULES_SO_FAR,
-    LEVEL,
-    MACS,
-    MEMORY,
-    PARAMETERS,
     PHASE,
     SECONDS,
     SIMULATED,
@@ -80,38 +77,38 @@ def class_counts(federation: FederatedDataset) -> list[Row]:
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
-    rows, trains_global = experiment.state.rows, experiment.plugins.trains_global
-    measured = [row for row in rows if "global@test" in row]
+    history, trains_global = experiment.state.history, experiment.plugins.trains_global
+    measured, sums = [*history.measured], history.sums
     accuracies = final_accuracies(measured)
     if not trains_global:
         accuracies = {name: values for name, values in accuracies.items() if not is_of_global(name)}
-    phases = sorted({key for row in rows for key in row if key.startswith(PHASE)})
-    server = {key.removeprefix(PHASE): sum(row.get(key, 0.0) for row in rows) for key in phases}
+    server = {key.removeprefix(PHASE): sums[key] for key in sorted(sums) if key.startswith(PHASE)}
     return {
         "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
-        "dataset": experiment.federation.dataset, "rounds": len(rows), "clients": len(experiment.federation.clients),
-        "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(experiment), "seconds": seconds,
+        "dataset": experiment.federation.dataset, "rounds": history.rounds, "clients": len(experiment.federation.clients),
+        "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(history), "seconds": seconds,
         **({} if trains_global else {NOT_APPLICABLE: WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
-        "client seconds": sum(row[CLIENT_SECONDS] for row in rows),
-        **time_to_accuracy(rows), BYTES_DOWN: sum(row[BYTES_DOWN] for row in rows), BYTES_UP: sum(row[BYTES_UP] for row in rows),
+        "client seconds": sums[CLIENT_SECONDS],
+        **time_to_accuracy(history), BYTES_DOWN: sums[BYTES_DOWN], BYTES_UP: sums[BYTES_UP],
         "weights sha256": digest_tensors(experiment.server.state, shapes=False),
-        "notes": [*dict.fromkeys(experiment.server.notes), *own_notes(experiment),
+        "notes": [*dict.fromkeys(experiment.server.notes), *tell_unsaid(experiment.state.unsaid), *own_notes(experiment),
                   *(compare_to_control(measured, len(experiment.federation.test)) if trains_global else [])],
     }  # fmt: skip
 
 
-TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
+def tell_unsaid(count: int) -> list[str]:
+    """That there were more notes than are listed."""
+    return [f"{plural(count, 'further note')}: metrics.csv (alarms) and clients.csv (fault) have them"] if count else []
 
 
-def time_to_accuracy(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of a run with --fleet: its simulated seconds and joules, and the seconds until the global model first reached TARGETS."""
-    if not rows or CLOCK not in rows[-1]:
+def time_to_accuracy(history: History) -> dict[str, Any]:
+    """Of a run with --fleet: its simulated seconds and joules, and the seconds until the global model first reached accuracies."""
+    if CLOCK not in history.last:
         return {}
-    reached = {f"{t:g}": next((r[CLOCK] for r in rows if r.get("global@test", 0.0) >= t), None) for t in TARGETS}
     return {
-        SIMULATED: rows[-1][CLOCK], JOULES: rows[-1][JOULES_SO_FAR], DROPPED: sum(row[DROPPED] for row in rows),
-        "simulated seconds to accuracy": {target: moment for target, moment in reached.items() if moment is not None},
+        SIMULATED: history.last[CLOCK], JOULES: history.last[JOULES_SO_FAR], DROPPED: history.sums[DROPPED],
+        "simulated seconds to accuracy": dict(sorted(history.reached.items(), key=lambda item: float(item[0]))),
     }  # fmt: skip
 
 
@@ -130,20 +127,15 @@ def last_values(name: str, measured: Sequence[Row]) -> dict[str, float]:
 
 WITHOUT_GLOBAL = "no global model is trained here, so its accuracies are not applicable: read personal@own, the clients' own models"
 
-COSTS = (PARAMETERS, MACS, MEMORY, BYTES_DOWN, BYTES_UP, SECONDS)
 
-
-def level_costs(experiment: Experiment) -> list[dict[str, Any]]:
+def level_costs(history: History) -> list[dict[str, Any]]:
     """What the clients of each level spent in a round, on average: the papers' tables of memory, time and communication."""
-    rows = [row for row in experiment.state.client_rows if FAULT not in row and DROPPED not in row]
-    levels = sorted({row[LEVEL] for row in rows}, key=float, reverse=True)
-    return [{"level": level} | averages([row for row in rows if row[LEVEL] == level]) for level in levels]
+    return [{"level": level} | averages(history.costs[level]) for level in sorted(history.costs, key=float, reverse=True)]
 
 
-def averages(rows: Sequence[Row]) -> dict[str, float]:
-    found = {name: [row[name] for row in rows if name in row] for name in COSTS}
-    means = {name: sum(values) / len(values) for name, values in found.items() if values}
-    return {name: value if name == "seconds" else round(value) for name, value in means.items()}
+def averages(costs: Mapping[str, Mean]) -> dict[str, float]:
+    means = {name: mean.total / mean.count for name, mean in costs.items() if mean.count}
+    return {name: value if name == SECONDS else round(value) for name, value in means.items()}
 
 
 def own_notes(experiment: Experiment) -> list[str]:

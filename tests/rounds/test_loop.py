@@ -17,7 +17,7 @@ from hetfl.engines.flower.records import RecordCodec
 from hetfl.engines.flower.remote import FlowerEngine
 from hetfl.errors import RunError
 from hetfl.rounds import receiving
-from hetfl.rounds.loop import run_round
+from hetfl.rounds.loop import MOST_NOTES, keep_notes, run_round
 from hetfl.rounds.messages import too_long
 from hetfl.submodel.encoding import payload_bytes
 from hetfl.training.task import Reply
@@ -163,3 +163,13 @@ def test_an_undeclared_extra_on_the_way_down_is_refused():
 
     with pytest.raises(RunError, match=r"wrap plugin '.*' sends what it did not declare: extra 'secret' is undeclared"):
         hetfl.run(extract="full", aggregate="fedavg", wrap=Talks, limit=100, clients=2, pretrain_steps=0, progress=False)
+
+
+def test_notes_that_are_too_many_are_counted_and_the_first_and_the_last_stay():
+    run = SimpleNamespace(server=SimpleNamespace(notes=["the first", "again", "again"]), unsaid=0)
+    for number in range(MOST_NOTES):
+        run.server.notes += [f"round {number}: client 1 left out", "again"]
+        keep_notes(run)
+    assert len(run.server.notes) + run.unsaid == MOST_NOTES + 2
+    assert run.server.notes[:2] == ["the first", "again"]
+    assert run.server.notes[-1] == f"round {MOST_NOTES - 1}: client 1 left out"

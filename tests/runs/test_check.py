@@ -15,7 +15,6 @@ from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.checkpoint import Checkpoints
 from hetfl.runs.folder import RunFolder
-from hetfl.runs.snapshot import list_blocks
 
 
 def hfl(capsys, *words):
@@ -49,19 +48,13 @@ def test_no_flipped_bit_voids_both_checkpoints(stopped, stops):
         assert found.round >= 2
         shutil.rmtree(part / "checkpoints")
         (stopped / "kept").rename(part / "checkpoints")
+    flip(part / "checkpoints" / "rounds.jsonl")
     shared = sorted((part / "checkpoints" / "copies").iterdir())
     flip(part / "checkpoints" / "objects" / shared[0].name)
     watch = stops.go_on(part)
     assert any("damaged parts, which their copies have mended" in note for note in watch.notes)
+    assert any("'rounds.jsonl', the rows of finished rounds, is not what was written" in note for note in watch.notes)
     assert stops.equal(stopped / "whole", part)
-
-
-def test_a_manifest_lists_as_many_blocks_of_rounds_as_their_number_has_bits():
-    assert list_blocks(13) == [(1, 8), (9, 12), (13, 13)]
-    for rounds in (0, 1, 7, 64, 10_000):
-        blocks = list_blocks(rounds)
-        assert len(blocks) == rounds.bit_count()
-        assert [n for first, last in blocks for n in range(first, last + 1)] == list(range(1, rounds + 1))
 
 
 def test_check_run_names_what_is_damaged(stopped, capsys):

@@ -6,12 +6,12 @@ from hetfl.runs.folder import RunFolder, csv_text
 
 
 def test_rows_are_appended_until_a_column_is_new(tmp_path):
-    folder, rows = RunFolder(tmp_path), [{"round": 1}]
-    for more in ({"round": 2}, {"round": 3, "x": 0.5}, {"round": 4}):
-        folder.table("t.csv", rows)
-        rows.append(more)
-    folder.table("t.csv", rows)
-    assert (tmp_path / "t.csv").read_text() == "round,x\n1,\n2,\n3,0.5\n4,\n"
+    folder, text = RunFolder(tmp_path), 'a "quoted", text\nof two lines'
+    for row in ({"round": 1}, {"round": -2, "why": text}, {"round": 3, "x": 0.5, "why": "=1+1"}, {"round": 4}):
+        folder.append("t.csv", [row])
+    assert (tmp_path / "t.csv").read_text() == ('round,why,x\n1,,\n-2,"a ""quoted"", text\nof two lines",\n3,\'=1+1,0.5\n4,,\n')
+    RunFolder(tmp_path).append("t.csv", [{"round": 1}])  # as a run does that begins or goes on
+    assert (tmp_path / "t.csv").read_text() == "round\n1\n"
 
 
 def test_texts_in_tables_are_no_formulas_and_have_no_control_characters():

@@ -143,14 +143,11 @@ class LocalFederation:
         events = out / EVENTS
         events.unlink(missing_ok=True)
         self._start("run", "flwr", "run", str(app), "here", "--stream", "--run-config", f'out="{out.absolute()}"')
-        seen, over = 0, False
+        seen, over = 0, False  # bytes
         while True:
             over = over or not self.running("run")
-            lines = events.read_text().splitlines(keepends=True) if events.exists() else []
-            for line in lines[seen:]:
-                if not line.endswith("\n"):
-                    break
-                seen += 1
+            for line in read_lines(events, seen):
+                seen += len(line)
                 event = json.loads(line)
                 yield event
                 if "ended" in event or "failed" in event:
@@ -183,6 +180,15 @@ class LocalFederation:
         for pid in begun:  # in sessions of their own: the SuperLink's executor and its ServerApp
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def read_lines(path: Path, start: int) -> list[bytes]:
+    """The lines of a file that are whole by now, from byte `start` on; none where there is no file yet."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(start)
+        return [line for line in file if line.endswith(b"\n")]
 
 
 def die_with_parent() -> None:

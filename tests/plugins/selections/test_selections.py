@@ -96,7 +96,7 @@ def test_oort_hears_of_losses_and_seconds():
     for number in (1, 2, 3):
         run_round(made.state, number, made.engine)
     made.close()
-    heard = {i: line for i, line in made.state.latest.items() if "loss" in line}
+    heard = {i: line for i, line in made.state.history.latest.items() if "loss" in line}
     assert len({row["client"] for row in made.state.client_rows}) == len(heard) > 3
     assert all(line["simulated seconds"] > 0 for line in heard.values())
 
