@@ -1,8 +1,8 @@
 """Clients on a Ray cluster: actors of our own on every node, each of which builds the run's client runtime once.
 
 What clients keep travels with their calls, so it lies with the server and in its checkpoints: a run goes on on any other cluster.
-Data, and a state that several clients are sent, are put into Ray's object store, from which each node has one copy for all its
-actors.
+Data, a model with a frozen base, and a state that several clients are sent, are put into Ray's object store, from which each node has
+one copy for all its actors.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hetfl import registry
 from hetfl.config import RunOptions, resolve
 from hetfl.engines.local import Call, KeepingEngine
-from hetfl.engines.pickling import Packed, answer_in_bytes, pack, read_answer, unpack
+from hetfl.engines.pickling import Packed, answer_in_bytes, pack, pack_based, read_answer, rest_on, unpack
 from hetfl.errors import RunError, UsageError
 from hetfl.models.frozen import refuse_other_base
 from hetfl.parallel import cores
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import MOST_TEXT, Answer, Failure, Instruction, Kind
-from hetfl.rounds.setup import build_node_setup
+from hetfl.rounds.setup import build_given_setup, build_node_setup
 from hetfl.submodel import serialization
 
 CREATION = "creation task"  # in Ray's words where an actor's own __init__ raised; its node may be dead otherwise
@@ -55,10 +55,13 @@ class ClientActor:
     def __init__(self, job: Packed) -> None:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is the node's; nobody writes to it
-        config, widths, federation, base = unpack(job)
-        options = resolve(tomllib.loads(config))
-        setup = build_node_setup(options, federation.on(options.device), serialization.from_json(widths))
-        refuse_other_base(setup.builder.base_hash, base)
+        config, text, federation, model, base = unpack(job)
+        options, widths = resolve(tomllib.loads(config)), serialization.from_json(text)
+        if model is not None:
+            setup = build_given_setup(options, federation.on(options.device), unpack(model), widths)
+        else:
+            setup = build_node_setup(options, federation.on(options.device), widths)
+            refuse_other_base(setup.builder.base_hash, base)
         self._runtime = setup.runtime()
 
     def begun(self) -> dict[str, str]:
@@ -97,8 +100,11 @@ class RayEngine(KeepingEngine):
         options = runtime.options
         self._options, self._gpus = options, count_gpus(options)
         self._began = connect(options.ray_address, find_own_modules(options), options.workers)
-        widths = serialization.to_json(runtime.builder.widths)
-        self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"), runtime.builder.base_hash)))
+        builder = runtime.builder
+        widths, model = serialization.to_json(builder.widths), pack_based(builder.model)
+        self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"), model, builder.base_hash)))
+        if model is not None:
+            rest_on(builder.model, unpack(unpack(ray.get(self._job))[3]))
         self._class: Any = ray.remote(ClientActor)
         self._workers: list[Worker] = []
         self._answered: list[tuple[Call, Answer]] = []  # and not yet taken by whoever asked

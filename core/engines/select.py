@@ -40,7 +40,7 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
     if options.engine == "processes":
         from hetfl.engines.processes import ProcessWorkers
 
-        return LocalEngine(ProcessWorkers(config, pool.workers, options.timeout), clients, pool)
+        return LocalEngine(ProcessWorkers(config, runtime.builder, pool.workers, options.timeout), clients, pool)
     if options.engine == "ray":
         if importlib.util.find_spec("ray") is None:
             raise UsageError("--engine ray needs Ray: pip install 'hetfl[ray]'")

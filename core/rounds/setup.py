@@ -61,7 +61,21 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
     options = resolve_options(options, federation, plugins)
     callback.phase(0, "model")
     model, widths = trace_model(options, federation, plugins)
-    builder = SubmodelBuilder(freeze_base(options, model), widths, partial(build_model, options, federation), options.device)
+    return finish_setup(options, federation, plugins, freeze_base(options, model), widths)
+
+
+def build_given_setup(options: RunOptions, federation: FederatedDataset, model: nn.Module, widths: Widths) -> Setup:
+    """The same in another process, which is given the model, its base frozen, and the width groups."""
+    plugins = loading.load_plugins(options)
+    device.prepare_device(options)
+    return finish_setup(resolve_options(options, federation, plugins), federation, plugins, model, widths)
+
+
+def finish_setup(
+    options: RunOptions, federation: FederatedDataset, plugins: PluginManager, model: nn.Module, widths: Widths
+) -> Setup:
+    """The setup of a traced model."""
+    builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 
 

@@ -156,25 +156,32 @@ def test_a_node_that_is_killed_costs_a_try_of_its_client_and_the_run_goes_on_els
     assert stops.equal(tmp_path / "local", tmp_path / "ray")
 
 
-@pytest.fixture
-def based(tmp_path, monkeypatch):
-    """(job, path): what actors of a run are begun with, and the weights of its --base."""
+@pytest.fixture(params=["shared", "built"])
+def based(request, tmp_path, monkeypatch):
+    """(job, path, how, builder): what actors of a run are begun with, the weights of its --base, and the run's own builder."""
+    if request.param == "built":
+        monkeypatch.setattr(engine, "pack_based", lambda model: None)
     monkeypatch.setattr(engine, "connect", lambda *_: False)
     monkeypatch.setattr(engine, "ray", fake := FakeRay())
-    fake.remote, fake.places = (lambda _: Actor(fake)), 0.0
+    fake.remote, fake.places, fake.get = (lambda _: Actor(fake)), 0.0, lambda ref: ref
     values = {**FOUR_CLIENTS, "extract": "heterofl", "model": "mlp", "adapter": "lora:rank=2"}
     weights = tensors(build_model(resolve(values), loading.load(resolve(values)), "mlp"))
     save_file(weights, path := tmp_path / "base.safetensors")
     setup = build_setup(resolve({**values, "base": path}), NoCallback())
-    return engine.RayEngine(setup.runtime(), format_run_file(setup.options, setup.plugins.options()))._job, path
+    made = engine.RayEngine(setup.runtime(), format_run_file(setup.options, setup.plugins.options()))
+    return made._job, path, request.param, setup.builder
 
 
-def test_a_node_whose_base_has_other_weights_begins_no_actor(based):
-    job, path = based
-    engine.ClientActor(job)
+def test_a_node_has_the_base_of_the_run_or_begins_no_actor(based):
+    job, path, how, builder = based
+    actor = engine.ClientActor(job)
+    assert actor._runtime.builder.base_hash == builder.base_hash
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(UsageError, match=r"the frozen base of this node's model is not that of the run: .* \(--base\)"):
-        engine.ClientActor(job)
+    if how == "shared":
+        assert engine.ClientActor(job)._runtime.builder.base_hash == builder.base_hash
+    else:
+        with pytest.raises(UsageError, match=r"the frozen base of this node's model is not that of the run: .* \(--base\)"):
+            engine.ClientActor(job)
 
 
 def test_a_state_that_several_are_sent_is_put_once(monkeypatch):
