@@ -124,7 +124,8 @@ class ThreadWorkers:
         self._runtime, self._workers, self._group_size = runtime, workers, group_size
         self._slight = SLIGHT if runtime.options.timeout is None else 0.0  # a client that may be given up has a job of its own
         self._examples = [len(client.train) for client in runtime.federation.clients]
-        self._forms: dict[tuple[int, ...], tuple[frozenset[str], bool]] = {}  # of submodels: tensors, and if they may be padded
+        # of submodels by their sizes: tensors, and whether they may be padded
+        self._forms: dict[tuple[tuple[str, int], ...], tuple[frozenset[str], bool]] = {}
 
     def split(self, calls: Sequence[Call]) -> list[Job]:
         """The jobs, in the order of the first client of each; the split never changes a result."""
@@ -158,7 +159,7 @@ class ThreadWorkers:
             return None
         if sent.model or sent.masks or sent.local or sent.up is not None or sent.sizes is None or sent.steps:
             return None
-        shape = tuple(sent.sizes.values())
+        shape = tuple(sent.sizes.items())
         if shape not in self._forms:
             model = self._runtime.builder.module(sent.sizes)
             self._forms[shape] = frozenset(tensors(model)), vectorized.allows_padding(model)

@@ -21,7 +21,8 @@ from hetfl.models.state import State, copy_state, move_state
 from hetfl.parallel import Pool
 from hetfl.rng import secret_normal, stream
 from hetfl.submodel.builder import SubmodelBuilder
-from hetfl.submodel.plan import Patches, Selection, grow
+from hetfl.submodel.depth import Depth
+from hetfl.submodel.plan import Patches, Plan, Selection, grow
 from hetfl.submodel.widths import Kept
 from hetfl.training.dropout import seeded_random
 from hetfl.training.evaluation import Score, evaluate
@@ -54,7 +55,7 @@ class Server:
         self.wanted = 0
         self.key, self.hides_sample = secrets.token_bytes(32), False
         self._public, self._counting = public, threading.Lock()
-        self._selections: dict[tuple[tuple[int, ...], ...], Selection] = {}
+        self._selections: dict[tuple[Depth, tuple[tuple[int, ...], ...]], Selection] = {}
 
     @property
     def public(self) -> ServerData:
@@ -89,18 +90,30 @@ class Server:
         """The random stream that decides who takes part in a round."""
         return stream(self.key.hex(), "sample", round) if self.hides_sample else self.stream("sample", round)
 
-    def select(self, choose: Callable[[int], Tensor] | Kept) -> Selection:
-        """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each.
+    def select(
+        self, choose: Callable[[int], Tensor] | Kept = torch.arange, *,
+        exits: int | None = None,
+    ) -> Selection:  # fmt: skip
+        """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each; of a model with
+        several exits the layers up to number `exits`.
 
-        Equal selections are one object. Mask it or give it a depth with `dataclasses.replace`.
+        Equal selections are one object. Mask it with `dataclasses.replace`.
         """
         kept = self.widths.select(choose) if callable(choose) else choose
-        key = tuple(tuple(units.flatten().tolist()) for units in kept.values())
+        depth = Depth(exits)
+        key = depth, tuple(tuple(units.flatten().tolist()) for units in kept.values())
         if key not in self._selections:
             if len(self._selections) > 64:
                 self._selections.clear()
-            self._selections[key] = Selection(self.widths, kept)
+            names = depth.select_names(self.builder.model, self.state)
+            self._selections[key] = Selection(self.widths, kept, names=names, depth=depth)
         return self._selections[key]
+
+    def share(self, plan: Plan) -> float:
+        """The parameters of a plan's submodel that are trained, as a share of the whole model's."""
+        own = {name for name, _ in self.builder.model.named_parameters()}
+        sizes = [sum(t.numel() for name, t in s.items() if name in own) for s in (plan.take(self.state), self.state)]
+        return sizes[0] / sizes[1]
 
     def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""

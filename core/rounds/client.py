@@ -97,8 +97,9 @@ class ClientRuntime:
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}
-            at_home = {name: t.cpu() for name, t in trained.items() if name not in sent.up}
-            keep(state, "home", merge_home(at_home, state.get("home", {}), sent.masks))
+            at_home, home = {name: t.cpu() for name, t in trained.items() if name not in sent.up}, state.get("home", {})
+            skipped = {name: t for name, t in home.items() if name not in trained}
+            keep(state, "home", {**skipped, **merge_home(at_home, home, sent.masks)})
             reply.state = {name: t for name, t in reply.state.items() if name in sent.up}
         if sent.local:
             reply.state = drop_statistics(reply.state, self.builder.module(sent.sizes, sent.model))

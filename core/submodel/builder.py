@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from hetfl.models.frozen import base_hash, frozen, replacing
 from hetfl.models.state import State, load_state, tensors
 from hetfl.submodel.blocks import take
+from hetfl.submodel.depth import split_sizes
 from hetfl.submodel.slicing import build_submodel
-from hetfl.submodel.widths import DEPTH, Kept, Widths
+from hetfl.submodel.widths import Kept, Widths
 
 CACHED = 16  # submodels that a thread keeps
 
@@ -85,10 +86,9 @@ class SubmodelBuilder:
         model = self.untrained(name)
         if name or sizes == self.full:
             return materialize(copy.deepcopy(model, {id(t): t for t in self.base.values()}))
-        depth = sizes.pop(DEPTH, None)
-        base = model if depth is None else model.at_depth(depth)  # type: ignore[operator]
-        kept = {name: torch.arange(size) for name, size in sizes.items()}
-        return materialize(build_submodel(self.widths, base, kept, self._cut_base(kept)))
+        groups, depth = split_sizes(sizes)
+        kept = {name: torch.arange(size) for name, size in groups.items()}
+        return materialize(build_submodel(self.widths, depth.cut(model), kept, self._cut_base(kept)))
 
     def _cut_base(self, kept: Kept) -> State:
         """The frozen tensors of a submodel of the leading units `kept`: the very same ones for all that ask."""

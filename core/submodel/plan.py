@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hetfl.models.state import State
 from hetfl.submodel.blocks import Index, cells, is_leading, take_blocks
-from hetfl.submodel.widths import DEPTH, Kept, Widths, within
+from hetfl.submodel.depth import Depth
+from hetfl.submodel.widths import Kept, Widths, within
 
 WHOLE = Index()  # the index of a tensor that is not cut
 
@@ -77,22 +78,21 @@ class Plan(Protocol):
 class Selection:
     """The submodel of the units in `kept` (group -> unit numbers in the submodel's order): a prefix, a window, any set of them.
 
-    `masks` (bool, in the submodel's shapes) are the entries that exist. `names`: the tensors that it has, all by default; `depth`:
-    how many exits, where the model has several.
+    `masks` (bool, in the submodel's shapes) are the entries that exist. `depth` says which layers it leaves out, and `names` which
+    tensors it then has (None: all).
     """
 
     widths: Widths
     kept: Kept
     masks: State = field(default_factory=dict)
     names: frozenset[str] | None = None
-    depth: int | None = None
+    depth: Depth = field(default_factory=Depth)
     model: str | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Units kept in each group, and the number of exits under DEPTH where the model has several."""
-        depth = {} if self.depth is None else {DEPTH: self.depth}
-        return {name: len(units) for name, units in self.kept.items()} | depth
+        """Units kept in each group, and what says the depth."""
+        return {name: len(units) for name, units in self.kept.items()} | self.depth.sizes
 
     @cached_property
     def index(self) -> dict[str, Index]:
@@ -113,7 +113,7 @@ class Selection:
     def whole(self) -> bool:
         """Whether this is the global model itself, every unit in its own place."""
         cut = any(len(self.kept[g.name]) < g.size for g in self.widths.groups)
-        plain = not self.masks and self.names is None and self.depth is None and self.model is None
+        plain = not self.masks and self.names is None and self.model is None
         return plain and not cut and all(is_leading(units) for units in self.kept.values())
 
     def take(self, state: State) -> State:

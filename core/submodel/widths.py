@@ -19,8 +19,6 @@ Kept = Mapping[str, Tensor]
 
 Attribute = tuple[str, str]  # a module's name and one of its attributes
 
-DEPTH = "depth"  # among the sizes of a submodel: how many exits it has, where the model has several
-
 
 def unit_count(size: int, ratio: float) -> int:
     """Units of a group of `size` that width ratio `ratio` in (0, 1] keeps: ceil, at least 1 (spec heterofl 2.1)."""

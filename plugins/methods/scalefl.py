@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -47,11 +46,9 @@ class ScaleFL(Plugin):
 
     def _plan(self, server: Server, width: float, budget: float) -> Plan:
         if width not in self._plans:
-            model = server.builder.model
-            exits: int = model.depth  # type: ignore[assignment]
-            depth, ratio = split_budget(budget, exits, lambda h, s: parameter_share(server, h, s), self.slack)
-            names = frozenset(model.names(depth))  # type: ignore[operator]
-            self._plans[width] = replace(server.select(prefix(ratio)), depth=depth, names=names)
+            exits: int = server.builder.model.depth  # type: ignore[assignment]
+            depth, ratio = split_budget(budget, exits, lambda h, s: server.share(server.select(prefix(s), exits=h)), self.slack)
+            self._plans[width] = server.select(prefix(ratio), exits=depth)
         return self._plans[width]
 
     @hookimpl(wrapper=True)
@@ -77,14 +74,6 @@ def exit_loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form:
         divergence = weight * t * t * scale * kl_divergence(z, teacher, t) if i < deepest else 0.0
         total = total + i * (F.cross_entropy(z, y) + divergence)
     return total * (2 if form == "code" else 1) / (deepest * (deepest + 1))
-
-
-def parameter_share(server: Server, depth: int, ratio: float) -> float:
-    """Parameters of the submodel of `depth` exits and width `ratio`, as a share of the whole model's."""
-    plan = replace(server.select(prefix(ratio)), depth=depth, names=frozenset(server.builder.model.names(depth)))  # type: ignore[operator]
-    own = {name for name, _ in server.builder.model.named_parameters()}
-    small = sum(t.numel() for name, t in plan.take(server.state).items() if name in own)
-    return small / sum(t.numel() for name, t in server.state.items() if name in own)
 
 
 def split_budget(budget: float, exits: int, cost: Callable[[int, float], float], slack: float = 0.1) -> Split:

@@ -7,6 +7,7 @@ import torch
 from hetfl.models.convnets import FedConvCNN
 from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.models.state import tensors
+from hetfl.submodel.depth import Depth
 from hetfl.submodel.plan import Selection, grow
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.groups import trace
@@ -25,7 +26,7 @@ def test_exits_of_a_model_end_where_they_should():
         small = model.at_depth(depth).eval()
         assert torch.equal(small(x), logits[depth - 1])
         assert set(small.state_dict()) == model.names(depth) <= set(model.state_dict())
-        plan = Selection(widths, widths.select(prefix(0.5)), names=model.names(depth), depth=depth)
+        plan = Selection(widths, widths.select(prefix(0.5)), names=model.names(depth), depth=Depth(depth))
         narrow = build_submodel(widths, small, plan.kept)
         taken = plan.take(tensors(model))
         assert {n: t.shape for n, t in tensors(narrow).items()} == {n: t.shape for n, t in taken.items()}

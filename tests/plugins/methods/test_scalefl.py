@@ -82,7 +82,7 @@ def test_scale_split_without_slack_stays_below_the_budget():
 def test_deep_exits_stay_when_only_shallow_clients_train(simulate):
     """spec scalefl O5"""
     made = simulate(extract="scalefl", aggregate="overlap", levels="0.5", model="fedconv-cnn", model_args={})
-    depth = made.last.assignments[0].plan.depth
+    depth = made.last.assignments[0].plan.depth.exits
     deeper = set(made.server.state) - made.server.builder.model.names(depth)
     assert deeper
     assert all(torch.equal(made.server.state[n], made.state.initial[n]) for n in deeper)
