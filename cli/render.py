@@ -231,6 +231,7 @@ def print_model_report(report: ModelReport) -> None:
     cuts = [(g.name, str(g.size), list_some(report.members[g.name])) for g in widths.groups]
     print_table(("group", "units", "cuts"), cuts)
     print_table(("frozen", "why"), list(widths.frozen.items()))
+    say(f"residual blocks that may be left out: {', '.join(report.blocks) or 'none'}")
     rows = [
         (f"{level.ratio:g}", f"{level.cost.parameters:,}", f"{level.cost.macs:,}", format_bytes(level.cost.memory),
          format_bytes(level.cost.bytes), f"{level.error:.1e}")

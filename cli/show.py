@@ -39,10 +39,10 @@ def inspect(
     heads: Annotated[str, typer.Option(help="what is cut of attention: width, or whole heads")] = "width",
     norm_policy: Annotated[str, typer.Option(help="as in hfl run")] = "auto",
     adapter: Annotated[str | None, typer.Option(help="as in hfl run, with --axis")] = None,
-    axis: Annotated[str, typer.Option(help="what each level of these costs, side by side: width, rank, depth")] = "",
+    axis: Annotated[str, typer.Option(help="what each level of these costs, side by side: width, rank, depth, blocks")] = "",
     debug: Debug = False,
 ) -> None:
-    """Show a model's width groups, what is frozen and why, and what each level costs, measured on the sliced module."""
+    """Show a model's width groups and residual blocks, what is frozen and why, and what each level costs, measured when sliced."""
     checked = config.resolve({"heads": heads, "norm_policy": norm_policy})
     ratios = parse_ratios(levels)
     from hetfl.profiling import inspection

@@ -6,7 +6,8 @@ import math
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,12 +18,14 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples, ServerData
 from hetfl.errors import NotApplicable
 from hetfl.hooks.values import Client
+from hetfl.models.early_exit import all_exits
 from hetfl.models.state import State, copy_state, move_state
 from hetfl.parallel import Pool
 from hetfl.rng import secret_normal, stream
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.depth import Depth
 from hetfl.submodel.plan import Patches, Plan, Selection, grow
+from hetfl.submodel.tracing.residual import find_blocks
 from hetfl.submodel.widths import Kept
 from hetfl.training.dropout import seeded_random
 from hetfl.training.evaluation import Score, evaluate
@@ -56,6 +59,16 @@ class Server:
         self.key, self.hides_sample = secrets.token_bytes(32), False
         self._public, self._counting = public, threading.Lock()
         self._selections: dict[tuple[Depth, tuple[tuple[int, ...], ...]], Selection] = {}
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks of the model that a submodel may leave out, by name, in order of execution.
+
+        They are found and proven when first asked for; a model with several exits is looked at with all of them.
+        """
+        assert self.example is not None
+        with all_exits(self.builder.model):
+            return find_blocks(self.builder.model, self.example.cpu())
 
     @property
     def public(self) -> ServerData:
@@ -92,15 +105,17 @@ class Server:
 
     def select(
         self, choose: Callable[[int], Tensor] | Kept = torch.arange, *,
-        exits: int | None = None,
+        exits: int | None = None, blocks: Collection[str] | None = None,
     ) -> Selection:  # fmt: skip
         """The plan that keeps the units `choose(size)` of every width group, or those that `choose` lists for each; of a model with
-        several exits the layers up to number `exits`.
+        several exits the layers up to number `exits`, and of its residual blocks (`self.blocks`) the named ones.
 
         Equal selections are one object. Mask it with `dataclasses.replace`.
         """
         kept = self.widths.select(choose) if callable(choose) else choose
-        depth = Depth(exits)
+        if odd := set(blocks or ()) - set(self.blocks if blocks else ()):
+            raise ValueError(f"'{min(odd)}' is none of the model's residual blocks ({', '.join(self.blocks)})")
+        depth = Depth(exits, () if blocks is None else tuple(b for b in self.blocks if b not in blocks))
         key = depth, tuple(tuple(units.flatten().tolist()) for units in kept.values())
         if key not in self._selections:
             if len(self._selections) > 64:

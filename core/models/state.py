@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,21 @@ def tensors(model: nn.Module) -> State:
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = model.state_dict()
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
+
+
+def call_with(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What `model` answers with the tensors `state` in place of its own, whose names are those of `tensors`.
+
+    A module that bears two names is given them once: torch's own tying gives and restores them twice, and so leaves it `state`'s.
+    """
+    first = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    places = {
+        f"{path}.{name}" if path else name: state[first[id(t)]]
+        for path, module in model.named_modules()
+        for name, t in {**module._parameters, **module._buffers}.items()
+        if t is not None and first[id(t)] in state
+    }
+    return torch.func.functional_call(model, places, args, kwargs, tie_weights=False)
 
 
 def copy_state(model: nn.Module) -> State:

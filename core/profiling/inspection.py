@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from hetfl.data import loading
 from hetfl.data.catalog import KNOWN
 from hetfl.data.dataset import Examples
 from hetfl.data.inputs import Inputs
-from hetfl.errors import UsageError, unknown
+from hetfl.errors import NotApplicable, UsageError, unknown
 from hetfl.files import reason
 from hetfl.models import factory, normalization
 from hetfl.models.adapters import add_adapters, parse_adapter
@@ -30,8 +31,10 @@ from hetfl.profiling.meter import MakeStep, Meter, free_memory
 from hetfl.profiling.steptime import fit_step_time
 from hetfl.rng import stream
 from hetfl.submodel.builder import SubmodelBuilder
+from hetfl.submodel.depth import Depth
 from hetfl.submodel.ranks import find_rank_groups
 from hetfl.submodel.tracing.groups import trace
+from hetfl.submodel.tracing.residual import find_blocks
 from hetfl.submodel.tracing.table import Heads
 from hetfl.submodel.tracing.verify import compare_cut
 from hetfl.submodel.widths import Widths, unit_count
@@ -48,12 +51,14 @@ class LevelReport:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """A traced model: `members` are the tensors' dims that each group cuts, as name[dim]; tracing took `seconds`."""
+    """A traced model: `members` are the tensors' dims that each group cuts, as name[dim]; `blocks` are the residual blocks that may
+    be left out; finding both took `seconds`."""
 
     model: str
     inputs: Inputs
     widths: Widths
     members: dict[str, list[str]]
+    blocks: tuple[str, ...]
     levels: list[LevelReport]
     seconds: float
 
@@ -79,16 +84,17 @@ def inspect_model(
     model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
     started = time.perf_counter()
     meter = make_meter(model, inputs, batch, heads)
-    seconds, widths, rows = time.perf_counter() - started, meter.builder.widths, []
+    blocks, widths, rows = find_blocks(model, inputs.batch()), meter.builder.widths, []
+    seconds = time.perf_counter() - started
     for ratio in levels:
         error = 0.0
         if widths.groups:
             error = compare_cut(widths, model, [inputs.batch()], widths.prefix(ratio), stream(0, "inspect"))[1]
         rows.append(LevelReport(ratio, meter.width_cost(ratio), error))
-    return ModelReport(name, inputs, widths, widths.members(), rows, seconds)
+    return ModelReport(name, inputs, widths, widths.members(), blocks, rows, seconds)
 
 
-AXES = ("width", "rank", "depth")
+AXES = ("width", "rank", "depth", "blocks")
 
 EXITS = 4  # classifiers that a model gets for its depth to be cut
 
@@ -109,8 +115,9 @@ def measure_axes(
 ) -> list[AxisReport]:  # fmt: skip
     """Cuts one axis of the model `name` at a time, with the adapters that `adapter` asks for, and measures what is left.
 
-    width: all channels but ranks; rank: those of adapters alone; depth: the layers up to one of EXITS classifiers. Raises
-    UsageError for another axis, and for ranks without adapters.
+    width: all channels but ranks; rank: those of adapters alone; depth: the layers up to one of EXITS classifiers; blocks: the
+    residual blocks, the first of which stay. Raises UsageError for another axis, and NotApplicable for ranks without adapters and
+    blocks of a model that has none.
     """
     for axis in axes:
         if axis not in AXES:
@@ -123,7 +130,9 @@ def measure_axes(
     ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
     if adapter:
         builder = SubmodelBuilder(freeze(model), builder.widths)
-
+    blocks = find_blocks(model, x) if "blocks" in axes else ()
+    if "blocks" in axes and not blocks:
+        raise NotApplicable("not applicable: the model has no residual blocks that could be left out; --axis depth gives it exits")
     if deep is not None and adapter:
         freeze(deep)
 
@@ -131,6 +140,8 @@ def measure_axes(
         if axis == "depth":
             assert deep is not None
             return copy.deepcopy(deep.at_depth(unit_count(deep.depth, ratio)))
+        if axis == "blocks":
+            return builder.build(builder.full | Depth(skipped=blocks[math.ceil(ratio * len(blocks)) :]).sizes)
         ours = {g.name for g in builder.widths.groups if (g.name in ranks) == (axis == "rank")}
         return builder.build({g.name: unit_count(g.size, ratio if g.name in ours else 1) for g in builder.widths.groups})
 

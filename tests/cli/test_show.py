@@ -175,6 +175,14 @@ def test_inspect_refuses_in_one_sentence(nets, capsys, words, sentence):
     assert "Traceback" not in error
 
 
+def test_inspect_lists_the_residual_blocks(capsys):
+    code, out, _ = hfl(
+        capsys, "inspect", "preresnet18", "--input", "1x8x8", "--model-args", "widths=[4,8]", "--model-args", "blocks=[2,1]"
+    )
+    assert code == 0
+    assert "may be left out: 1, 2" in out
+
+
 def test_inspect_puts_the_axes_side_by_side(capsys):
     words = ["inspect", "cnn", "--input", "1x8x8", "--model-args", "widths=[4,8]", "--levels", "1,0.5", "--batch-size", "4"]
     code, out, _ = hfl(capsys, *words, "--adapter", "lora:rank=8,target=conv", "--axis", "width,rank")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hetfl.data.inputs import Inputs
+from hetfl.errors import NotApplicable
 from hetfl.profiling.inspection import measure_axes
 
 
@@ -24,3 +27,14 @@ def test_ranks_save_bytes_and_little_else():
     halves, head = 8 * (9 + 16 * 9 + 16 * 9) + 8 * (16 + 16 + 32), 32 * 10 + 10
     assert [r.trained for r in found if r.axis == "rank"] == [halves + head, halves // 4 + head]
     assert all(r.cost.parameters > 3 * r.trained for r in found if r.axis == "rank" and r.ratio == 0.25)
+
+
+def test_blocks_are_counted_on_the_cut_model():
+    inputs, args = Inputs((6,), 4, 30), {"width": 8, "layers": 4, "heads": 2}
+    whole, half = measure_axes("encoder", args, inputs, ("blocks",), (1.0, 0.5), None, batch=4)
+    layer = 4 * (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 2 * 16
+    assert whole.cost.parameters - half.cost.parameters == 2 * layer
+    assert half.cost.bytes < whole.cost.bytes - 8 * layer
+    assert max(half.cost.macs / whole.cost.macs, half.cost.memory / whole.cost.memory) < 0.7
+    with pytest.raises(NotApplicable, match="no residual blocks"):
+        measure_axes("cnn", {"widths": (4, 4)}, Inputs((1, 8, 8), 10, None), ("blocks",), (1.0,), None)

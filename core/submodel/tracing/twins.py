@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from hetfl.models.state import State
+from hetfl.models.state import State, call_with
 from hetfl.submodel.tracing.channels import op_name
 from hetfl.submodel.tracing.ops import NUMBERS, REDUCE, SAME, SOFT
 from hetfl.submodel.tracing.rules import COMPUTES
@@ -50,7 +50,7 @@ def run_twins(
     with torch.no_grad(), first:
         ours = float_leaves(small.eval()(*inputs))
     with torch.no_grad(), Replayer(first.calls, cuts):
-        theirs = float_leaves(torch.func.functional_call(model.eval(), masked, tuple(inputs)))
+        theirs = float_leaves(call_with(model.eval(), masked, *inputs))
     return ours, theirs
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from hetfl.rng import stream
 from hetfl.submodel.blocks import put, take
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.twins import OtherOpsError, run_twins
-from hetfl.submodel.widths import Group, Kept, Widths, freeze_groups
+from hetfl.submodel.widths import Kept, Widths, freeze_groups
 
 TOLERANCE = 1e-4  # of the largest difference of outputs, relative to 1 + the largest output
 
@@ -21,33 +22,32 @@ TOLERANCE = 1e-4  # of the largest difference of outputs, relative to 1 + the la
 def prove(widths: Widths, model: nn.Module, inputs: Sequence[Tensor]) -> Widths:
     """`widths` without the groups whose cut changes what the model computes, or keeps it from running."""
     faults: dict[str, str] = {}
-    find_provable(widths, model, inputs, widths.groups, (), faults)
+    find_provable(partial(find_fault, widths, model, inputs), [g.name for g in widths.groups], (), faults)
     return freeze_groups(widths, faults)
 
 
 def find_provable(
-    widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group], proven: Sequence[Group],
-    faults: dict[str, str],
-) -> Sequence[Group]:  # fmt: skip
-    """`proven`, groups that can be cut together, and as many of `groups` as can be cut with them, found by halving.
+    find_fault: Callable[[Sequence[str]], str | None], names: Sequence[str], proven: Sequence[str], faults: dict[str, str]
+) -> Sequence[str]:
+    """`proven`, what can be cut together, and as many of `names` as can be cut with them, found by halving.
 
     What is wrong with the others goes into `faults`.
     """
-    fault = find_fault(widths, model, inputs, [*proven, *groups]) if groups else None
+    fault = find_fault([*proven, *names]) if names else None
     if fault is None:
-        return [*proven, *groups]
-    if len(groups) == 1:
-        faults[groups[0].name] = fault
+        return [*proven, *names]
+    if len(names) == 1:
+        faults[names[0]] = fault
         return proven
-    half = len(groups) // 2
-    proven = find_provable(widths, model, inputs, groups[:half], proven, faults)
-    return find_provable(widths, model, inputs, groups[half:], proven, faults)
+    half = len(names) // 2
+    proven = find_provable(find_fault, names[:half], proven, faults)
+    return find_provable(find_fault, names[half:], proven, faults)
 
 
-def find_fault(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[Group]) -> str | None:
+def find_fault(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], groups: Sequence[str]) -> str | None:
     """What is wrong with two random cuts of `groups`: None where both compute what the masked full model does (to TOLERANCE), and
     run in training mode."""
-    cut = {g.name for g in groups}
+    cut = set(groups)
     for draw in range(2):
         generator = stream(0, "prove", draw)
         kept = {g.name: draw_units(g.size, generator) if g.name in cut else torch.arange(g.size) for g in widths.groups}
