@@ -39,13 +39,14 @@ def run(
     is an option of `hfl run`; options of plugins are given as `set={"fedconv": {"epochs": 3}}`. Raises UsageError, in one
     sentence, for what cannot be done as asked.
 
-    >>> import hetfl, torch
-    >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=2, control=False)
-    >>> run.metrics["round"].tolist()
-    [1, 2]
-    >>> x = torch.zeros(1, 1, 8, 8)
-    >>> run.model(x).shape, run.submodel(0.5)(x).shape
-    (torch.Size([1, 10]), torch.Size([1, 10]))
+    Examples:
+        >>> import hetfl, torch
+        >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=2, control=False)
+        >>> run.metrics["round"].tolist()
+        [1, 2]
+        >>> x = torch.zeros(1, 1, 8, 8)
+        >>> run.model(x).shape, run.submodel(0.5)(x).shape
+        (torch.Size([1, 10]), torch.Size([1, 10]))
     """
     given, chosen = Given(), {"extract": extract, "aggregate": aggregate, "profile": profile, "select": select, "wrap": wrap}
     asked = config.resolve(gather(given, options, model=model, dataset=data, out=out, **chosen))
@@ -72,10 +73,11 @@ def load(path: str | Path, **objects: Any) -> Run:
 
     `model` and `submodel` need what was given to the run as an object once more, such as `model=net`, whose weights do not matter.
 
-    >>> import hetfl
-    >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=1, out="runs/a")
-    >>> hetfl.load("runs/a").metrics.equals(run.metrics)
-    True
+    Examples:
+        >>> import hetfl
+        >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=1, out="runs/a")
+        >>> hetfl.load("runs/a").metrics.equals(run.metrics)
+        True
     """
     folder = RunFolder(Path(path))
     folder.require_run()
@@ -96,10 +98,11 @@ def resume(
     Where options or versions are others than it began with it is refused, unless `force`, which is noted. What the run was given
     as an object is given again, such as `model=net`. A run that has ended is returned as it is.
 
-    >>> import hetfl
-    >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=1, out="runs/b")
-    >>> hetfl.resume("runs/b").summary == run.summary
-    True
+    Examples:
+        >>> import hetfl
+        >>> run = hetfl.run(extract="heterofl", model="mlp", limit=200, clients=3, rounds=1, out="runs/b")
+        >>> hetfl.resume("runs/b").summary == run.summary
+        True
     """
     found, folder = load(path, **objects), RunFolder(Path(path))
     if folder.holds("summary.json"):
@@ -129,11 +132,12 @@ def matrix(
     how many, or the seeds. `sweep`: values by option of a run or "plugin.option". `controls`: whether the controls run beside them.
     With `out`, runs of names that are in the folder already are not run again. A run that fails says so in its row.
 
-    >>> import hetfl
-    >>> small = dict(model="mlp", limit=200, clients=3, rounds=1, control=False)
-    >>> found = hetfl.matrix(["heterofl", "fedrolex"], "overlap", seeds=1, controls=False, **small)
-    >>> sorted(found.leaderboard["extract"])
-    ['fedrolex', 'heterofl']
+    Examples:
+        >>> import hetfl
+        >>> small = dict(model="mlp", limit=200, clients=3, rounds=1, control=False)
+        >>> found = hetfl.matrix(["heterofl", "fedrolex"], "overlap", seeds=1, controls=False, **small)
+        >>> sorted(found.leaderboard["extract"])
+        ['fedrolex', 'heterofl']
     """
     check_metric(metric)
     given = Given()

@@ -71,13 +71,14 @@ def shrink(model: nn.Module, example: Tensor, ratio: float, *, heads: Heads = "w
     `example` is a batch that the model runs on. `heads` says what is cut of attention: the width of every head ("width") or whole
     heads ("whole"). `model` is not changed.
 
-    >>> net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    >>> small = shrink(net, torch.randn(2, 64), 0.5)
-    >>> small.model(torch.randn(5, 64)).shape, small.model[0].weight.shape
-    (torch.Size([5, 10]), torch.Size([16, 64]))
-    >>> _, coverage = small.grow()
-    >>> int(coverage["0.weight"].sum())  # how many of the full weight's entries the smaller one covers
-    1024
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> small = shrink(net, torch.randn(2, 64), 0.5)
+        >>> small.model(torch.randn(5, 64)).shape, small.model[0].weight.shape
+        (torch.Size([5, 10]), torch.Size([16, 64]))
+        >>> _, coverage = small.grow()
+        >>> int(coverage["0.weight"].sum())  # how many of the full weight's entries the smaller one covers
+        1024
 
     Raises UsageError where the ratio is not in (0, 1], the model does not run on the example or nothing of it can be cut.
     """
@@ -99,12 +100,13 @@ def width_groups(model: nn.Module, example: Tensor, *, heads: Heads = "width") -
     `example` is a batch that the model runs on. Every group is proven by two random cuts. `model` is not changed. The answer shows
     itself; `groups`, `frozen` (name -> reason) and `members()` have the same for code.
 
-    >>> net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    >>> width_groups(net, torch.randn(2, 64))
-    1 width group; 99.6% of the entries are in tensors that it cuts
-      0: 32 units in 0.weight[0], 0.bias[0], 2.weight[1]
-    not cut:
-      2.bias: the model's output
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> width_groups(net, torch.randn(2, 64))
+        1 width group; 99.6% of the entries are in tensors that it cuts
+          0: 32 units in 0.weight[0], 0.bias[0], 2.weight[1]
+        not cut:
+          2.bias: the model's output
 
     Raises UsageError where the model does not run on the example.
     """
