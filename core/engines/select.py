@@ -22,11 +22,12 @@ KEYS = "keys.json"  # in the run folder of a federation: client -> the public ke
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is given: the folder for the state of clients in other processes (None: one that goes with the engine), and a
-    deployed run's Flower grid."""
+    """What an engine is given: the folder for the state of clients in other processes (None: one that goes with the engine), a
+    deployed run's Flower grid, and the round that begins."""
 
     client_states: Path | None = None
     grid: Grid | None = None
+    first: int = 1
 
 
 def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str, context: EngineContext) -> Engine:
@@ -56,7 +57,7 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
     from hetfl.engines.flower.remote import FlowerEngine
 
     keys = {} if context.client_states is None else read_keys(context.client_states.parent / KEYS)
-    engine = FlowerEngine(clients, options.timeout, options.wait, keys)
+    engine = FlowerEngine(clients, options.timeout, options.wait, keys, context.first)
     engine.attach(context.grid)
     return engine
 

@@ -40,7 +40,7 @@ def run(
     it began.
     """
     began = time.perf_counter()
-    context = EngineContext(folder.path / "memory", grid)
+    context = EngineContext(folder.path / "memory", grid, snapshot.round + 1 if snapshot else 1)
     experiment = prepare(options, callback, context, snapshot.tensors["pretrained"] if snapshot else None)
     recorder = RunRecorder(folder, experiment, callback)
     experiment.state.callback = recorder

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from hetfl.config import resolve
 from hetfl.engines.flower.client_state import ClientStateStore
-from hetfl.engines.flower.records import RecordCodec
+from hetfl.engines.flower.records import RecordCodec, add_next_profile
 from hetfl.engines.flower.remote import HELLO, TYPES
 from hetfl.errors import UsageError
 from hetfl.rounds.client import ClientRuntime
@@ -39,16 +40,21 @@ def make_client_app(
             try:
                 content = codec.decode(message.content)
                 refuse_modules(content)
-                found = answer_on_node(kind, content, find_runtime(context), find_folder(context), client_of(context))
-                return Message(codec.encode(found), reply_to=message)
+                runtime, client = find_runtime(context), client_of(context)
+                found = codec.encode(answer_on_node(kind, content, runtime, find_folder(context), client))
+                if kind == "train" and isinstance(content, Instruction) and content.round < runtime.options.rounds:
+                    say_profile(found, lambda: runtime, client, content.round + 1)
+                return Message(found, reply_to=message)
             except (Exception, SystemExit) as error:
                 return Message(Error(RAISED, Failure.of(error).text), reply_to=message)
 
         return answer
 
     def introduce(message: Message, context: Context) -> Message:
-        count = float(str(context.node_config.get("num-partitions", 0)))
-        return Message(codec.encode({"client": float(client_of(context)), "clients": count}), reply_to=message)
+        client, count = client_of(context), float(str(context.node_config.get("num-partitions", 0)))
+        found = codec.encode({"client": float(client), "clients": count})
+        say_profile(found, lambda: find_runtime(context), client, codec.decode(message.content))
+        return Message(found, reply_to=message)
 
     app.query(HELLO.partition(".")[2])(introduce)
     app.query()(handle("profile"))
@@ -56,6 +62,12 @@ def make_client_app(
     app.train(TYPES["statistics"].partition(".")[2])(handle("statistics"))
     app.evaluate()(handle("evaluate"))
     return app
+
+
+def say_profile(content: RecordDict, find_runtime: Callable[[], ClientRuntime], client: int, round: int) -> None:
+    """Has a message say what its client affords in the coming `round`; nothing where that fails: why is said when it is asked."""
+    with suppress(Exception, SystemExit):
+        add_next_profile(content, round, find_runtime().profile(client, round))
 
 
 def refuse_modules(content: Content) -> None:

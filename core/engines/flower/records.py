@@ -190,6 +190,23 @@ def read_scores(content: RecordDict) -> dict[str, float]:
     return {key.split("/", 1)[1]: float(value) for key, value in config(content).items() if key.startswith("metric/")}
 
 
+def add_next_profile(content: RecordDict, round: int, profile: Profile) -> None:
+    """Has a message say beside what it says what its client affords in the coming `round`."""
+    values = content.config_records["config"]
+    values["next/round"], values["next/width"] = round, float(profile.width)
+    if profile.bottleneck:
+        values["next/bottleneck"] = profile.bottleneck
+
+
+def read_next_profile(content: RecordDict) -> tuple[int, Profile] | None:
+    """The round and what the client affords in it, as `add_next_profile` wrote it; None where a message does not say so."""
+    try:
+        values = config(content)
+        return int(values["next/round"]), Profile(float(values["next/width"]), str(values.get("next/bottleneck", "")))
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+
+
 FORMS: dict[str, tuple[type, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = {
     "round": (int, lambda n: message({"form": "round", "round": n}), lambda c: int(config(c)["round"])),
     "profile": (

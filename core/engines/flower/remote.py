@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from hetfl.engines.flower.records import MalformedError, RecordCodec, count_bytes
+from hetfl.engines.flower.records import MalformedError, RecordCodec, count_bytes, read_next_profile
 from hetfl.errors import RunError
+from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import MOST_TEXT, Answer, ClientState, Content, Failure, Kind, too_long
 
 TYPES = {
@@ -21,7 +23,30 @@ TYPES = {
 }  # fmt: skip
 HELLO = f"{MessageType.QUERY}.hello"
 PATIENCE = 3600.0  # seconds for an answer where the run sets no timeout
-GREETING = 60.0  # … for the answer to a hello
+GREETING = 300.0  # … for the answer to a hello, with which a node loads its data
+LEAST_PAUSE, MOST_PAUSE = 0.2, 3.0  # seconds between two looks for answers
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A message that a client has been sent, and until when its answer is waited for."""
+
+    client: int
+    content: Content
+    until: float
+
+
+@dataclass(eq=False)
+class Outbox:
+    """Calls that wait for their answers, by the messages' ids, and answers that wait for nothing."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    failures: list[tuple[int, Answer]] = field(default_factory=list)
+
+
+def find_pause(began: float) -> float:
+    """Seconds until the next look for answers that have been waited for since `began`: a twentieth of that."""
+    return min(max(LEAST_PAUSE, (time.monotonic() - began) / 20), MOST_PAUSE)
 
 
 def pack_key(key: bytes) -> bytes:
@@ -36,23 +61,29 @@ class FlowerEngine:
     """Asks clients through Flower messages; nodes may join and leave.
 
     A node says once, in a query, which client it is: node ids are Flower's own. `keys` (client -> public key in OpenSSH's form)
-    says whose key a client's node has; where it says nothing, a client is the first connected node that claims it.
+    says whose key a client's node has; where it says nothing, a client is the first connected node that claims it. With that first
+    answer, and with every reply to training, comes what the client affords in the round after, so that it is not asked for it;
+    `first` is the round that begins.
     """
 
-    def __init__(self, clients: int, timeout: float | None, wait: float, keys: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, clients: int, timeout: float | None, wait: float, keys: Mapping[int, str] | None = None, first: int = 1
+    ) -> None:
         self.notices: list[str] = []
         self._keys = {client: pack_key(key.encode()) for client, key in (keys or {}).items()}
-        self._clients, self._timeout, self._wait = clients, timeout, wait
+        self._clients, self._timeout, self._wait, self._first = clients, timeout, wait, first
         self._grid: Grid | None = None
         self._claims: dict[int, int] = {}  # node -> the client that it says it is, the first to say so first
+        self._greeted: dict[str, tuple[int, float]] = {}  # a hello under way -> its node, and until when it is waited for
+        self._profiles: dict[int, tuple[int, Profile]] = {}  # node -> a round, and what it affords in it
         self._ignored: set[int] = set()  # nodes of which it has been said
-        self._codec = RecordCodec()
+        self._codec, self._sent = RecordCodec(), Outbox()
 
     def attach(self, grid: Grid) -> None:
         """Takes the grid that Flower gives, and waits until its clients are there. Raises RunError where none comes."""
         self._grid, until = grid, time.monotonic() + self._wait
-        while len(self._find_nodes(grid)) < self._clients and time.monotonic() < until:
-            time.sleep(0.2)
+        while len(self._find_nodes(grid)) < self._clients and (self._greeted or time.monotonic() < until):
+            time.sleep(LEAST_PAUSE)
         if not self._find_nodes(grid):
             raise RunError(f"no node has joined within {self._wait:g} s{''.join(f'; {n}' for n in self.notices)}")
 
@@ -60,12 +91,7 @@ class FlowerEngine:
         """The node of every client that is connected now: the first that claims it and may be it."""
         found = {node.node_id: node.public_key for node in grid.get_nodes()}
         self._claims = {node: client for node, client in self._claims.items() if node in found}
-        asked = [
-            Message(self._codec.encode(0), node, HELLO, group_id="hello") for node in sorted(found.keys() - self._claims.keys())
-        ]
-        for reply in grid.send_and_receive(asked, timeout=GREETING) if asked else []:
-            if (client := self._read_client_id(reply)) in range(self._clients):
-                self._claims[reply.metadata.src_node_id] = client
+        self._greet(grid, found)
         nodes = dict[int, int]()
         for node, client in self._claims.items():
             if client in self._keys and self._keys[client] != pack_key(found[node]):
@@ -75,6 +101,26 @@ class FlowerEngine:
             else:
                 nodes[client] = node
         return dict(sorted(nodes.items()))
+
+    def _greet(self, grid: Grid, connected: Collection[int]) -> None:
+        """Asks nodes that are new which client they are, and hears those that have answered since."""
+        now = time.monotonic()
+        self._greeted = {id: (node, until) for id, (node, until) in self._greeted.items() if node in connected and now < until}
+        known = self._claims.keys() | {node for node, _ in self._greeted.values()}
+        hellos = [
+            Message(self._codec.encode(self._first), node, HELLO, group_id="hello")
+            for node in sorted(connected)
+            if node not in known
+        ]
+        pushed = set(grid.push_messages(hellos)) if hellos else set()
+        self._greeted |= {
+            m.metadata.message_id: (m.metadata.dst_node_id, now + GREETING) for m in hellos if m.metadata.message_id in pushed
+        }
+        for reply in grid.pull_messages(list(self._greeted)) if self._greeted else ():
+            node, _ = self._greeted.pop(reply.metadata.reply_to_message_id)
+            if (client := self._read_client_id(reply)) in range(self._clients):
+                self._claims[node] = client
+                self._note_profile(node, reply)
 
     def _ignore(self, node: int, why: str) -> None:
         """Says once that a node is not heard."""
@@ -89,17 +135,58 @@ class FlowerEngine:
         except (MalformedError, LookupError, TypeError, ValueError, OverflowError):
             return -1
 
+    def _note_profile(self, node: int, reply: Message) -> None:
+        """Notes what a node says unasked of what it affords in the round to come."""
+        if reply.has_content() and (said := read_next_profile(reply.content)) is not None:
+            self._profiles[node] = said
+
     def ask(self, kind: Kind, contents: Mapping[int, Content]) -> Iterator[tuple[int, Answer]]:
-        """The answers; a Failure for a client whose node is not there."""
+        """The answers; a Failure for a client whose node is not there, or gives none in time."""
+        began, outbox = time.monotonic(), Outbox()
+        yield from self._send(outbox, kind, contents)
+        while True:
+            yield from self._collect(outbox)
+            if not outbox.calls:
+                return
+            time.sleep(find_pause(began))
+
+    def send(self, kind: Kind, contents: Mapping[int, Content]) -> None:
+        """Asks without waiting: `collect` gives the answers."""
+        self._sent.failures += self._send(self._sent, kind, contents)
+
+    def collect(self) -> Iterator[tuple[int, Answer]]:
+        """The answers that have come to what was sent."""
+        failures, self._sent.failures = self._sent.failures, []
+        yield from failures
+        yield from self._collect(self._sent)
+
+    def _send(self, outbox: Outbox, kind: Kind, contents: Mapping[int, Content]) -> list[tuple[int, Answer]]:
+        """Sends the messages; returns the answers that are known without one."""
         assert self._grid is not None
-        nodes = self._find_nodes(self._grid)
-        yield from ((i, Failure("its node is not connected")) for i in contents if i not in nodes)
-        sent = {i: self._message(kind, nodes[i], content) for i, content in contents.items() if i in nodes}
-        replies = self._grid.send_and_receive(list(sent.values()), timeout=self._timeout or PATIENCE) if sent else []
-        replies, clients = list(replies), {message.metadata.message_id: i for i, message in sent.items()}
-        for reply in replies:
-            if (client := clients.get(reply.metadata.reply_to_message_id)) is not None:
-                yield client, self._read(reply, contents[client])
+        nodes, until = self._find_nodes(self._grid), time.monotonic() + (self._timeout or PATIENCE)
+        known: dict[int, Answer] = {i: Failure("its node is not connected") for i in contents if i not in nodes}
+        if kind == "profile":
+            said = {i: self._profiles.get(nodes[i]) for i in contents if i in nodes}
+            known |= {i: found[1] for i, found in said.items() if found and found[0] == contents[i]}
+        messages = {i: self._message(kind, nodes[i], content) for i, content in contents.items() if i not in known}
+        pushed = set(self._grid.push_messages(list(messages.values()))) if messages else set()
+        for client, message in messages.items():
+            if (id := message.metadata.message_id) in pushed:
+                outbox.calls[id] = Call(client, contents[client], until)
+            else:
+                known[client] = Failure("Flower did not take the message for it")
+        return list(known.items())
+
+    def _collect(self, outbox: Outbox) -> Iterator[tuple[int, Answer]]:
+        """The answers that have come, and a Failure for each that has been waited for long enough."""
+        assert self._grid is not None
+        for reply in self._grid.pull_messages(list(outbox.calls)) if outbox.calls else ():
+            if (call := outbox.calls.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                self._note_profile(reply.metadata.src_node_id, reply)
+                yield call.client, self._read(reply, call.content)
+        late = [id for id, call in outbox.calls.items() if time.monotonic() > call.until]
+        for call in map(outbox.calls.pop, late):
+            yield call.client, Failure(f"it gave no answer within {self._timeout or PATIENCE:g} s")
 
     def _message(self, kind: Kind, node: int, content: Content) -> Message:
         round = content if isinstance(content, int) else content.round

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from filelock import FileLock, Timeout
 
+from hetfl.engines.flower import warm
 from hetfl.engines.flower.manifest import EVENTS
 from hetfl.errors import RunError, UsageError
 
@@ -32,7 +32,7 @@ HERE = "127.0.0.1"
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
 
-PDEATHSIG = 1  # of prctl
+QUICK = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3"}  # seconds between looks for a message to begin a program for; 1 else
 
 READY = 60.0  # seconds for a SuperLink to begin
 
@@ -45,8 +45,8 @@ class LocalFederation:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._port = free_port()
         self._lock = FileLock(self._home / ".lock", timeout=0, thread_local=False)
-        path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])  # Flower's programs start one another by name
-        self.env = {**os.environ, **QUIET, "FLWR_HOME": str(self._home), "PATH": path}
+        self._programs = BIN
+        self.env = {**QUICK, **os.environ, **QUIET, "FLWR_HOME": str(self._home)}
 
     def __enter__(self) -> LocalFederation:
         if os.name != "posix":
@@ -59,7 +59,12 @@ class LocalFederation:
         (self._home / "state.db").unlink(missing_ok=True)
         write_secret(self._home / "state.db", b"")  # nobody else may read what nodes and tokens it holds
         (self._home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": self._address()}}))
+        self._programs = warm.write_stubs(self._home, BIN)
+        found = dict.fromkeys([str(self._programs), str(BIN), *os.environ.get("PATH", "").split(os.pathsep)])
+        self.env["PATH"] = os.pathsep.join(found)  # Flower's programs start one another by name
         try:
+            if self._programs != BIN:
+                self._start("warm", sys.executable, "-m", warm.__name__, str(self._home))
             self._superlink()
             for node in range(self._nodes):
                 self.register(f"node{node}")
@@ -86,18 +91,18 @@ class LocalFederation:
             named = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
             words += [word for flag, name in named.items() for word in (flag, str(self._home / name))]
             words += ["--enable-supernode-auth", "--database", str(self._home / "state.db")]
-        self._start("superlink", "flower-superlink", *words, *([] if self._tls else ["--insecure"]))
+        self._start("superlink", BIN / "flower-superlink", *words, *([] if self._tls else ["--insecure"]))
         until = time.monotonic() + READY
         while not port_answers(self._port):
             if time.monotonic() > until or self._running["superlink"].poll() is not None:
                 raise RunError(f"the SuperLink did not begin; what it said is in '{self._log('superlink')}'")
             time.sleep(0.1)
 
-    def _start(self, name: str, command: str, *words: str) -> None:
+    def _start(self, name: str, command: Path | str, *words: str) -> None:
         with open(self._log(name), "ab") as log:
             self._running[name] = subprocess.Popen(
-                [str(BIN / command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
-                start_new_session=True, preexec_fn=die_with_parent,
+                [str(command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
+                start_new_session=True, preexec_fn=warm.die_with_parent,
             )  # fmt: skip
 
     def register(self, name: str) -> None:
@@ -120,7 +125,7 @@ class LocalFederation:
         words = ["--superlink", f"{HERE}:{self._port}", "--host", HERE, "--port", str(free_port()), "--node-config", pairs]
         if self._tls:
             words += ["--root-certificates", str(self._home / "ca.crt"), "--auth-supernode-private-key", str(self._home / name)]
-        self._start(name, "flower-supernode", *words, *([] if self._tls else ["--insecure"]))
+        self._start(name, BIN / "flower-supernode", *words, *([] if self._tls else ["--insecure"]))
 
     def leave(self, node: int) -> None:
         """Ends SuperNode `node` and its processes, as a crash would."""
@@ -132,7 +137,9 @@ class LocalFederation:
 
     def flwr(self, *words: str) -> str:
         """Runs a command of Flower's. Raises RunError, which names the file with what it said."""
-        done = subprocess.run([str(BIN / "flwr"), *words], capture_output=True, text=True, env=self.env, check=False, timeout=120)
+        done = subprocess.run(
+            [str(self._programs / "flwr"), *words], capture_output=True, text=True, env=self.env, check=False, timeout=120
+        )
         if done.returncode:
             self._log("flwr").write_text(done.stdout + done.stderr)
             raise RunError(f"flwr {' '.join(words[:2])} failed; what it said is in '{self._log('flwr')}'")
@@ -142,7 +149,7 @@ class LocalFederation:
         """Runs an exported app to its end; what its server tells, as it tells it. Raises RunError where it fails."""
         events = out / EVENTS
         events.unlink(missing_ok=True)
-        self._start("run", "flwr", "run", str(app), "here", "--stream", "--run-config", f'out="{out.absolute()}"')
+        self._start("run", self._programs / "flwr", "run", str(app), "here", "--stream", "--run-config", f'out="{out.absolute()}"')
         seen, over = 0, False  # bytes
         while True:
             over = over or not self.running("run")
@@ -189,12 +196,6 @@ def read_lines(path: Path, start: int) -> list[bytes]:
     with open(path, "rb") as file:
         file.seek(start)
         return [line for line in file if line.endswith(b"\n")]
-
-
-def die_with_parent() -> None:
-    """Has Linux end this process when the one that began it ends, however it ends."""
-    with suppress(Exception):
-        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes], sign: int, wait: float = 3.0) -> None:

@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from helpers.flower import message_for
 from hetfl.engines.flower import superlink
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.engines.flower.remote import FlowerEngine
@@ -24,7 +25,7 @@ def pair():
 
 
 class Nodes:
-    """A grid of nodes: id -> (client that it claims, public key)."""
+    """A grid of nodes: id -> (client that it claims, public key); what they are asked beside who they are has no answer."""
 
     def __init__(self, nodes):
         self.nodes, self.asked = nodes, []
@@ -32,20 +33,22 @@ class Nodes:
     def get_nodes(self):
         return [SimpleNamespace(node_id=node, public_key=key) for node, (_, key) in self.nodes.items()]
 
-    def send_and_receive(self, messages, timeout):
-        for node in messages:
-            self.asked.append(node)
-            content = RecordCodec().encode({"client": float(self.nodes[node][0])})
-            yield SimpleNamespace(content=content, has_content=lambda: True, metadata=SimpleNamespace(src_node_id=node))
+    def push_messages(self, messages):
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
+            self.asked.append(message.metadata.dst_node_id)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, ids):
+        for message in ids:
+            content = RecordCodec().encode({"client": float(self.nodes[self.asked[int(message[1:])]][0])})
+            yield SimpleNamespace(content=content, has_content=lambda: True, metadata=SimpleNamespace(reply_to_message_id=message))
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    def start(keys=None):
-        monkeypatch.setattr("hetfl.engines.flower.remote.Message", lambda content, node, *_, **__: node)
-        return FlowerEngine(3, None, 1.0, keys)
-
-    return start
+def engine():
+    message_for(0, RecordCodec().encode(0), "query")  # without which Flower makes no message
+    return lambda keys=None: FlowerEngine(3, None, 1.0, keys)
 
 
 def test_a_second_node_of_the_same_client_is_not_heard_and_said_once(engine):

@@ -16,8 +16,7 @@ from hetfl.errors import RunError
     ],
 )
 def test_a_run_that_tells_no_result_names_who_ended_and_where_it_stands(tmp_path, monkeypatch, there, why):
-    made = LocalFederation.__new__(LocalFederation)
-    made._home = tmp_path
+    made = LocalFederation(tmp_path, 1, tls=False)
     (tmp_path / "run.log").write_text("rting logstream for run_id 1 INFO")
     monkeypatch.setattr(made, "_start", lambda *words: None)
     monkeypatch.setattr(made, "running", lambda name: name in there)
@@ -27,11 +26,10 @@ def test_a_run_that_tells_no_result_names_who_ended_and_where_it_stands(tmp_path
 
 
 def test_a_command_of_flowers_that_fails_leaves_its_words_in_a_file(tmp_path, monkeypatch):
-    made = LocalFederation.__new__(LocalFederation)
-    made._home, made.env = tmp_path, {}
     (tmp_path / "flwr").write_text("#!/bin/sh\necho torn box; exit 1\n")
     (tmp_path / "flwr").chmod(0o755)
     monkeypatch.setattr("hetfl.engines.flower.superlink.BIN", tmp_path)
+    made = LocalFederation(tmp_path, 1, tls=False)
     with pytest.raises(RunError, match=r"^flwr supernode register failed; what it said is in '.*flwr.log'$"):
         made.flwr("supernode", "register", "key")
     assert (tmp_path / "flwr.log").read_text() == "torn box\n"
