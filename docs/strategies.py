@@ -18,6 +18,7 @@ PAGES = {
     "cluster": "dac",
     **dict.fromkeys(BASELINES, "baselines"),
     **dict.fromkeys(ADAPTERS, "adapters"),
+    **dict.fromkeys(("fedproto", "fedtgp"), "prototypes"),
 }  # names without a page of their own
 
 COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory", "tier")

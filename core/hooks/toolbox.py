@@ -7,6 +7,10 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregation.updates": (("WEIGHTINGS", "by_client"), "what a client counts"),
     "models.adapters": (("Adapter", "list_adapters", "multiply"), "low-rank adapters among the tensors of a model"),
     "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
+    "models.features": (
+        ("Features", "find_head", "watching_features"),
+        "the layer of any model that makes the logits, and the features before it",
+    ),
     "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
     "models.state": (("load_state", "tensors"), "the tensors of a model by name"),
     "profiling.capacity": (

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hetfl.errors import NotApplicable, UsageError, nearest
-from hetfl.models.watching import run_watched
+from hetfl.models.features import find_heads
 
 KEYS = ("rank", "alpha", "target")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -110,28 +110,6 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, classes: int) -
         parent, _, attribute = name.rpartition(".")
         setattr(layers[parent], attribute, Lora(layers[name], spec.rank, spec.scale))
     return model
-
-
-def find_heads(model: nn.Module, x: Tensor, classes: int) -> set[str]:
-    """The names of the layers with parameters of their own that answer x (N, *shape) with (N, classes)."""
-    found: set[str] = set()
-    layers = {name: m for name, m in model.named_modules() if name and next(m.parameters(recurse=False), None) is not None}
-
-    def watch(name: str) -> Any:
-        def note(_: nn.Module, given: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.shape == (len(x), classes):
-                found.add(name)
-
-        return note
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        run_watched(model, x, hooks)
-    finally:
-        for module, training in modes:
-            module.training = training
-    return found
 
 
 def list_targets(model: nn.Module, target: str) -> list[str]:

@@ -84,16 +84,17 @@ class MultiExitNet(nn.Module):
 
 
 @contextmanager
-def all_exits(model: nn.Module) -> Generator[None, None, None]:
-    """Within the block a model with several exits (an attribute `every`) answers with the logits of them all; others as ever."""
-    multiple = hasattr(model, "every")
-    if multiple:
-        model.every = True  # type: ignore[assignment]
+def all_exits(model: nn.Module, every: bool = True) -> Generator[None, None, None]:
+    """Within the block a model with several exits (an attribute `every`) answers with the logits of them all, or without `every`
+    of the deepest alone; others as ever."""
+    before = getattr(model, "every", None)
+    if before is not None:
+        model.every = every  # type: ignore[assignment]
     try:
         yield
     finally:
-        if multiple:
-            model.every = False  # type: ignore[assignment]
+        if before is not None:
+            model.every = before
 
 
 def has_parameters(module: nn.Module) -> bool:

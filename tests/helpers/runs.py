@@ -40,6 +40,7 @@ def tuned(extract, aggregate, steps):
         ("aggregate", "kld"): {"steps": steps},
         ("aggregate", "geomedian"): {"least": 1},
         ("aggregate", "fedmd"): {"public_epochs": 1, "distill_steps": 0},
+        ("aggregate", "fedtgp"): {"epochs": 2},
     }
     chosen = {
         role: {name: options[role, name]}

@@ -22,6 +22,7 @@ WHO = {
     "tailorfl": {"extract": "tailorfl", "aggregate": "tailorfl", "set": {"extract": {"tailorfl": {"steps": 2}}}},
     "dac": {"extract": "dac", "aggregate": "cluster", "levels": "1,0.7,0.4", "set": {"dac": {"epochs": 1}}},
     "fedmd": {"extract": "fedmd", "aggregate": "fedmd", "set": {"fedmd": {"public_epochs": 1}}},
+    "fedtgp": {"extract": "heterofl", "aggregate": "fedtgp", "set": {"fedtgp": {"epochs": 2}}},
 }  # fmt: skip
 
 
@@ -31,14 +32,15 @@ def forget(plugin):
 
 
 def after_a_third_round(simulate, values, between):
-    """What two rounds, `between(plugin)` for each plugin and a third round come to: models, and bytes by client."""
+    """What two rounds, `between(plugin)` for each plugin and a third round come to: models, what plugins keep, bytes by client."""
     made = simulate(**values, steps=2)
     for plugin in made.plugins.plugins.values():
         between(plugin)
     run_round(made.state, 3, made.engine)
     branches = {f"{name}/{n}": patch.values for name, branch in made.server.branches.items() for n, patch in branch.items()}
     spent = [[row["bytes down"], row["bytes up"]] for row in made.state.client_rows]
-    return {**made.server.state, **branches, "bytes": torch.tensor(spent)}
+    kept = {f"{key}/{n}": t for key, plugin in made.plugins.plugins.items() for n, t in plugin.state_dict().items()}
+    return {**made.server.state, **branches, **kept, "bytes": torch.tensor(spent)}
 
 
 @pytest.mark.parametrize("who", WHO)
