@@ -127,7 +127,9 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         None,
         description="devices that the clients are, for simulated time and energy: a name (hfl fleets), a mix of classes, a file",
     )
-    deadline: float | None = Field(None, gt=0, description="simulated seconds that a round may take (with --fleet)")
+    deadline: float | None = Field(
+        None, gt=0, description="simulated seconds that a round may take (with --fleet); --schedule semi on a federation: real ones"
+    )
     over_select: float = Field(1.0, ge=1, description="sample so many times the clients of a round and take the first to end")
     on_deadline: Literal["drop", "partial"] = Field(
         "drop", description="a client that would be late: leave it out, or have it do the steps that it can"
@@ -135,7 +137,7 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     schedule: Literal["sync", "semi", "fedbuff"] = Field(
         "sync",
         description="when updates are merged: all of a round's clients together; every --deadline those that have arrived; or the "
-        "first --buffer to arrive (with --fleet, docs/devices.md)",
+        "first --buffer to arrive (in simulated time with --fleet, else really, on a federation: docs/devices.md)",
     )
     buffer: int | None = Field(
         None, ge=1, description="fedbuff: arrivals that make a merge (default: half a round's clients, --min-clients at least)"

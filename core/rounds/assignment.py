@@ -31,8 +31,9 @@ def sample_clients(now: RoundState) -> list[int]:
     """
     run, server = now.run, now.run.server
     server.averages = run.plugins.averages
-    there = run.clock.find_ready(run.underway) if run.clock else range(run.clients)
-    server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9) - len(run.underway)
+    busy = run.busy
+    there = run.clock.find_ready(busy) if run.clock else [client for client in range(run.clients) if client not in busy]
+    server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9) - len(busy)
     if not there or server.wanted < 1:
         return []
     chosen = run.plugins.sample(server, [recall_client(run, client) for client in there], now.number)

@@ -21,14 +21,17 @@ MOST_CHANGES = 5000
 
 
 def choose_fleet(options: RunOptions) -> Fleet | None:
-    """The run's fleet; None: it has no clock. Raises UsageError for options that need one."""
+    """The run's fleet; None: it has no clock. Raises UsageError for options that need one: on a federation replies arrive in real
+    time, in which a merge may be due as well."""
+    real = options.engine == "flower"
     needing = {
-        "--deadline": options.deadline, "--over-select": options.over_select > 1,
-        f"--schedule {options.schedule}": options.schedule != "sync",
+        "--deadline": options.deadline and not (real and options.schedule == "semi"), "--over-select": options.over_select > 1,
+        f"--schedule {options.schedule}": options.schedule != "sync" and not real,
     }  # fmt: skip
     if options.fleet is None:
         for flag in (flag for flag, used in needing.items() if used):
-            raise UsageError(f"{flag} needs simulated time: give a fleet with --fleet (hfl fleets lists them)")
+            real_ones = ", or have replies really arrive: hfl federate" if flag.startswith("--schedule") else ""
+            raise UsageError(f"{flag} needs simulated time: give a fleet with --fleet (hfl fleets lists them){real_ones}")
     refuse_unscheduled(options)
     return None if options.fleet is None else find_fleet(options.fleet)
 

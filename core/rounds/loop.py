@@ -11,6 +11,7 @@ from hetfl.aggregation.updates import Merged, Update
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
 from hetfl.profiling.cost import Cost
+from hetfl.rounds.arrivals import take_answers
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
 from hetfl.rounds.evaluation import evaluate_round
 from hetfl.rounds.messages import Assignment, Engine
@@ -50,9 +51,11 @@ def run_round(run: RunState, number: int, engine: Engine) -> RoundState:
     # 3. The clients train. Nothing waits for all of them: replies are checked as they come, in client order, and
     # 4. recovered, each to an update in global coordinates, while
     # 5. the aggregation takes those that the schedule gives it one by one, or gathers them first.
-    updates = recover_updates(now, receive_replies(now))
-    if run.options.schedule != "sync":
-        updates = take_arrivals(now, updates)
+    if run.options.schedule == "sync" or run.clock:
+        updates = recover_updates(now, receive_replies(now))
+        updates = take_arrivals(now, updates) if run.options.schedule != "sync" else updates
+    else:
+        updates = take_answers(now)
     with now.timed("aggregate"):
         merged = aggregate_updates(now, updates)
     if now.assignments or now.row.clients or merged is not None:

@@ -104,6 +104,16 @@ class Engine(Protocol):
         """Ends what the engine began."""
 
 
+class PostalEngine(Engine, Protocol):
+    """An engine that can be asked without waiting for the answers."""
+
+    def send(self, kind: Kind, contents: Mapping[int, Content]) -> None:
+        """Asks."""
+
+    def collect(self) -> Iterator[tuple[int, Any]]:
+        """(client, Answer) of those that have answered since, in the order in which they came; in the end of all."""
+
+
 def too_long(size: int, content: Content) -> Failure | None:
     """The failure of an answer whose message has `size` bytes, where that is more than what was asked for can have."""
     most = content.most_bytes if isinstance(content, Instruction) else MOST_WORDS

@@ -1,4 +1,4 @@
-"""When updates are merged: as a round's clients send them (sync), or when they have arrived in simulated time (semi, fedbuff).
+"""When updates are merged: as a round's clients send them (sync), or once they have arrived, in simulated time (semi, fedbuff).
 
 A client trains in the round that sends it a model. What has not arrived when the merge begins stays under way, as what it changed
 of the model that it was sent, and is merged into the model of the round that it arrives in (FedBuff: Nguyen et al., AISTATS 2022).
@@ -16,7 +16,7 @@ from hetfl.models.state import State
 from hetfl.rounds.assignment import recall_client, sample_size
 from hetfl.rounds.clock import Clock
 from hetfl.rounds.receiving import TooFewReplies
-from hetfl.rounds.state import RoundState, Underway
+from hetfl.rounds.state import RoundState, RunState, Underway
 from hetfl.rounds.timing import time_reply
 from hetfl.submodel.blocks import take
 from hetfl.submodel.encoding import STATISTICS, list_updated
@@ -63,11 +63,17 @@ def find_merge(now: RoundState, clock: Clock, arrivals: Mapping[int, float]) -> 
     if not order:
         return clock.now + max((t.limit for t in now.turns.values() if math.isfinite(t.limit)), default=0.0), []
     if options.schedule == "fedbuff":
-        order = order[: options.buffer or max(options.min_clients, math.ceil(sample_size(now.run.clients, options.fraction) / 2))]
+        order = order[: find_buffer(now.run)]
         return max(clock.now, arrivals[order[-1]]), sorted(order)
     last, least = arrivals[order[-1]], arrivals[order[min(options.min_clients, len(order)) - 1]]
     ends = max(least, min(clock.now + (options.deadline or 0.0), last))
     return ends, sorted(client for client in order if arrivals[client] <= ends)
+
+
+def find_buffer(run: RunState) -> int:
+    """How many updates make a merge under fedbuff."""
+    options = run.options
+    return options.buffer or max(options.min_clients, math.ceil(sample_size(run.clients, options.fraction) / 2))
 
 
 def send_off(now: RoundState, update: Update, arrives: float, cover: Coverage | None) -> Underway:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hetfl.aggregation.updates import Update
 from hetfl.config import RunOptions
@@ -71,6 +71,8 @@ class RunState:
     unsaid: int = 0
     clock: Clock | None = None  # of a run with --fleet
     underway: dict[int, Underway] = field(default_factory=dict)  # by client: what waits for a later merge
+    at_work: dict[int, RoundState] = field(default_factory=dict)  # by client: of what round, where merges take what really arrives
+    mail: dict[int, Any] = field(default_factory=dict)  # by client: of those at work the answers that have come
     extras: dict[int, State] = field(default_factory=dict)
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
@@ -90,6 +92,11 @@ class RunState:
         self.at_home = frozenset(initial_statistics(model)) if self.local_norms else frozenset()
         self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
         self.evaluator, self.watch = Evaluator(self.server, self.test), Watch(self.server.classes)
+
+    @property
+    def busy(self) -> set[int]:
+        """The clients that have something under way."""
+        return {*self.underway, *self.at_work}
 
 
 class RoundState:

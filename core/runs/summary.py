@@ -37,15 +37,18 @@ from hetfl.runs.experiment import Experiment
 from hetfl.runs.folder import BASE_HASH
 from hetfl.runs.given import object_facts
 
+REAL = "real: who was merged when is no matter of the seed, and another run is another one"
+
 PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
 
 def run_facts(experiment: Experiment) -> dict[str, Any]:
     """What identifies a run: versions, hashes, who holds what, the width groups."""
-    federation, widths = experiment.federation, experiment.server.widths
+    federation, widths, options = experiment.federation, experiment.server.widths, experiment.options
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        **({"arrivals": REAL} if options.schedule != "sync" and options.fleet is None else {}),
         **preset_origin(experiment.given), **object_facts(experiment.given),
         "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),

@@ -18,6 +18,7 @@ from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.flower.manifest import OUTLINE, RUN, read_mod
 from hetfl.errors import UsageError
 from hetfl.rounds import setup
+from hetfl.rounds.clock import choose_fleet
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import Setup
 from hetfl.submodel import serialization
@@ -41,6 +42,7 @@ app = {half}(begin(__file__))
 
 def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     """Writes the app of a run into `folder`. Raises UsageError where it cannot be written or is too large."""
+    choose_fleet(options.model_copy(update={"engine": "flower"}))
     common = setup.build_setup(options, NoCallback())
     options = common.options.model_copy(update={"vmap": "off", "engine": "flower", "out": None})
     package = folder / PACKAGE
