@@ -28,7 +28,7 @@ WIDTHS = (1.0, 0.5, 0.25)
 def measure(model: str, inputs: Inputs, batch: int, repeats: int) -> dict[float, tuple[Cost, float]]:
     """The cost and the least of the medians of three passes over the widths, in turn, so that a busy moment harms none alone."""
     meter, data = make_meter(factory.build_model(model, {}, inputs, 0), inputs, batch), make_examples(inputs)
-    step = partial(make_step, options=resolve({"batch_size": batch}))
+    step = partial(make_step, options=resolve({"batch_size": batch}), kind=inputs.kind)
     passes = [{w: meter.step_seconds(step, data, w, repeats) for w in WIDTHS} for _ in range(3)]
     return {w: (meter.width_cost(w), min(p[w] for p in passes)) for w in WIDTHS}
 

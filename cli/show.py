@@ -86,7 +86,7 @@ def profile(
     args = parse_pairs(model_args or [], "--model-args")
     reports = inspection.measure_widths(
         model, args, inputs, ratios, batch=batch_size, steps=steps, deadline=deadline, share=share,
-        make_step=partial(make_step, options=config.resolve({"batch_size": batch_size})),
+        make_step=partial(make_step, options=config.resolve({"batch_size": batch_size}), kind=inputs.kind),
     )  # fmt: skip
     render.print_width_reports(model, reports)
     if export is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetfl.data.inputs import Inputs
+from hetfl.data.kinds import CLASSIFY, TaskKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,14 +18,15 @@ class Examples:
     """Some rows of a data set: batches are taken by index, so that all clients share one copy of its tensors."""
 
     x: Tensor  # (N, *shape): float32, normalised, or int64 token ids
-    y: Tensor  # int64 (N,)
+    y: Tensor  # int64 (N,), or what targets of another kind are
     index: Tensor  # int64 (len,): the rows of x and y, ascending
+    kind: TaskKind = CLASSIFY  # what the targets are
 
     def __len__(self) -> int:
         return len(self.index)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches x (size, *shape), y (size,), each example once, shuffled by `generator`; the last may be short."""
+        """Batches x (size, *shape), y (size, …), each example once, shuffled by `generator`; the last may be short."""
         for rows in self.rows(size, generator):
             yield self.x[rows], self.y[rows]
 
@@ -38,10 +40,10 @@ class Examples:
         if len(self) < every:
             return self, self
         held = torch.arange(len(self)) % every == every - 1
-        return Examples(self.x, self.y, self.index[~held]), Examples(self.x, self.y, self.index[held])
+        return replace(self, index=self.index[~held]), replace(self, index=self.index[held])
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """Every example: x (len, *shape), y (len,)."""
+        """Every example: x (len, *shape), y (len, …)."""
         return self.x[self.index], self.y[self.index]
 
 
@@ -72,7 +74,7 @@ class FederatedDataset:
     """Who holds which examples of a data set. No example is in two of the clients' parts, `public` and `test`."""
 
     dataset: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # or, where examples have none, the groups that a partition tells apart
     clients: tuple[ClientData, ...]
     public: ServerData | None
     test: Examples
@@ -91,11 +93,16 @@ class FederatedDataset:
 
         def move(part: Examples) -> Examples:
             x, y = (moved.setdefault(id(t), t.to(device)) for t in (part.x, part.y))
-            return Examples(x, y, part.index)
+            return replace(part, x=x, y=y)
 
         clients = tuple(replace(c, train=move(c.train), test=move(c.test)) for c in self.clients)
         public = self.public and ServerData(move(self.public.tune), move(self.public.holdout))
         return replace(self, clients=clients, public=public, test=move(self.test))
+
+    @property
+    def kind(self) -> TaskKind:
+        """What the targets are."""
+        return self.inputs.kind
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a model is built for: shape of the inputs, classes, vocabulary."""
+"""What a model is built for: shape of the inputs, what it is to answer, vocabulary."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetfl.data.kinds import CLASSIFY, TaskKind
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """The shape of one example, the number of classes, and for text the number of token ids (`vocab`)."""
+    """The shape of one example, the numbers that a model answers with (`classes`, or as many as its kind of task asks for), and for
+    text the number of token ids (`vocab`)."""
 
     shape: tuple[int, ...]
     classes: int
     vocab: int | None = None
+    kind: TaskKind = CLASSIFY
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The shape of a model's answer to one example."""
+        return self.kind.answer_shape(self.shape, self.classes)
+
+    def targets(self, count: int = 2) -> Tensor:
+        """Some targets (count, …)."""
+        return self.kind.make_targets(self.shape, self.classes, count)
 
     @property
     def facts(self) -> dict[str, Any]:

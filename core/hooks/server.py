@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples, ServerData
+from hetfl.data.kinds import CLASSIFY, TaskKind
 from hetfl.errors import NotApplicable
 from hetfl.hooks.values import Client
 from hetfl.models.early_exit import all_exits
@@ -39,14 +39,17 @@ class Server:
     `wanted` clients are to be chosen for the round; `sampled` of `population` take part, drawn uniformly, or all of as many.
     `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the
     server's secret: 32 bytes that never leave it but for its checkpoints; with `hides_sample` even who takes part is drawn from it.
-    `public` is the server's labelled data, if it `has_public`; `taken` counts the training steps on it by their batch size,
+    `kind` is the run's kind of task, `classes` the numbers that a model answers with. `public` is the server's labelled data, if it
+    `has_public`; `taken` counts the training steps on it by their batch size,
     `steps_saved` and `epochs_saved` what early stopping left out.
     """
 
     def __init__(
-        self, options: RunOptions, builder: SubmodelBuilder, state: State, classes: int, public: ServerData | None, pool: Pool
-    ) -> None:
+        self, options: RunOptions, builder: SubmodelBuilder, state: State, classes: int, public: ServerData | None, pool: Pool,
+        kind: TaskKind = CLASSIFY,
+    ) -> None:  # fmt: skip
         self.options, self.builder, self.state, self.classes, self.pool = options, builder, state, classes, pool
+        self.kind = kind
         self.widths, self.has_public = builder.widths, public is not None
         self.branches: dict[str, Patches] = {}
         self.example: Tensor | None = None  # two random inputs, for a look at what a model computes
@@ -131,7 +134,7 @@ class Server:
         return sizes[0] / sizes[1]
 
     def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
-        """f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
+        """The answers f(x; state) in evaluation mode, differentiable in `state`; with `sizes`, `state` is that submodel's."""
         return self.builder.logits(state, x, sizes)
 
     def predict(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
@@ -140,7 +143,7 @@ class Server:
             return torch.cat([self.logits(state, part, sizes) for part in x.split(self.options.eval_batch_size)])
 
     def score(self, state: State, data: Examples, sizes: Mapping[str, int] | None = None, model: str | None = None) -> Score:
-        """Accuracy and loss of `state` on `data`."""
+        """Score and loss of `state` on `data`."""
         return evaluate(self.builder.load(state, sizes, model), data, self.options.eval_batch_size)
 
     def tune(
@@ -175,7 +178,7 @@ class Server:
         sizes: Mapping[str, int] | None = None, lr: float | None = None, batch: int | None = None, client: int = -1,
         watch: Callable[[int], None] | None = None,
     ) -> State:  # fmt: skip
-        """`state` after at most `steps` steps of cross entropy on server data, the best by hold-out loss.
+        """`state` after at most `steps` steps on the loss on server data, the best by hold-out loss.
 
         `lr` and `batch` (examples in a step) are the run's, --server-lr and --server-batch-size, where they are not given; `watch`
         is told the number of the step now and then.
@@ -186,7 +189,7 @@ class Server:
         parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
         def loss(rows: Tensor) -> Tensor:
-            return F.cross_entropy(model.train()(x[rows]), y[rows])
+            return self.kind.loss(model.train()(x[rows]), y[rows])
 
         def judge() -> float:
             return evaluate(model, self.public.holdout, self.options.eval_batch_size).loss

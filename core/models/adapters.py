@@ -92,13 +92,13 @@ def make_halves(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
     return make(layer.in_channels, rank, layer.kernel_size, bias=False, **how), make(rank, layer.out_channels, 1, bias=False)
 
 
-def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, classes: int) -> nn.Module:
-    """Puts adapters into `model`, in place, and freezes all of its own parameters but those of layers that answer with a number
-    for each class: these heads are trained whole.
+def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, answer: tuple[int, ...]) -> nn.Module:
+    """Puts adapters into `model`, in place, and freezes all of its own parameters but those of layers that answer as the model is
+    to, with `answer` numbers an example: these heads are trained whole.
 
     `x` is a batch to find the heads with. Raises NotApplicable where no layer is one that `spec` names.
     """
-    heads = find_heads(model, x, classes)
+    heads = find_heads(model, x, answer)
     layers = dict(model.named_modules())
     chosen = [name for name in list_targets(model, spec.target) if name not in heads]
     if not chosen:

@@ -13,8 +13,8 @@ from hetfl.models.early_exit import all_exits, has_parameters
 from hetfl.models.watching import run_watched
 
 
-def find_heads(model: nn.Module, x: Tensor, classes: int) -> list[str]:
-    """The names of the layers with parameters of their own that answer x (N, *shape) with (N, classes), in the order of the pass.
+def find_heads(model: nn.Module, x: Tensor, answer: tuple[int, ...]) -> list[str]:
+    """The names of the layers with parameters of their own that answer x (N, *shape) with (N, *answer), in the order of the pass.
 
     Of a model with several exits, those before its deepest one alone.
     """
@@ -23,7 +23,7 @@ def find_heads(model: nn.Module, x: Tensor, classes: int) -> list[str]:
 
     def watch(name: str) -> Any:
         def note(_: nn.Module, given: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.shape == (len(x), classes):
+            if isinstance(out, Tensor) and out.shape == (len(x), *answer):
                 found.append(name)
 
         return note
@@ -41,7 +41,7 @@ def find_heads(model: nn.Module, x: Tensor, classes: int) -> list[str]:
 
 def find_head(model: nn.Module, x: Tensor, classes: int) -> str:
     """The name of the layer that makes the logits, the last of `find_heads`. Raises NotApplicable where there is none."""
-    if heads := find_heads(model, x, classes):
+    if heads := find_heads(model, x, (classes,)):
         return heads[-1]
     raise NotApplicable(
         f"not applicable: no layer of this {type(model).__name__} with parameters of its own answers with a number for each class, "

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from hetfl.data.kinds import CLASSIFY, TaskKind
 from hetfl.models.frozen import frozen
 from hetfl.models.state import tensors
 from hetfl.submodel import encoding
@@ -49,13 +49,14 @@ def use_momentum(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, 0.9, fused=True)
 
 
-def measure_cost(model: nn.Module, x: Tensor, classes: int, batch: int = 32, optimizer: MakeOptimizer = use_momentum) -> Cost:
-    """The cost of `model` on examples x (N, *shape), repeated to a batch of `batch` for training steps of `optimizer(model)`.
-
-    The model's values change.
+def measure_cost(
+    model: nn.Module, x: Tensor, y: Tensor, batch: int = 32, optimizer: MakeOptimizer = use_momentum, kind: TaskKind = CLASSIFY
+) -> Cost:
+    """The cost of `model` on examples x (N, *shape), y (N, …), repeated to a batch of `batch` for training steps of
+    `optimizer(model)`. The model's values change.
     """
-    rows, labels = torch.arange(batch) % len(x), torch.arange(batch) % classes
-    step = measure_step(model, x[rows], labels, optimizer)
+    rows = torch.arange(batch) % len(x)
+    step = measure_step(model, x[rows], y[rows], optimizer, kind)
     sent = encoding.payload_bytes(tensors(model))
     return Cost(count_parameters(model), count_macs(model, x[:1]), int(step.peak), sent, step.ops, int(step.written), batch)
 
@@ -90,7 +91,9 @@ FLOP_FORMULAS = {  # of ops that torch's own counter leaves out
 }
 
 
-def measure_step(model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum) -> LiveBytes:
+def measure_step(
+    model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum, kind: TaskKind = CLASSIFY
+) -> LiveBytes:
     """The most bytes of tensors alive at once over two training steps, and what the second, which holds the momentum, did."""
     optimizer = make_optimizer(model)
     alive = LiveBytes([*model.parameters(), *model.buffers(), x, y])
@@ -98,7 +101,7 @@ def measure_step(model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOpt
         for _ in range(2):
             alive.ops = alive.written = 0
             optimizer.zero_grad()
-            F.cross_entropy(model.train()(x), y).backward()
+            kind.loss(model.train()(x), y).backward()
             optimizer.step()
     return alive
 

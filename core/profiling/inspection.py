@@ -124,7 +124,7 @@ def measure_axes(
             raise unknown("axis", axis, AXES)
     model, x = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy), inputs.batch()
     if adapter and (spec := parse_adapter(adapter)):
-        add_adapters(model, spec, x, inputs.classes)
+        add_adapters(model, spec, x, inputs.answer)
     deep = add_exits(copy.deepcopy(model), x, inputs.classes, EXITS, 0) if "depth" in axes else None
     builder = SubmodelBuilder(model, trace(model, x, heads=heads))
     ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
@@ -149,7 +149,7 @@ def measure_axes(
     for axis, ratio in itertools.product(axes, levels):
         small = cut(axis, ratio)
         trained = sum(p.numel() for p in small.parameters() if p.requires_grad)
-        found.append(AxisReport(axis, ratio, measure_cost(small, x, inputs.classes, batch), trained))
+        found.append(AxisReport(axis, ratio, measure_cost(small, x, inputs.targets(), batch, kind=inputs.kind), trained))
     return found
 
 
@@ -193,12 +193,12 @@ def export_fleet(path: Path, model: str, reports: Sequence[WidthReport], share: 
 def make_meter(model: nn.Module, inputs: Inputs, batch: int, heads: Heads = "width") -> Meter:
     """Traces `model` and makes a meter of its submodels, for local batches of `batch` examples of `inputs`."""
     builder = SubmodelBuilder(model, trace(model, inputs.batch(), heads=heads))
-    return Meter(resolve({"batch_size": batch}), builder, make_examples(inputs), inputs.classes)
+    return Meter(resolve({"batch_size": batch}), builder, make_examples(inputs))
 
 
 def make_examples(inputs: Inputs) -> Examples:
     """Two random examples."""
-    return Examples(inputs.batch(), torch.arange(2) % inputs.classes, torch.arange(2))
+    return Examples(inputs.batch(), inputs.targets(), torch.arange(2), inputs.kind)
 
 
 def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: int | None, vocab: int | None) -> Inputs:

@@ -28,11 +28,10 @@ class Meter:
     """
 
     def __init__(
-        self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, classes: int,
-        optimizer: MakeOptimizer = use_momentum,
-    ) -> None:  # fmt: skip
-        self._options, self.builder, self._classes, self._optimizer = options, builder, classes, optimizer
-        self._x = sample.x[sample.index[:2]].cpu()
+        self, options: RunOptions, builder: SubmodelBuilder, sample: Examples, optimizer: MakeOptimizer = use_momentum
+    ) -> None:
+        self._options, self.builder, self._optimizer, self._kind = options, builder, optimizer, sample.kind
+        self._x, self._y = (t[sample.index[:2]].cpu() for t in (sample.x, sample.y))
         self._costs: dict[object, Cost] = {}
         self._lock = threading.Lock()
 
@@ -50,7 +49,8 @@ class Meter:
             if key not in self._costs:
                 module = self.builder.build(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
-                    self._costs[key] = measure_cost(module, self._x, self._classes, self._options.batch_size, self._optimizer)
+                    how = self._options.batch_size, self._optimizer, self._kind
+                    self._costs[key] = measure_cost(module, self._x, self._y, *how)
         return self._costs[key]
 
     def step_seconds(self, make_step: MakeStep, data: Examples, ratio: float, repeats: int = 3) -> float:

@@ -16,8 +16,9 @@ CHANCE, EXPLODED, SKEWED = 1.1, 3.0, 10.0  # times chance, the lowest loss so fa
 class Watch:
     """Looks at each round once. It keeps the number of evaluations, the least loss, and the alarms of the round before."""
 
-    def __init__(self, classes: int) -> None:
-        self._chance, self._evaluated, self._least, self._before = 1 / classes, 0, math.inf, frozenset[str]()
+    def __init__(self, chance: float | None, blind: float) -> None:
+        """`chance` (None: unknown) and `blind`: score and loss of who has not looked at the inputs."""
+        self._chance, self._blind, self._evaluated, self._least, self._before = chance, blind, 0, math.inf, frozenset[str]()
 
     def look(self, row: Row, people: Sequence[Row]) -> list[str]:
         """The alarms of a round that the one before did not have; `people` are the rows of its clients."""
@@ -29,7 +30,7 @@ class Watch:
         if "global@test" not in row:
             return
         self._evaluated += 1
-        if self._evaluated >= PATIENCE and row["global@test"] <= CHANCE * self._chance:
+        if self._chance is not None and self._evaluated >= PATIENCE and row["global@test"] <= CHANCE * self._chance:
             yield "chance", f"global accuracy {row['global@test']:.1%} is at the level of chance ({self._chance:.1%})"
 
     def _loss_alarms(self, row: Row) -> Iterator[tuple[str, str]]:
@@ -37,7 +38,7 @@ class Watch:
             return
         now = row["global@test loss"]
         self._least = min(self._least, now)
-        if not math.isfinite(now) or (now > EXPLODED * self._least and now > -2 * math.log(self._chance)):
+        if not math.isfinite(now) or (now > EXPLODED * self._least and now > 2 * self._blind):
             yield "loss", f"the global model's loss has exploded: {now:.3g}, {self._least:.3g} at best"
 
 

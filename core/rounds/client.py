@@ -75,7 +75,8 @@ class ClientRuntime:
     def profile(self, client: int, round: int) -> Profile:
         """What the client's device affords in this round."""
         data, options = self.federation.clients[client].train, self.options
-        cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, partial(make_step, options=options), data)
+        step = partial(make_step, options=options, kind=data.kind)
+        cost, probe = self.meter.width_cost, partial(self.meter.step_seconds, step, data)
         clients, device = len(self.federation.clients), None
         if options.fleet is not None:
             device = find_fleet(options.fleet).device(client, clients, options.seed)
@@ -192,6 +193,7 @@ class ClientRuntime:
             extras=move_state(sent.extras, self.device), client_state=move_state(recall(state, "memory"), self.device),
             builder=self.builder, masks=move_state(sent.masks, self.device),
             public=None if public is None else public.tune, draws=self.builder.widths.draws,
+            loss=self.federation.kind.loss,
         )  # fmt: skip
 
     def _model(self, sent: Instruction, state: ClientState) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Every accuracy of a round: the global model, the levels' submodels, the clients' own models, the server-only control."""
+"""Every score of a round: the global model, the levels' submodels, the clients' own models, the server-only control."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def evaluate_round(now: RoundState) -> None:
     renew_assignments(now)
     for name, score in run.evaluator.score(list_jobs(now, sent), now.take, partial(train_control, now)).items():
         now.row.results |= {name: score.accuracy, f"{name} loss": score.loss}
+        now.row.results |= {f"{name} {detail}": value for detail, value in run.server.kind.details(score.loss).items()}
     now.row.add_levels()
     evaluate_on_clients(now)
-    if last:
+    if last and run.server.kind.by_class:
         evaluate_masked(now)
 
 
@@ -87,7 +88,7 @@ def evaluate_on_clients(now: RoundState) -> None:
         asked[i] = a.instruction("evaluate", now.number, local, run.state_versions.get(i, 0))
     found: dict[str, list[float]] = {}
     for i, answer in exchange(now.engine, "evaluate", asked):
-        if scores := check_scores(answer):
+        if scores := check_scores(answer, run.server.kind.least):
             found.setdefault("personal@own" if now.assignments[i].personal else "submodel@own", []).append(scores["accuracy"])
     for name, accuracies in found.items():
         now.row.add_mean_and_decile(name, accuracies)
@@ -103,9 +104,10 @@ def evaluate_masked(now: RoundState) -> None:
     now.row.add_mean_and_decile("global@own masked", [s["accuracy"] for s in scores if s])
 
 
-def check_scores(answer: Any) -> dict[str, float]:
-    """What a client measured; empty where it did not or cannot be believed."""
+def check_scores(answer: Any, least: float = 0.0) -> dict[str, float]:
+    """What a client measured; empty where it did not or cannot be believed, as where its score is below `least`."""
     if not isinstance(answer, dict) or not {"accuracy"} <= answer.keys() <= SCORES:
         return {}
-    numbers = all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in answer.values())
-    return dict(answer) if numbers and answer["accuracy"] <= 1 else {}
+    bounds = {name: (least, 1.0) if name == "accuracy" else (0.0, math.inf) for name in answer}
+    believed = all(isinstance(v, int | float) and math.isfinite(v) and bounds[k][0] <= v <= bounds[k][1] for k, v in answer.items())
+    return dict(answer) if believed else {}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hetfl.data.kinds import DETAILS
+
 Row = dict[str, Any]  # a line of a table: column -> value
 
 ROUND, CLIENT, LEVEL, BOTTLENECK = "round", "client", "level", "bottleneck"
@@ -33,6 +35,11 @@ RESERVED = {
 def is_of_global(name: str) -> bool:
     """Whether an accuracy is one of the global model, or of a part of it: global@test, level-0.5@test, submodel@own …"""
     return name.partition("@")[0].partition("-")[0] not in CLIENTS_MODELS
+
+
+def is_detail(name: str) -> bool:
+    """Whether a column says more of a score: its loss, its worst decile …"""
+    return name.endswith(tuple(f" {detail}" for detail in DETAILS))
 
 
 @dataclass(eq=False)

@@ -99,7 +99,7 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
 def make_meter(options: RunOptions, builder: SubmodelBuilder, federation: FederatedDataset) -> Meter:
     """What measures the costs of submodels, with the run's own optimiser."""
     optimizer = partial(make_optimizer, options=options, round=1)
-    return Meter(options, builder, federation.test, len(federation.classes), optimizer)
+    return Meter(options, builder, federation.test, optimizer)
 
 
 def resolve_options(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> RunOptions:
@@ -163,14 +163,14 @@ def build_model(options: RunOptions, federation: FederatedDataset, name: str) ->
 
 
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
-    """The model of a run and its width groups. Raises UsageError where its outputs do not fit the classes."""
+    """The model of a run and its width groups. Raises UsageError where its answers do not fit the task."""
     name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
     widths = trace_all_exits(options, federation, model)
     with torch.no_grad():
         out = model.eval()(x)
     shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-    if not isinstance(out, Tensor) or out.shape != (len(x), len(federation.classes)):
-        wanted = (len(x), len(federation.classes))
+    wanted = (len(x), *federation.inputs.answer)
+    if not isinstance(out, Tensor) or out.shape != wanted:
         raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
     return model, widths
 
@@ -179,10 +179,10 @@ def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
     """The run's model with its adapters and as its plugins want it, untrained, of the width that the run gives it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapt"))
-        model, x, classes = build_model(options, federation, model_of(options)), sample(federation), len(federation.classes)
+        model, x, inputs = build_model(options, federation, model_of(options)), sample(federation), federation.inputs
         if options.adapter and (adapters := parse_adapter(options.adapter)):
-            model = add_adapters(model, adapters, x, classes)
-        model = plugins.adapt_model(model, x, classes)
+            model = add_adapters(model, adapters, x, inputs.answer)
+        model = plugins.adapt_model(model, x, inputs.classes)
     if options.global_width == 1:
         return model
     widths = trace_all_exits(options, federation, model)

@@ -91,7 +91,7 @@ class RunState:
         self.running_names = running_names(model)
         self.at_home = frozenset(initial_statistics(model)) if self.local_norms else frozenset()
         self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
-        self.evaluator, self.watch = Evaluator(self.server, self.test), Watch(self.server.classes)
+        self.evaluator, self.watch = Evaluator(self.server, self.test), Watch(*self.server.kind.blind(self.server.classes))
 
     @property
     def busy(self) -> set[int]:

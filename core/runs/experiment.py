@@ -66,7 +66,7 @@ def prepare(
     group_size, why = choose_group_size(setup)
     options = setup.options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
     pool, initial = Pool(options.workers), tensors(builder.model)
-    server = Server(options, builder, initial, len(federation.classes), federation.public, pool)
+    server = Server(options, builder, initial, federation.inputs.classes, federation.public, pool, federation.kind)
     server.example = federation.inputs.batch().to(options.device)
     if why and given.vmap == "on":
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")

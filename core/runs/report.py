@@ -21,6 +21,7 @@ from hetfl.rounds.rows import (
     PARAMETERS,
     ROUND,
     SECONDS,
+    is_detail,
     is_of_global,
 )  # fmt: skip
 from hetfl.runs.cell import NOT_APPLICABLE, count_training_macs
@@ -181,7 +182,7 @@ def join_runs(pair: str, point: str, folders: Sequence[RunFolder]) -> Curve:
         for axis in axes[0]
         if all(axis in one for one in axes)
     }
-    names = [n for n in runs[0][0] if "@" in n and not n.endswith((" loss", " p10")) and not n.startswith("sent")]
+    names = [n for n in runs[0][0] if "@" in n and not is_detail(n) and not n.startswith("sent")]
     y = {name: [spread(100 * float(run[i][name]) for run in runs if run[i].get(name)) for i in measured] for name in names}
     if NOT_APPLICABLE in folders[0].read("summary.json"):
         y |= {name: [None for _ in measured] for name in names if is_of_global(name)}

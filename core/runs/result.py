@@ -18,6 +18,7 @@ from torch import nn
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import Examples, FederatedDataset
 from hetfl.data.inputs import Inputs
+from hetfl.data.kinds import find_kind
 from hetfl.errors import RunError, UsageError, nearest, plural
 from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.manager import PluginManager
@@ -25,6 +26,7 @@ from hetfl.models.frozen import base_hash, freeze
 from hetfl.models.state import State, load_state, tensors
 from hetfl.registry import ROLES
 from hetfl.rounds import setup
+from hetfl.rounds.rows import is_detail
 from hetfl.runs import leaderboard
 from hetfl.runs.cell import TrialResult
 from hetfl.runs.folder import BASE_HASH, MemoryFolder, RunFolder
@@ -116,9 +118,8 @@ class Run:
         facts, options = self._folder.read("run.json"), self.options.model_copy(update={"device": "cpu"})
         classes = tuple(facts["classes"])
         vocab = None if options.mean else options.vocab  # a resolved run has a mean unless its inputs are token ids
-        inputs = Inputs(tuple(facts["input shape"]), len(classes), vocab)
-        x, empty = inputs.batch(), torch.zeros(0, dtype=torch.int64)
-        two = Examples(x, empty.new_zeros(len(x)), torch.arange(len(x)))
+        inputs = Inputs(tuple(facts["input shape"]), facts["outputs"], vocab, find_kind(facts["task"]))
+        two, empty = Examples(inputs.batch(), inputs.targets(), torch.arange(2), inputs.kind), torch.zeros(0, dtype=torch.int64)
         data = FederatedDataset(options.dataset, classes, (), None, two, "", empty, inputs, options.model or "", {})
         return options, data, load_plugins(options)
 
@@ -150,7 +151,7 @@ class Run:
     def _accuracy(self) -> dict[str, float]:
         """The last value of every accuracy."""
         metrics = self._table("metrics.csv")
-        names = [name for name in metrics if "@" in name and not name.endswith((" loss", " p10"))]
+        names = [name for name in metrics if "@" in name and not is_detail(name)]
         return {name: float(metrics[name].dropna().iloc[-1]) for name in names if metrics[name].notna().any()}
 
     def __repr__(self) -> str:

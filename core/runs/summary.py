@@ -14,6 +14,7 @@ import torch
 from hetfl import presets
 from hetfl.config import RunOptions, resolve
 from hetfl.data.dataset import FederatedDataset
+from hetfl.data.kinds import DETAILS, TaskKind
 from hetfl.digest import digest_tensors
 from hetfl.errors import plural
 from hetfl.models.state import State
@@ -30,6 +31,7 @@ from hetfl.rounds.rows import (
     SECONDS,
     SIMULATED,
     Row,
+    is_detail,
     is_of_global,
 )  # fmt: skip
 from hetfl.runs.cell import NOT_APPLICABLE
@@ -53,7 +55,8 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
         **({BASE_HASH: base} if (base := experiment.server.builder.base_hash) else {}),
-        "classes": list(federation.classes), "input shape": list(federation.shape),
+        "task": federation.kind.name, "classes": list(federation.classes), "outputs": federation.inputs.classes,
+        "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
                      "tune": len(federation.public.tune) if federation.public else 0,
                      "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},
@@ -80,7 +83,7 @@ def class_counts(federation: FederatedDataset) -> list[Row]:
 
 def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """What a run came to: last accuracies, sizes per level, bytes, where the time went, and what to beware of."""
-    history, trains_global = experiment.state.history, experiment.plugins.trains_global
+    history, trains_global, kind = experiment.state.history, experiment.plugins.trains_global, experiment.federation.kind
     measured, sums = [*history.measured], history.sums
     accuracies = final_accuracies(measured)
     if not trains_global:
@@ -88,15 +91,15 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     server = {key.removeprefix(PHASE): sums[key] for key in sorted(sums) if key.startswith(PHASE)}
     return {
         "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
-        "dataset": experiment.federation.dataset, "rounds": history.rounds, "clients": len(experiment.federation.clients),
-        "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(history), "seconds": seconds,
+        "dataset": experiment.federation.dataset, "metric": kind.metric, "rounds": history.rounds,
+        "clients": len(experiment.federation.clients), "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(history), "seconds": seconds,
         **({} if trains_global else {NOT_APPLICABLE: WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sums[CLIENT_SECONDS],
         **time_to_accuracy(history), BYTES_DOWN: sums[BYTES_DOWN], BYTES_UP: sums[BYTES_UP],
         "weights sha256": digest_tensors(experiment.server.state, shapes=False),
         "notes": [*dict.fromkeys(experiment.server.notes), *tell_unsaid(experiment.state.unsaid), *own_notes(experiment),
-                  *(compare_to_control(measured, len(experiment.federation.test)) if trains_global else [])],
+                  *(compare_to_control(measured, len(experiment.federation.test), kind) if trains_global else [])],
     }  # fmt: skip
 
 
@@ -117,14 +120,14 @@ def time_to_accuracy(history: History) -> dict[str, Any]:
 
 def final_accuracies(measured: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Every accuracy of the last evaluated round, and its mean over the last three evaluated rounds, where all of them have it."""
-    names = [key for key in measured[-1] if "@" in key and not key.endswith((" loss", " p10"))]
+    names = [key for key in measured[-1] if "@" in key and not is_detail(key)]
     return {name: last_values(name, measured) for name in names}
 
 
 def last_values(name: str, measured: Sequence[Row]) -> dict[str, float]:
     last = [row[name] for row in measured[-3:] if name in row]
     found = {"last": last[-1], **({"last three": sum(last) / len(last)} if len(last) == len(measured[-3:]) else {})}
-    extra = {key: measured[-1][f"{name} {key}"] for key in ("loss", "p10") if f"{name} {key}" in measured[-1]}
+    extra = {key: measured[-1][f"{name} {key}"] for key in DETAILS if f"{name} {key}" in measured[-1]}
     return {**found, **extra}
 
 
@@ -162,22 +165,24 @@ def pretraining_facts(experiment: Experiment) -> dict[str, Any]:
     return {"pre-training": {"steps": steps, "examples": len(public.tune), "accuracy": score.accuracy, "loss": score.loss}}
 
 
-def compare_to_control(measured: Sequence[Row], examples: int) -> list[str]:
+def compare_to_control(measured: Sequence[Row], examples: int, kind: TaskKind) -> list[str]:
     """That the global model is not shown to be better than the server-only control, with what is compared and the spread."""
     if "control@test" not in measured[-1]:
         return []
     names = ("global@test", "control@test")
     ours, control = means = [fmean(row[name] for row in measured[-3:] if name in row) for name in names]
-    noise = 2 * math.sqrt(sum(p * (1 - p) for p in means) / examples)
+    spreads = [kind.spread(p, examples) for p in means]
+    noise = 2 * math.sqrt(sum(s for s in spreads if s is not None))
     if ours > control + noise:
         return []
     said = " against ".join(
         f"{name} {p:.1%} ({describe_spread(name, measured[-3:])})" for name, p in zip(names, means, strict=True)
     )
     over = f"the last {len(measured[-3:])} evaluated rounds" if len(measured) > 1 else "the one evaluated round"
+    open = f"does not exceed the {100 * noise:.1f} that {examples:,} test examples leave open (two standard errors)"
     return [
-        f"{said}, means over {over}: the difference of {100 * (ours - control):+.1f} points does not exceed the {100 * noise:.1f} "
-        f"that {examples:,} test examples leave open (two standard errors): it is not shown that the federation adds anything to "
+        f"{said}, means over {over}: the difference of {100 * (ours - control):+.1f} points "
+        f"{'is no gain' if None in spreads else open}: it is not shown that the federation adds anything to "
         "the server-only control (the same model, steps and batches, on the server's data alone)"
     ]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hetfl.config import RunOptions
+from hetfl.data.kinds import TaskKind
 from hetfl.models.frozen import frozen
 from hetfl.models.state import State
 from hetfl.training.local import learning_rate
@@ -39,13 +40,12 @@ class GraphedSteps:
 
     in_place = True
 
-    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int) -> None:
+    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, kind: TaskKind) -> None:
         device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with on_stream(self.stream):
-            self._step = EagerStep(
-                copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train(), states, options, round, in_place=True
-            )
+            own = copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train()
+            self._step = EagerStep(own, states, options, round, kind, in_place=True)
         self.stack, self._width = self._step.stack, 0
         self._graphs: dict[int, GraphStep] = {}
 
@@ -96,7 +96,7 @@ class GraphStep:
     def __init__(self, step: EagerStep, width: int, x: Tensor, y: Tensor) -> None:
         self._step = step
         self._x = x[:, :1].expand(len(x), width, *x.shape[2:]).clone()
-        self._y = torch.zeros(len(y), width, dtype=y.dtype, device=y.device)
+        self._y = torch.zeros(len(y), width, *y.shape[2:], dtype=y.dtype, device=y.device)
         self._weights = torch.zeros(len(y), width, device=y.device)
         self._losses = torch.zeros(len(x), device=x.device)
         self._graph: Any = None
@@ -142,7 +142,7 @@ class GraphPool:
 
     @contextlib.contextmanager
     def borrow(
-        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int
+        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int, kind: TaskKind
     ) -> Iterator[GraphedSteps]:
         """Steps for `model` and so many clients, loaded with `states`, for this thread alone; see GraphedSteps.load for `width`.
 
@@ -155,7 +155,7 @@ class GraphPool:
             if kept:
                 self._free[key] = kept
         if steps is None:
-            steps = GraphedSteps(model, states, options, round)
+            steps = GraphedSteps(model, states, options, round, kind)
         before = steps.recorded
         with on_stream(steps.stream):
             steps.load(states, width)

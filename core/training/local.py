@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
+from hetfl.data.kinds import CLASSIFY, TaskKind
+from hetfl.data.kinds import kl_divergence as kl_divergence  # of the toolbox
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import copy_state
 from hetfl.training.augmentation import augment
@@ -98,14 +99,14 @@ def make_optimizer(model: nn.Module, options: RunOptions, round: int) -> torch.o
     return make_optimizer_for([p for p in model.parameters() if p.requires_grad], options, round)
 
 
-def make_step(model: nn.Module, options: RunOptions) -> Callable[[Tensor, Tensor], None]:
-    """A plain training step of `model` on a batch x (N, *shape), y (N,), as `descend` takes them in round 1."""
+def make_step(model: nn.Module, options: RunOptions, kind: TaskKind = CLASSIFY) -> Callable[[Tensor, Tensor], None]:
+    """A plain training step of `model` on a batch x (N, *shape), y (N, …), as `descend` takes them in round 1."""
     optimizer = make_optimizer(model.train(), options, 1)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         with autocast(options):
-            loss = F.cross_entropy(model(x), y)
+            loss = kind.loss(model(x), y)
         loss.backward()
         if options.clip:
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -125,9 +126,3 @@ def make_optimizer_for(parameters: list[Tensor], options: RunOptions, round: int
 def learning_rate(options: RunOptions, round: int) -> float:
     """The learning rate of `round`, counted from 1; a milestone m lowers it from round m + 1 on (spec heterofl 5.6)."""
     return options.lr * options.lr_round_decay ** (round - 1) * options.lr_decay ** sum(m < round for m in options.lr_milestones)
-
-
-def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(logits / T)) of logits and teacher (N, classes), the mean over the batch."""
-    own, goal = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-    return (goal.exp() * (goal - own)).sum() / len(own)

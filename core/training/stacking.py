@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
+from hetfl.data.kinds import TaskKind
 from hetfl.models.state import State
 from hetfl.training.augmentation import augment
 from hetfl.training.device import autocast
@@ -55,7 +55,7 @@ class ModelStack:
         self.parameters = [self.values[n].requires_grad_() for n in names]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (clients, N, classes) of x (clients, N, *shape)."""
+        """Answers (clients, N, …) to x (clients, N, *shape)."""
         out: Tensor = torch.func.vmap(self._call_one)(self.values, x)
         return out
 
@@ -75,20 +75,21 @@ class EagerStep:
     """
 
     def __init__(
-        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, in_place: bool = False
+        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, kind: TaskKind, in_place: bool = False
     ) -> None:  # fmt: skip
         self.stack, self.in_place, self._options, self._autocast = ModelStack(model, states), in_place, options, autocast(options)
+        self._kind = kind
         self.optimizer = make_optimizer_for(self.stack.parameters, options, round)
         if in_place:
             for group in self.optimizer.param_groups:
                 group["capturable"] = self.stack.parameters[0].is_cuda
 
     def __call__(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """The clients' losses (clients,) on x (clients, N, *shape), y and weights (clients, N), before the step."""
+        """The clients' losses (clients,) on x (clients, N, *shape), y (clients, N, …) and weights (clients, N), before the step."""
         self.optimizer.zero_grad(set_to_none=not self.in_place)
         with self._autocast:
-            each = F.cross_entropy(self.stack(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-        losses = (each * weights).sum(1)
+            each = self._kind.losses(self.stack(x).flatten(0, 1), y.flatten(0, 1)).view(weights.shape)
+        losses = (each * self._kind.weigh(weights, y)).sum(1)
         losses.sum().backward()
         if self._options.clip:
             self._clip(self._options.clip)
@@ -128,7 +129,7 @@ class GroupBatch:
     ending: list[int]
 
     def gather(self, data: Examples) -> tuple[Tensor, Tensor]:
-        """x (clients, N, *shape) and y (clients, N)."""
+        """x (clients, N, *shape) and y (clients, N, …)."""
         flat = self.rows.flatten()
         return data.x[flat].unflatten(0, self.rows.shape), data.y[flat].unflatten(0, self.rows.shape)
 
@@ -182,17 +183,17 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
 
 
 def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:
-    """Accuracy and loss of each state on its own examples, in batches of `batch`."""
-    orders = [d.rows(batch) for d in data]
-    counts = [sum(map(len, order)) for order in orders]
-    right, loss = torch.zeros(len(data)), torch.zeros(len(data))
+    """Score and loss of each state on its own examples, in batches of `batch`."""
+    orders, kind = [d.rows(batch) for d in data], data[0].kind
+    right, of, loss, units = (torch.zeros(len(data)) for _ in range(4))
     with torch.inference_mode():
         stack = ModelStack(model.eval(), states, trained=False)
         for step in align_batches(orders, mean=False):
             x, y = step.gather(data[0])
-            logits = stack(x)
-            each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-            loss += (each.cpu() * step.weights).sum(1)
-            right += ((logits.argmax(-1) == y).cpu() * step.weights).sum(1)
-    totals = zip(right.tolist(), loss.tolist(), counts, strict=True)
-    return [Score(r / max(n, 1), total / max(n, 1), n) for r, total, n in totals]
+            out, flat = stack(x).flatten(0, 1), y.flatten(0, 1)
+            counts = kind.units(flat)
+            graded = (*kind.grade(out, flat), kind.losses(out, flat) * counts, counts)
+            for total, values in zip((right, of, loss, units), graded, strict=True):
+                total += (values.view(step.weights.shape).cpu() * step.weights).sum(1)
+    sums = zip(*(t.tolist() for t in (right, of, loss, units)), orders, strict=True)
+    return [Score(r / max(o, 1), t / max(n, 1), sum(map(len, order))) for r, o, t, n, order in sums]

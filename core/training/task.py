@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import ClientData, Examples
+from hetfl.data.kinds import CLASSIFY, TaskKind
 from hetfl.models.state import State, load_state, tensors
 from hetfl.rng import stream
 from hetfl.submodel.blocks import put, take
@@ -19,7 +20,7 @@ from hetfl.submodel.widths import Kept, within
 
 
 def call_model(model: nn.Module, x: Tensor) -> Any:
-    """The default of Task.forward: logits (N, classes) of x (N, *shape)."""
+    """The default of Task.forward: the answers (N, …) to x (N, *shape)."""
     return model(x)
 
 
@@ -39,7 +40,7 @@ class Task:
     masks               bool, in the shapes of parameters, by name: entries that are False do not exist and are not trained
     public              the public examples that the server sent along, or None
     draws               whether the forward pass draws random numbers (dropout), which then come from `stream`
-    forward, loss       `loss(forward(model, x), y)` is the loss on a batch x (N, *shape), y (N,)
+    forward, loss       `loss(forward(model, x), y)` is the loss on a batch x (N, *shape), y (N, …): that of `kind` to begin with
     penalties           functions of the model that are added to the loss
     """
 
@@ -57,8 +58,13 @@ class Task:
     public: Examples | None = None
     draws: bool = False
     forward: Callable[[nn.Module, Tensor], Any] = call_model
-    loss: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
+    loss: Callable[[Any, Tensor], Tensor] = CLASSIFY.loss
     penalties: list[Callable[[nn.Module], Tensor]] = field(default_factory=list)
+
+    @property
+    def kind(self) -> TaskKind:
+        """What the targets are, and how answers are compared with them or with others."""
+        return self.data.train.kind
 
     def stream(self, purpose: str) -> torch.Generator:
         """The client's own random stream for `purpose` in this round, at its start."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
@@ -82,7 +81,7 @@ def find_stacking_error(model: nn.Module, x: Tensor) -> str | None:
     """Why copies of `model` cannot be computed as one on x (N, *shape), or None where they can; `model` is set to training."""
     try:
         stack = ModelStack(model.train(), [tensors(model)] * 2)
-        F.cross_entropy(stack(torch.stack([x, x])).flatten(0, 1), torch.zeros(2 * len(x), dtype=torch.int64)).backward()
+        stack(torch.stack([x, x])).float().logsumexp(-1).sum().backward()
     except Exception as error:
         return " ".join(str(error).split())[:200]
     return None
@@ -95,16 +94,16 @@ def train(
 
     With `graphs` every tensor stays where it is, so that a GPU can record the step; results are on the model's device.
     """
-    device = next(model.parameters()).device
+    device, kind = next(model.parameters()).device, members[0].train.kind
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
     states = [m.state for m in members]
     widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
         if graphs is None:
-            step = EagerStep(model.train(), states, options, round)
+            step = EagerStep(model.train(), states, options, round, kind)
         else:
-            step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest))
+            step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest, kind))
         draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []
         ended = run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws)
     return [MemberResult(*ended.get(k, (m.state, 0.0))) for k, m in enumerate(members)]

@@ -122,7 +122,7 @@ class KLD(PresetPlugin):
         (x, y), (hx, hy) = server.public.tune.all(), server.public.holdout.all()
         levels = self._find_levels(server)
         with torch.no_grad():
-            before = server.logits(server.state, x).log_softmax(1)
+            before = server.logits(server.state, x)
 
         def model(weights: State) -> State:
             return {**plain, **weigh_terms(base, terms, weights)}
@@ -131,11 +131,11 @@ class KLD(PresetPlugin):
             now = model(w)
             logits = [server.logits(level.take(now), x[rows], level.sizes) for level in levels]
             drift = self.kld * self._divergence(server, now, logits[0], before[rows])
-            return self._level_loss(logits, y[rows]) + drift + self._teach_levels(logits)
+            return self._level_loss(server, logits, y[rows]) + drift + self._teach_levels(server, logits)
 
         def judge(weights: State = w) -> float:
             now = model(weights)
-            return float(self._level_loss([server.logits(level.take(now), hx, level.sizes) for level in levels], hy))
+            return float(self._level_loss(server, [server.logits(level.take(now), hx, level.sizes) for level in levels], hy))
 
         with torch.no_grad():
             if self.guard and judge() > judge({n: torch.ones_like(t) for n, t in w.items()}):
@@ -149,17 +149,16 @@ class KLD(PresetPlugin):
         fleet = {client.profile.width for client in server.clients.values()} if self.levels != "global" else set()
         return [server.select(prefix(width)) for width in sorted({1.0, *fleet}, reverse=True)]
 
-    def _level_loss(self, logits: list[Tensor], y: Tensor) -> Tensor:
-        """The mean, or the largest, of the levels' cross entropies."""
-        losses = torch.stack([F.cross_entropy(out, y) for out in logits])
+    def _level_loss(self, server: Server, logits: list[Tensor], y: Tensor) -> Tensor:
+        """The mean, or the largest, of the levels' losses."""
+        losses = torch.stack([server.kind.loss(out, y) for out in logits])
         return losses.max() if self.levels == "worst" else losses.mean()
 
-    def _teach_levels(self, logits: list[Tensor]) -> Tensor:
+    def _teach_levels(self, server: Server, logits: list[Tensor]) -> Tensor:
         """KL(whole || level) of the outputs on a batch, mean over the levels below the whole model, times its coefficient."""
         if not self.distill or len(logits) < 2:
             return torch.zeros(())
-        teacher = logits[0].detach().log_softmax(1)
-        terms = [F.kl_div(out.log_softmax(1), teacher, reduction="batchmean", log_target=True) for out in logits[1:]]
+        terms = [server.kind.divergence(out, logits[0].detach()) for out in logits[1:]]
         return self.distill * torch.stack(terms).mean()
 
     def _divergence(self, server: Server, now: State, logits: Tensor, before: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class KLD(PresetPlugin):
         if not self.kld:
             return torch.zeros(())
         if self.kld_on == "outputs":
-            return F.kl_div(logits.log_softmax(1), before, reduction="batchmean", log_target=True)
+            return server.kind.divergence(logits, before)
         flat = [(now[n].flatten(), server.state[n].flatten()) for n in now if now[n].requires_grad]
         return torch.stack([F.kl_div(g.log_softmax(0), a.log_softmax(0), reduction="sum", log_target=True) for a, g in flat]).sum()
 

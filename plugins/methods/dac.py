@@ -136,7 +136,7 @@ class DAC(Plugin):
                     for optimizer in optimizers:
                         optimizer.zero_grad()
                     logits = functional_call(model, apply_gates(weights, gates, where), (x[rows],))
-                    (F.cross_entropy(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * hinge(gates)).backward()
+                    (server.kind.loss(logits, y[rows]) + self.entropy * entropy(gates) + self.bound * hinge(gates)).backward()
                     for optimizer in optimizers:
                         optimizer.step()
         trained = {**weights, **dict(model.named_buffers())}

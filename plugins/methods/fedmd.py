@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -27,18 +27,14 @@ from hetfl import (
     hookimpl,
     prefix,
 )
-from hetfl.training.local import descend, kl_divergence
+from hetfl.training.local import descend
 from hetfl.training.tuning import cycle_batches
 
 MOST = 1 << 24  # elements of an extra
 
 MOMENTS = "digest/"  # in a client's memory: what Adam knows of each tensor from earlier digests
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mae": F.l1_loss,
-    "mse": F.mse_loss,
-    "kl": kl_divergence,
-}
+DISTANCES = {"mae": F.l1_loss, "mse": F.mse_loss}
 
 
 class FedMD(Plugin):
@@ -113,7 +109,7 @@ class Consensus(Plugin):
     def _draw_rows(self, server: Server, round: int) -> Tensor:
         """The public examples (row numbers) that all clients score in this round."""
         public = server.public.tune
-        return draw_stratified(public.y[public.index].cpu(), self.align, server.stream("align", round))
+        return draw_stratified(public.kind.group(public.y[public.index].cpu(), ())[1], self.align, server.stream("align", round))
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
@@ -124,7 +120,7 @@ class Consensus(Plugin):
         if task.client_state.get("started") != size:
             batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
             first = torch.optim.Adam(task.model.parameters(), self.lr)
-            descend(task, first, batches, lambda a, b: F.cross_entropy(task.model(a), b), "public dropout")
+            descend(task, first, batches, lambda a, b: task.kind.loss(task.model(a), b), "public dropout")
             task.client_state = {name: t for name, t in task.client_state.items() if not name.startswith(MOMENTS)}
             task.client_state["started"] = size
         if "consensus" in task.extras:
@@ -132,7 +128,8 @@ class Consensus(Plugin):
                 x[task.extras["aligned"]], task.extras["consensus"], self.digest_batch, self.digest_epochs, task.stream("digest")
             )
             optimizer = recall_adam(task.model, self.lr, task.client_state)
-            descend(task, optimizer, batches, lambda a, b: LOSSES[self.loss](task.model(a), b), "digest dropout")
+            distance = DISTANCES.get(self.loss, task.kind.divergence)
+            descend(task, optimizer, batches, lambda a, b: distance(task.model(a), b), "digest dropout")
             task.client_state |= list_moments(task.model, optimizer)
         reply = yield
         with torch.no_grad():
@@ -159,10 +156,10 @@ class Consensus(Plugin):
 
         def loss(rows: Tensor) -> Tensor:
             at = rows % len(self._aligned)
-            return LOSSES["kl"](server.logits(state, x[self._aligned[at]]), self._consensus[at].to(x.device))
+            return server.kind.divergence(server.logits(state, x[self._aligned[at]]), self._consensus[at].to(x.device))
 
         def judge() -> float:
-            return float(F.cross_entropy(server.logits(state, hx), hy))
+            return float(server.kind.loss(server.logits(state, hx), hy))
 
         weights = [t for name, t in state.items() if name in names]
         server.tune(weights, loss, judge, "distill", round, steps=self.distill_steps, lr=self.distill_lr, batch=64)

@@ -6,20 +6,21 @@ No spec page covers it; this is the published idea as we know it, without its so
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix, unit_count
 from hetfl.models.state import tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.widths import within
-from hetfl.training.local import kl_divergence
 
 Logits = tuple[Tensor, Tensor]
+
+Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 class FjORD(Plugin):
@@ -43,7 +44,7 @@ class FjORD(Plugin):
 
         task.forward = forward
         if self.distill:
-            task.loss = distill
+            task.loss = partial(distill, task.loss, task.kind.divergence)
         return (yield)
 
     def _prefix_sizes(self, task: Task) -> list[dict[str, int]]:
@@ -65,7 +66,7 @@ def make_prefix(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
     return lambda x: functional_call(small.train(), {n: take(large[n], index.get(n, {})) for n in names}, (x,))
 
 
-def distill(logits: Logits, y: Tensor) -> Tensor:
-    """CE of the widest and of the narrower model, and the divergence of the latter from the former."""
+def distill(supervise: Compare, diverge: Compare, logits: Logits, y: Tensor) -> Tensor:
+    """The loss of the widest and of the narrower model, and the divergence of the latter from the former."""
     wide, narrow = logits
-    return F.cross_entropy(wide, y) + F.cross_entropy(narrow, y) + kl_divergence(narrow, wide.detach())
+    return supervise(wide, y) + supervise(narrow, y) + diverge(narrow, wide.detach())

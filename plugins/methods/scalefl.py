@@ -55,13 +55,16 @@ class ScaleFL(Plugin):
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         weight = self.distill if task.round > self.warm * task.options.rounds else 0.0
         depth = int(task.model.depth)  # type: ignore[arg-type]
-        form, t = self.form, self.temperature
-        task.loss = lambda z, y: exit_loss(z.chunk(depth, 1), y, weight, t, form, self.detach)
+        form, t, kind = self.form, self.temperature, task.kind
+        task.loss = lambda z, y: exit_loss(z.chunk(depth, 1), y, weight, t, form, self.detach, kind.loss, kind.divergence)
         with all_exits(task.model):
             return (yield)
 
 
-def exit_loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str, detach: bool = True) -> Tensor:
+def exit_loss(
+    exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form: str, detach: bool = True,
+    supervise: Callable[..., Tensor] = F.cross_entropy, diverge: Callable[..., Tensor] = kl_divergence,
+) -> Tensor:  # fmt: skip
     """The weighted losses of all exits, the deepest last (spec 2; oracle O1).
 
     paper: 1/(l(l+1)) sum_i i (weight t^2 KL + CE); code: twice that, KL averaged over classes too and not for the last exit.
@@ -71,8 +74,8 @@ def exit_loss(exits: Sequence[Tensor], y: Tensor, weight: float, t: float, form:
     total = torch.zeros(())
     for i, z in enumerate(exits, 1):
         scale = 1 / z.shape[1] if form == "code" else 1.0
-        divergence = weight * t * t * scale * kl_divergence(z, teacher, t) if i < deepest else 0.0
-        total = total + i * (F.cross_entropy(z, y) + divergence)
+        divergence = weight * t * t * scale * diverge(z, teacher, t) if i < deepest else 0.0
+        total = total + i * (supervise(z, y) + divergence)
     return total * (2 if form == "code" else 1) / (deepest * (deepest + 1))
 
 

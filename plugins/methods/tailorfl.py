@@ -15,7 +15,6 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from hetfl import (
     Client,
@@ -149,7 +148,7 @@ class TailorFL(Plugin):
         for _, (x, y) in zip(range(steps), repeat_batches(task), strict=False):
             optimizer.zero_grad()
             logits = functional_call(model, apply_gates(state, u, where), (x,))
-            (F.cross_entropy(logits, y) + self.regularise * mean_square(u)).backward()
+            (task.kind.loss(logits, y) + self.regularise * mean_square(u)).backward()
             optimizer.step()
             with torch.no_grad():
                 for values in u.values():

@@ -43,7 +43,7 @@ def test_what_is_no_adapter_is_said(text, word):
 def test_attention_alone_is_adapted_and_the_head_is_trained_whole():
     model, x = encoder()
     before = model.eval()(x)
-    add_adapters(model, AdapterSpec(2, 6.0, "attention"), x, 4)
+    add_adapters(model, AdapterSpec(2, 6.0, "attention"), x, (4,))
     assert {n for n, m in model.named_modules() if isinstance(m, Lora)} == {
         f"layers.0.attention.{p}" for p in ("q", "k", "v", "out")
     }
@@ -58,7 +58,7 @@ def test_layers_that_can_have_an_adapter_by_kind():
     kinds = {type(net.get_submodule(name)) for name in list_targets(net, "conv")}
     assert kinds == {nn.Conv2d}
     assert all(net.get_submodule(n).groups == 1 for n in list_targets(net, "conv"))
-    assert find_heads(net, torch.zeros(2, 3, 32, 32), 10) == list_targets(net, "linear")
+    assert find_heads(net, torch.zeros(2, 3, 32, 32), (10,)) == list_targets(net, "linear")
     assert list_targets(encoder()[0], "up$") == ["layers.0.up"]
 
 
@@ -66,13 +66,13 @@ def test_layers_whose_weights_others_read_get_none():
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(24, 4))
     assert list_targets(net, "linear") == ["2"]
     with pytest.raises(NotApplicable, match="the head among them: 2"):
-        add_adapters(net, AdapterSpec(), torch.zeros(2, 3, 8), 4)
+        add_adapters(net, AdapterSpec(), torch.zeros(2, 3, 8), (4,))
 
 
 @pytest.mark.parametrize("kind", ["attention", "conv"])
 def test_ranks_are_proven_width_groups_and_the_scale_stays(kind):
     model, x = encoder() if kind == "attention" else (CNN(4, 1, widths=(4, 6)), torch.randn(3, 1, 8, 8))
-    add_adapters(model, AdapterSpec(4, 8.0, kind), x, 4)
+    add_adapters(model, AdapterSpec(4, 8.0, kind), x, (4,))
     widths, adapters = trace(model, x), list_adapters(list(tensors(model)))
     ranks = {g: cut for g, cut in widths.members().items() if any("lora_A" in c and c.endswith("[0]") for c in cut)}
     assert sorted(ranks.values()) == sorted([f"{a.a}[0]", f"{a.b}[1]"] for a in adapters)

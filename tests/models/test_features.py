@@ -36,7 +36,7 @@ def test_of_several_exits_the_deepest_is_the_head_even_where_all_answer():
         assert model.every
         assert model(x).shape == (2, 21)
     assert head.startswith("net.")
-    assert find_heads(model.at_depth(1), x, 7)[-1].startswith("heads.0")
+    assert find_heads(model.at_depth(1), x, (7,))[-1].startswith("heads.0")
 
 
 def test_gradients_pass_and_only_models_with_the_head_count():

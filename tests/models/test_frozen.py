@@ -20,7 +20,7 @@ from hetfl.submodel.tracing.groups import trace
 def adapted():
     torch.manual_seed(0)
     x = torch.randn(2, 1, 8, 8)
-    return add_adapters(CNN(4, 1, widths=(4, 6)), AdapterSpec(2, 4.0, "conv"), x, 4), x
+    return add_adapters(CNN(4, 1, widths=(4, 6)), AdapterSpec(2, 4.0, "conv"), x, (4,)), x
 
 
 def test_a_frozen_parameter_leaves_the_state_and_the_model_computes_the_same():

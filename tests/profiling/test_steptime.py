@@ -50,8 +50,8 @@ def test_short_batches_cost_by_their_examples_and_operations_by_the_step():
 
 def test_costs_count_what_a_training_step_does():
     """Bytes and operations of a step of a linear layer, by hand: activations grow with the batch, gradients do not."""
-    x, model = torch.randn(2, 6), nn.Linear(6, 4)
-    small, large = measure_cost(model, x, 4, 8), measure_cost(model, x, 4, 16)
+    x, y, model = torch.randn(2, 6), torch.arange(2), nn.Linear(6, 4)
+    small, large = measure_cost(model, x, y, 8), measure_cost(model, x, y, 16)
     assert small.ops == large.ops > 5
     assert (small.batch, large.batch) == (8, 16)
     parameters = 4 * (6 * 4 + 4)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from helpers.runs import ready
+from hetfl.data.kinds import CLASSIFY
 from hetfl.rounds.alarms import Watch
 
 
 def test_alarms_sound_once_until_they_go_away():
-    watch = Watch(10)
+    watch = Watch(*CLASSIFY.blind(10))
     for round, (accuracy, loss) in enumerate([(0.3, 2.0), (0.1, 2.2), (0.1, 2.2), (0.1, 30.0), (0.5, 1.0)], 1):
         row = {"round": round, "global@test": accuracy, "global@test loss": loss}
         people = [{"round": round, "client": c, "loss": 1.0, "change": 50.0 if (round, c) == (2, 3) else 1.0} for c in range(5)]

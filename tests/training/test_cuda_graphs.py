@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hetfl.config import resolve
+from hetfl.data.kinds import CLASSIFY
 from hetfl.models.state import tensors
 from hetfl.models.zoo import ZOO
 from hetfl.training import cuda_graphs
@@ -20,7 +21,7 @@ def mlp(hidden):
 def borrowed(pool, model, clients=2, round=1):
     """The steps that the pool lends, after they were given back."""
     options = resolve({"lr_milestones": [1], "lr_decay": 0.5})
-    with pool.borrow(model, [tensors(model)] * clients, options, round, 4) as steps:
+    with pool.borrow(model, [tensors(model)] * clients, options, round, 4, CLASSIFY) as steps:
         return steps
 
 
@@ -37,7 +38,10 @@ def test_steps_are_used_again_for_the_same_shape_number_and_learning_rate_alone(
 def test_two_at_a_time_get_steps_of_their_own_that_start_from_their_clients():
     pool, model = GraphPool(), mlp(5)
     state, other = tensors(model), {name: t + 1 for name, t in tensors(model).items()}
-    with pool.borrow(model, [state, state], resolve({}), 1, 4) as one, pool.borrow(model, [state, other], resolve({}), 1, 4) as two:
+    with (
+        pool.borrow(model, [state, state], resolve({}), 1, 4, CLASSIFY) as one,
+        pool.borrow(model, [state, other], resolve({}), 1, 4, CLASSIFY) as two,
+    ):
         assert one is not two
         assert all(
             torch.equal(found[n], t)
@@ -49,7 +53,7 @@ def test_two_at_a_time_get_steps_of_their_own_that_start_from_their_clients():
 def test_steps_that_failed_are_not_lent_again_and_the_pool_stays_small(monkeypatch):
     pool, model = GraphPool(), mlp(5)
     state = tensors(model)
-    with pytest.raises(RuntimeError, match="no memory"), pool.borrow(model, [state], resolve({}), 1, 4) as failed:
+    with pytest.raises(RuntimeError, match="no memory"), pool.borrow(model, [state], resolve({}), 1, 4, CLASSIFY) as failed:
         raise RuntimeError("no memory")
     assert borrowed(pool, model, clients=1) is not failed
     monkeypatch.setattr(cuda_graphs, "KEPT", 2)

@@ -6,10 +6,9 @@ import math
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from hetfl import Field, PresetPlugin, Server
-from hetfl.training.local import kl_divergence
+from hetfl.data.kinds import TaskKind
 
 LATE = 6  # the round from which `late_epochs` holds
 
@@ -113,10 +112,10 @@ class FedConvOptions(PresetPlugin):
         epochs = self.late_epochs if self.late_epochs is not None and round >= LATE else epochs
         return epochs * math.ceil(len(server.public.tune) / self.batch_size)
 
-    def loss(self, logits: Tensor, goal: Tensor) -> Tensor:
-        """The mean over a batch of the cross entropy of logits (N, classes) with labels `goal` (N,) (spec 2.5), or of
-        T^2 KL(softmax(goal / T) || softmax(logits / T)) with the teacher's logits `goal` (N, classes) (findings 6.3)."""
+    def loss(self, kind: TaskKind, logits: Tensor, goal: Tensor) -> Tensor:
+        """The mean over a batch of the loss of logits (N, …) with targets `goal` (of classes the cross entropy, spec 2.5), or of
+        T^2 times their divergence from the teacher's logits `goal` (N, …) (KL of classes at temperature T, findings 6.3)."""
         if self.objective == "ce":
-            return F.cross_entropy(logits, goal)
+            return kind.loss(logits, goal)
         t = self.temperature
-        return kl_divergence(logits, goal, t) * t * t
+        return kind.divergence(logits, goal, t) * t * t

@@ -38,7 +38,7 @@ def train_compressor(options: FedConvOptions, server: Server, filters: Filters, 
     x, held_x, (goal, held_goal) = server.public.tune.all()[0], server.public.holdout.all()[0], goals
 
     def loss(x: Tensor, goal: Tensor) -> Tensor:
-        return options.loss(server.logits(compress(), x, filters.selection.sizes), goal)
+        return options.loss(server.kind, server.logits(compress(), x, filters.selection.sizes), goal)
 
     tuned = server.tune(
         [filters.flat.requires_grad_()], lambda rows: loss(x[rows], goal[rows]), lambda: float(loss(held_x, held_goal)),
@@ -96,12 +96,13 @@ def train_dilators(options: FedConvOptions, server: Server, uploads: Sequence[Up
 
     def loss_of_one(weights: Tensor, change: State, x: Tensor, goal: Tensor) -> Tensor:
         large = dilate_model(options, server.state, dilator, change, weights)
-        return options.loss(torch.func.functional_call(model, {n: t.to(x.device) for n, t in large.items()}, (x,)), goal)
+        out = torch.func.functional_call(model, {n: t.to(x.device) for n, t in large.items()}, (x,))
+        return options.loss(server.kind, out, goal)
 
     def losses(x: Tensor, goal: Tensor) -> Tensor:
         if len(uploads) == 1:
             large = dilate_model(options, server.state, dilator, {n: t[0] for n, t in changes.items()}, flat[0])
-            return options.loss(server.logits(large, x[0]), goal[0])[None]
+            return options.loss(server.kind, server.logits(large, x[0]), goal[0])[None]
         return torch.func.vmap(loss_of_one)(flat, changes, x, goal)
 
     numbers, held_x = torch.arange(len(uploads))[:, None], held_x.expand(len(uploads), *held_x.shape)

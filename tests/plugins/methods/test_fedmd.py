@@ -32,10 +32,10 @@ def test_fedmd_consensus():
 def test_fedmd_digest_loss():
     """spec fedmd O2, O3"""
     agreed = fedmd.average_scores(SCORES)
-    assert fedmd.LOSSES["mae"](SCORES[0], agreed).item() == 0.75
-    assert fedmd.LOSSES["mse"](SCORES[0], agreed).item() == 0.75
+    assert fedmd.DISTANCES["mae"](SCORES[0], agreed).item() == 0.75
+    assert fedmd.DISTANCES["mse"](SCORES[0], agreed).item() == 0.75
     same = SCORES[0].clone().requires_grad_()
-    loss = fedmd.LOSSES["mae"](same, fedmd.average_scores([SCORES[0]] * 3))
+    loss = fedmd.DISTANCES["mae"](same, fedmd.average_scores([SCORES[0]] * 3))
     loss.backward()
     assert loss == 0
     assert same.grad.eq(0).all()
