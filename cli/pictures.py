@@ -64,21 +64,22 @@ def draw_run(folder: RunFolder) -> None:
         for name, axis in AXES.items():
             if axis in rows[-1]:
                 figure = new_figure(5.5, 3.6)
-                plot_curves(figure.subplots(), rows, title, axis)
+                plot_curves(figure.subplots(), rows, title, axis, summary["metric"])
                 save(figure, folder, name)
         figure = new_figure(5.5, 3.6)
         show_partition(figure, folder.read("run.json"))
         save(figure, folder, "partition")
 
 
-def plot_curves(axes: Axes, rows: list[dict[str, str]], title: str, x: str = ROUND) -> None:
-    """Test accuracy over column `x`, all measured after the round: the global model, each level's part of it, the control."""
+def plot_curves(axes: Axes, rows: list[dict[str, str]], title: str, x: str = ROUND, metric: str = "accuracy") -> None:
+    """The score `metric` of the test split over column `x`, all measured after the round: the global model, each level's part of
+    it, the control."""
     curves = {name: words for name in rows[0] if (words := describe_curve(name))}
     for i, (name, words) in enumerate(curves.items()):
         points = [(float(r[x]), 100 * float(r[name])) for r in rows if r.get(name)]
         marker = "o" if len(points) == 1 else ""
         axes.plot(*zip(*points, strict=True), LINES[i % len(LINES)], color=COLOURS[i % MOST_CURVES], label=words, marker=marker)
-    finish(axes, x.removesuffix(" so far"), "test accuracy, %", title, whole=x == ROUND)
+    finish(axes, x.removesuffix(" so far"), f"test {metric}, %", title, whole=x == ROUND)
     if curves:
         axes.legend()
 

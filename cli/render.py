@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hetfl.runs.cell import TrialResult
 
 
+SHOWN = ("last", "last three", "p10", "loss")  # of a score in a summary; others are its task's own
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage; nothing for None."""
     return "" if share is None else f"{100 * share:.1f}%"
@@ -104,7 +107,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     pair, size = f"{summary['extract']} x {summary['aggregate']} on {summary['dataset']}", plural(summary["clients"], "client")
     console.print()
     say(f"{pair}: {plural(summary['rounds'], 'round')}, {size}, {summary['seconds']:.1f} s", "bold")
-    print_accuracies(summary["accuracy"])
+    print_accuracies(summary["accuracy"], summary["metric"])
     if "pre-training" in summary:
         say(describe_pretraining(summary["pre-training"], summary["accuracy"].get("global@test")))
     print_levels(summary["levels"])
@@ -126,14 +129,15 @@ def describe_pretraining(before: dict[str, Any], after: dict[str, float] | None)
     return f"before round 1: global@test {before['accuracy']:.1%} after {spent}{points}"
 
 
-def print_accuracies(accuracies: dict[str, dict[str, float]]) -> None:
-    """Every accuracy of a run: last round, mean of the last three, worst decile of the clients, loss."""
+def print_accuracies(accuracies: dict[str, dict[str, float]], metric: str) -> None:
+    """Every score of a run: last round, mean of the last three, worst decile of the clients, loss and what follows from it."""
+    details = ["loss", *dict.fromkeys(k for values in accuracies.values() for k in values if k not in SHOWN)]
     rows = [
         (name, percent(values["last"]), percent(values.get("last three")), percent(values.get("p10")),
-         f"{values['loss']:.3f}" if "loss" in values else "")
+         *(f"{values[detail]:.3f}" if detail in values else "" for detail in details))
         for name, values in accuracies.items()
     ]  # fmt: skip
-    print_table(("accuracy", "last round", "mean of last 3", "worst decile", "loss"), rows, numbers=1)
+    print_table((metric, "last round", "mean of last 3", "worst decile", *details), rows, numbers=1)
 
 
 def print_levels(levels: Sequence[dict[str, Any]]) -> None:

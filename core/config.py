@@ -32,8 +32,14 @@ class DataOptions(Options):
     )
     input_column: str | None = Field(None, description="column with the inputs (found from the features if left out)")
     label_column: str | None = Field(None, description="column with the class label (found from the features if left out)")
+    task: Literal["classify", "lm", "regress", "multilabel"] | None = Field(
+        None,
+        description="to learn: a class, next tokens, numbers, any of several labels (default: by the data, docs/tasks.md)",
+    )
     mean: tuple[float, ...] = Field((), description="mean of each channel's raw values (default: the data set's)")
     std: tuple[float, ...] = Field((), description="standard deviation of each channel's raw values (default: the data set's)")
+    target_mean: tuple[float, ...] = Field((), description="regress: mean of each target (default: the train split's)")
+    target_std: tuple[float, ...] = Field((), description="regress: standard deviation of each target (default: the train split's)")
     tokens: int = Field(64, ge=2, description="text: tokens an example keeps, the start token included")
     vocab: int = Field(8192, ge=3, description="text: number of token ids that words are hashed to")
     clients: int = Field(10, ge=1, description="number of clients")

@@ -16,10 +16,16 @@ from hetfl.config import DataOptions
 from hetfl.data.cache import Stored
 from hetfl.data.catalog import DataLocation
 from hetfl.data.columns import LABELS, OWNERS, Columns, Progress, describe_tensors, first_line, format_shapes, number_values
+from hetfl.data.kinds import TaskKind, find_kind, next_tokens
 from hetfl.data.lazy import import_library, mute_output
-from hetfl.data.tokens import hash_tokens
-from hetfl.data.wide import join_scalars, list_scalars
+from hetfl.data.targets import describe_targets
+from hetfl.data.tokens import PAD, hash_tokens
+from hetfl.data.wide import is_number, join_scalars, list_scalars
 from hetfl.errors import UsageError, unknown
+
+PROMPT = "prompt"  # the column of texts that come before the inputs and are not to be learned
+
+NUMERIC = ("int", "float", "double", "halffloat", "bool")
 
 
 def decode_arrow(source: DataLocation, options: DataOptions, progress: Progress) -> Stored:
@@ -126,25 +132,39 @@ def _choose_columns(source: DataLocation, options: DataOptions, features: dict[s
             raise UsageError(f"{source.name} has {has}: name one with {flag} (columns: {', '.join(features)})")
         return asked or found[0]
 
-    inputs = [name for name, feature in features.items() if _is_image(feature) or _is_numeric(feature)]
-    others = {*LABELS, options.label_column}
-    inputs = inputs or [name for name, feature in features.items() if _is_text(feature) and name not in others]
+    possible = {n: f for n, f in features.items() if n not in {*LABELS, options.label_column, PROMPT}}
+    inputs = [name for name, feature in possible.items() if _is_image(feature) or _is_numeric(feature)]
+    inputs = inputs or [name for name, feature in possible.items() if _is_text(feature)]
+    labels, needs_none = _label_columns(features), options.task is not None and find_kind(options.task).tokens
     owners = [name for name in features if name.lower() in OWNERS]
     return Columns(
         choose("--input-column", options.input_column, known.input if known else None, "image, numeric or text input", inputs),
-        choose("--label-column", options.label_column, known.label if known else None, "label", _label_columns(features)),
+        None
+        if needs_none and not (labels or options.label_column)
+        else choose("--label-column", options.label_column, known.label if known else None, "label", labels),
         choose("--id-column", options.id_column, known.owner if known else None, "owner", owners)
         if options.partition == "natural"
         else None,
+        PROMPT if needs_none and options.input_column is None and PROMPT in features and not known else None,
     )
 
 
 def _label_columns(features: dict[str, Any]) -> list[str]:
-    """Columns that may be the label: class labels of a usual name, else all class labels, else whole numbers of a usual name."""
+    """Columns that may be the label: class labels of a usual name, else all class labels, else numbers of a usual name."""
     classes = [name for name, feature in features.items() if hasattr(feature, "int2str")]
     named = [name for name in features if name.lower() in LABELS]
-    whole = [name for name in named if str(getattr(features[name], "dtype", "")).lstrip("u").startswith("int")]
-    return [name for name in classes if name in named] or classes or whole
+    numbers = [name for name in named if is_number(features[name]) or _is_numeric(features[name])]
+    return [name for name in classes if name in named] or classes or numbers
+
+
+def _guess_kind(feature: Any) -> str:
+    """The name of the kind of task of a column of labels or targets that no option says it of."""
+    if _is_numeric(feature):
+        kind = feature
+        while hasattr(kind, "feature"):
+            kind = kind.feature
+        return "regress" if str(kind.dtype).startswith("float") else "multilabel"
+    return "regress" if is_number(feature) and str(feature.dtype).startswith(("float", "double")) else "classify"
 
 
 def _is_image(feature: Any) -> bool:
@@ -170,18 +190,36 @@ def _decode_tensors(
 ) -> Stored:
     """The columns of the Arrow tables `train` and `test` (or None) as tensors, with the facts about them."""
     tables = {"": train} | ({} if test is None else {"test.": test})
-    classes, labels = _decode_labels(source, columns.label, features[columns.label], list(tables.values()))
-    tensors = {f"{part}y": y for part, y in zip(tables, labels, strict=True)}
-    text = _is_text(features[columns.input])
-    for part, table in tables.items():
-        tensors[f"{part}x"] = (
-            hash_tokens(_read_texts(source, columns.input, table), options.tokens, options.vocab)
-            if text
-            else _decode_inputs(source, columns.input, features[columns.input], table[columns.input])
-        )
+    feature, text = features.get(columns.label or ""), _is_text(features[columns.input])
+    kind = find_kind(options.task or _guess_kind(feature))
+    x = {part: _decode_inputs(source, options, columns, features[columns.input], table, kind) for part, table in tables.items()}
+    named = feature is not None and (kind.by_class or (kind.tokens and not _is_numeric(feature)))  # else numbers, or nothing
+    classes, labels = _decode_labels(source, str(columns.label), feature, list(tables.values())) if named else ([], [])
+    tensors, facts = {f"{part}x": each for part, each in x.items()}, {"vocab": options.vocab} if text else dict[str, Any]()
+    if kind.by_class:
+        tensors |= {f"{part}y": y for part, y in zip(tables, labels, strict=True)}
+    else:
+        numbers = {part: (x[part], _decode_targets(source, columns, named, x[part], table)) for part, table in tables.items()}
+        found, known = describe_targets(kind, source.name, numbers, labels=(classes, labels[0]) if named else None)
+        tensors, facts, classes = tensors | found, known | facts, known["classes"]
+        facts |= {"outputs": facts["vocab"]} if kind.tokens else {}
     if columns.owner:
         tensors["ids"] = number_values(source, columns.owner, [train[columns.owner].to_pylist()])[1][0]
-    return describe_tensors(source, tensors, classes, columns, {"vocab": options.vocab} if text else {})
+    return describe_tensors(source, tensors, classes, columns, facts)
+
+
+def _decode_targets(source: DataLocation, columns: Columns, named: bool, x: Tensor, table: Any) -> Tensor | None:
+    """Numbers (N, …) of the label column, or the next tokens of inputs that begin with a prompt; None where there are neither."""
+    if columns.prompt:
+        prompts = hash_tokens(_read_texts(source, columns.prompt, table), x.shape[1], 3)
+        return next_tokens(x, x != PAD, (prompts != PAD).sum(1))
+    if columns.label is None or named:
+        return None
+    where = f"column '{columns.label}' of {source.name}"
+    chunks = table[columns.label].chunks
+    if not all(hasattr(chunk.type, "value_type") or str(chunk.type).lstrip("u").startswith(NUMERIC) for chunk in chunks):
+        raise UsageError(f"{where} holds no numbers")
+    return torch.cat([_decode_numbers(where, chunk) for chunk in chunks if len(chunk)])
 
 
 def _read_texts(source: DataLocation, column: str, table: Any) -> list[str]:
@@ -205,9 +243,17 @@ def _decode_labels(source: DataLocation, column: str, feature: Any, tables: list
     return names, [torch.tensor(part, dtype=torch.int64) for part in values]
 
 
-def _decode_inputs(source: DataLocation, column: str, feature: Any, chunks: Any) -> Tensor:
-    """Images as uint8 (N, C, H, W); numbers as uint8 or float32 (N, *shape), where 2-D arrays get one channel."""
-    where = f"column '{column}' of {source.name}"
+def _decode_inputs(
+    source: DataLocation, options: DataOptions, columns: Columns, feature: Any, table: Any, kind: TaskKind
+) -> Tensor:
+    """Images as uint8 (N, C, H, W); text as token ids (N, tokens); numbers as uint8 or float32 (N, *shape), where 2-D arrays get
+    one channel, or as token ids where tokens are to be learned."""
+    where, chunks = f"column '{columns.input}' of {source.name}", table[columns.input]
+    if _is_text(feature):
+        texts = _read_texts(source, columns.input, table)
+        if columns.prompt:
+            texts = [f"{a} {b}" for a, b in zip(_read_texts(source, columns.prompt, table), texts, strict=True)]
+        return hash_tokens(texts, options.tokens, options.vocab)
     if _is_image(feature):
         cast = getattr(feature, "cast_storage", lambda storage: storage)
         return decode_images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])
@@ -219,6 +265,8 @@ def _decode_inputs(source: DataLocation, column: str, feature: Any, chunks: Any)
     x = torch.cat(arrays)
     if not x.isfinite().all():
         raise UsageError(f"{where} has values that are not finite")
+    if kind.tokens and x.dim() == 2 and bool((x == x.round()).all()) and bool((x >= 0).all()):
+        return x.long()
     return x.unsqueeze(1) if x.dim() == 3 else x
 
 

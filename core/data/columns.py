@@ -28,13 +28,14 @@ class Columns(NamedTuple):
     """Names of the columns, or arrays, with the inputs, the labels and (natural partition) the owners of the examples."""
 
     input: str
-    label: str
+    label: str | None  # None: nothing but next tokens is to be learned
     owner: str | None
+    prompt: str | None = None  # of texts before the inputs, which are not to be learned
 
     def to_read(self, split: str) -> list[str]:
         """The columns to read of a split; one column may have two uses."""
         owner = [self.owner] if self.owner and split == "train" else []
-        return list(dict.fromkeys([self.input, self.label, *owner]))
+        return list(dict.fromkeys([self.input, *(name for name in (self.label, self.prompt) if name), *owner]))
 
 
 def first_line(error: Exception) -> str:
@@ -47,12 +48,12 @@ def describe_tensors(
 ) -> Stored:
     """The tensors with the facts about them: names of the classes, mean and std of each channel, columns, fingerprint.
 
-    `more` are further facts; only text has any, and text has no mean. Raises UsageError where train and test differ in shape.
+    `more` are further facts; text, whose facts have a `vocab`, has no mean. Raises UsageError where train and test differ in shape.
     """
     if "test.x" in tensors and tensors["x"].shape[1:] != tensors["test.x"].shape[1:]:
         shapes = format_shapes([tensors["x"], tensors["test.x"]])
         raise UsageError(f"train and test inputs of {source.name} differ in shape: {shapes}")
-    mean, std = ([], []) if more else channel_moments(tensors["x"])
+    mean, std = ([], []) if "vocab" in more else channel_moments(tensors["x"])
     content = digest_json([classes, digest_tensors({name: tensors[name] for name in sorted(tensors) if name != "ids"})])
     names = {"input_column": columns.input, "label_column": columns.label, "id_column": columns.owner}
     used = {option: name for option, name in names.items() if name is not None}

@@ -49,7 +49,7 @@ class Inputs:
 def default_model(inputs: Inputs) -> str:
     """The model of a run that names none, on a data set that has none of its own."""
     if inputs.vocab is not None:
-        return "encoder"
+        return "decoder" if inputs.kind.tokens else "encoder"
     if len(inputs.shape) != 3:
         return "mlp"
     return "fedconv-cnn" if inputs.shape[0] == 1 else "resnet18"

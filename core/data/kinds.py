@@ -135,6 +135,161 @@ class Classify(TaskKind):
         return f"{outputs} classes"
 
 
+class LanguageModel(TaskKind):
+    """The next token of each: y int64 (N, T), IGNORED where there is none, answers (N, T, vocab). Cross entropy and accuracy over
+    the tokens of all examples alike; perplexity."""
+
+    name, metric, head, tokens = "lm", "token accuracy", "CausalLM", True
+
+    def answer_shape(self, shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+        return (shape[0], outputs)
+
+    def losses(self, out: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORED)
+        return each.view(y.shape).sum(1) / self.units(y).clamp(min=1)
+
+    def units(self, y: Tensor) -> Tensor:
+        return (y != IGNORED).sum(-1).float()
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        return self.total_loss(out, y) / self.units(y).sum().clamp(min=1)
+
+    def weigh(self, weights: Tensor, y: Tensor) -> Tensor:
+        counts = weights * self.units(y)
+        return counts / counts.sum(1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return ((out.argmax(-1) == y) & (y != IGNORED)).sum(1).float(), self.units(y)
+
+    def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """KL at every position, predicted or not, for answers do not say which are."""
+        return kl_divergence(out.flatten(0, 1), teacher.flatten(0, 1), temperature)
+
+    def make_targets(self, shape: tuple[int, ...], outputs: int, count: int) -> Tensor:
+        return (torch.arange(count * shape[0]) % outputs).view(count, shape[0])
+
+    def read_targets(self, where: str, x: Tensor, y: Tensor | None) -> Tensor:
+        if x.dim() != 2 or x.is_floating_point():
+            raise UsageError(f"{where} cannot be of task lm: its inputs are no token ids of shape (N, tokens)")
+        if y is None:
+            return next_tokens(x, x != 0)
+        if y.shape != x.shape or not bool(((y == y.round()) & ((y >= 0) | (y == IGNORED))).all()):
+            raise UsageError(
+                f"the targets of {where} are no tokens to predict: whole numbers of the inputs' shape {tuple(x.shape)} are needed, "
+                f"{IGNORED} where none is to be predicted; or none at all, for the next tokens of the inputs"
+            )
+        return y.long()
+
+    def blind(self, outputs: int) -> tuple[float | None, float]:
+        return 1 / outputs, math.log(outputs)
+
+    def details(self, loss: float) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, 700.0))}
+
+    def describe(self, outputs: int) -> str:
+        return f"the next of {outputs:,} tokens"
+
+
+class Numbers(TaskKind):
+    """What kinds have in common whose targets are numbers: y float32 (N, outputs), answers of the same shape."""
+
+    def read_targets(self, where: str, x: Tensor, y: Tensor | None) -> Tensor:
+        if y is None or y.dim() not in (1, 2) or not bool(y.isfinite().all()):
+            raise UsageError(f"the targets of {where} must be finite numbers of shape (N,) or (N, outputs) for task {self.name}")
+        return y.float().view(len(y), -1)
+
+    def make_targets(self, shape: tuple[int, ...], outputs: int, count: int) -> Tensor:
+        return (torch.arange(count * outputs) % 2).float().view(count, outputs)
+
+
+class Regress(Numbers):
+    """Numbers, normalised by the mean and deviation of the training split's. Mean squared error; R2, the share of the training
+    split's variance that is explained: 1 minus the loss. RMSE is in standard deviations."""
+
+    name, metric, least = "regress", "R2", -math.inf
+
+    def losses(self, out: Tensor, y: Tensor) -> Tensor:
+        return (out - y).square().mean(1)
+
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - self.losses(out, y), self.units(y)
+
+    def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """The mean squared difference, whatever the temperature."""
+        return self.loss(out, teacher)
+
+    def find_scale(self, y: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mean, std = y.double().mean(0).tolist(), y.double().std(0, correction=0).tolist()
+        return tuple(float(f"{m:.6g}") for m in mean), tuple(float(f"{s:.6g}") or 1.0 for s in std)
+
+    def group(self, y: Tensor, names: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Tenths by the first target."""
+        first = y[:, 0].double().contiguous()
+        bounds = first.quantile(torch.arange(1, TENTHS, dtype=torch.float64) / TENTHS) if len(first) else first
+        return [f"tenth {i + 1}" for i in range(TENTHS)], torch.bucketize(first, bounds)
+
+    def blind(self, outputs: int) -> tuple[float | None, float]:
+        return 0.0, 1.0
+
+    def spread(self, score: float, examples: int) -> float | None:
+        return None
+
+    def details(self, loss: float) -> dict[str, float]:
+        return {"RMSE": math.sqrt(loss)}
+
+    def describe(self, outputs: int) -> str:
+        return f"{outputs} number{'s' if outputs > 1 else ''} to predict"
+
+
+class MultiLabel(Numbers):
+    """Any of several labels: y 0 or 1. Binary cross entropy, the mean over labels; F1 over the labels of all examples together,
+    which counts those that are right twice, of those that are set and those that were answered."""
+
+    name, metric = "multilabel", "micro F1"
+
+    def losses(self, out: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(out, y, reduction="none").mean(1)
+
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        answered = (out > 0).float()
+        return 2 * (answered * y).sum(1), answered.sum(1) + y.sum(1)
+
+    def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """KL of each label's two answers at temperature T, the mean over labels."""
+        goal = (teacher / temperature).sigmoid()
+        cross, own = (F.binary_cross_entropy_with_logits(z / temperature, goal, reduction="none") for z in (out, teacher))
+        return (cross - own).mean()
+
+    def read_targets(self, where: str, x: Tensor, y: Tensor | None) -> Tensor:
+        if y is None or y.dim() != 2 or not bool(((y == 0) | (y == 1)).all()):
+            raise UsageError(f"the targets of {where} must be 0 or 1 for each label, shape (N, labels), for task multilabel")
+        return y.float()
+
+    def group(self, y: Tensor, names: Sequence[str]) -> tuple[list[str], Tensor]:
+        """The first label that is set."""
+        labels = y.shape[1]
+        found = [*(names or map(str, range(labels))), "none"]
+        return found, torch.where(y.any(1), y.argmax(1), labels)
+
+    def blind(self, outputs: int) -> tuple[float | None, float]:
+        return None, math.log(2)
+
+    def spread(self, score: float, examples: int) -> float | None:
+        return None
+
+    def describe(self, outputs: int) -> str:
+        return f"{outputs} labels"
+
+
+def next_tokens(x: Tensor, real: Tensor, prompts: Tensor | None = None) -> Tensor:
+    """The targets (N, T) of token ids x: the token after each, where that is `real` and not among an example's first `prompts`."""
+    after = torch.full_like(x, IGNORED, dtype=torch.int64)
+    after[:, :-1] = torch.where(real[:, 1:], x[:, 1:].long(), IGNORED)
+    if prompts is not None:
+        after[torch.arange(x.shape[1]) + 1 < prompts[:, None]] = IGNORED
+    return after
+
+
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(softmax(teacher / T) || softmax(logits / T)) of logits and teacher (N, classes), the mean over the batch."""
     own, goal = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
@@ -143,7 +298,7 @@ def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 CLASSIFY = Classify()
 
-KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (CLASSIFY,)}
+KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (CLASSIFY, LanguageModel(), Regress(), MultiLabel())}
 
 
 def find_kind(name: str) -> TaskKind:

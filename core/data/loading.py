@@ -16,14 +16,16 @@ from hetfl.data.catalog import PICTURES, DataLocation, DatasetInfo, find_dataset
 from hetfl.data.columns import Progress
 from hetfl.data.dataset import ClientData, Examples, FederatedDataset, ServerData
 from hetfl.data.inputs import Inputs, default_model
+from hetfl.data.kinds import CLASSIFY, TaskKind, find_kind
 from hetfl.data.npz import decode_npz
 from hetfl.data.partition import Split, split_rows
 from hetfl.data.pictures import decode_pictures
+from hetfl.data.targets import group_of, scale_targets
 from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError
 
 # Options that do not change who holds which rows.
-NOT_OF_THE_PARTITION = {"dataset", "input_column", "label_column", "mean", "std", "tokens", "vocab"}
+NOT_OF_THE_PARTITION = {"dataset", "input_column", "label_column", "mean", "std", "target_mean", "target_std", "tokens", "vocab"}
 
 
 def ignore_progress(message: str) -> None:
@@ -39,7 +41,7 @@ def load(options: DataOptions, progress: Progress = ignore_progress) -> Federate
     source = find_dataset(options.dataset)
     natural = options.partition == "natural"
     columns = [options.input_column, options.label_column, options.id_column if natural else None, natural]
-    key = [source.identity, columns, options.tokens, options.vocab]
+    key = [source.identity, columns, options.tokens, options.vocab, options.task]
     keep = load_or_make if source.decode is None else uncached
     tensors, facts = keep("data", key, partial(source.decode or partial(_decode, source), options, progress))
     how = options.model_dump(include=set(DataOptions.model_fields) - NOT_OF_THE_PARTITION)
@@ -62,7 +64,7 @@ def _decode(source: DataLocation, options: DataOptions, progress: Progress) -> S
 def _partition_rows(options: DataOptions, tensors: dict[str, Tensor], progress: Progress) -> Stored:
     """The rows (int64, ascending) of every part of the Split: tune, holdout, test, train.0, own.0, train.1, …"""
     progress(f"partitioning {len(tensors['y']):,} examples ({options.partition})")
-    return _name_rows(split_rows(options, tensors["y"], tensors.get("test.y"), tensors.get("ids"))), {}
+    return _name_rows(split_rows(options, group_of(tensors), tensors.get("test.y"), tensors.get("ids"))), {}
 
 
 def _name_rows(split: Split) -> dict[str, Tensor]:
@@ -82,13 +84,17 @@ def _build_dataset(
     has_test, classes = "test.y" in tensors, len(facts["classes"])
     used = [*split.train, *split.own, split.tune, split.holdout, *([] if has_test else [split.test])]
     found = facts["columns"] | _choose_normalization(options, source.known, tensors["x"], facts)
+    kind = find_kind(facts.get("task", CLASSIFY.name))
+    if options.task not in (None, kind.name):
+        raise UsageError(f"the examples of {source.name} have classes and nothing else, so --task {options.task} is not possible")
+    found |= {"task": kind.name, **_choose_scale(options, kind, tensors["y"])}
     pick = _make_picker(tensors["x"], tensors["y"], used, found)
     pick_test = _make_picker(tensors["test.x"], tensors["test.y"], [split.test], found) if has_test else pick
     examples = len(tensors["y"]) - (0 if has_test else len(split.test))
     held = sum(map(len, [*split.train, *split.own, split.tune, split.holdout]))
-    counts = torch.stack([tensors["y"][rows].bincount(minlength=classes) for rows in split.train])
+    counts = torch.stack([group_of(tensors)[rows].bincount(minlength=classes) for rows in split.train])
     clients = [ClientData(pick(train), pick(own), n) for train, own, n in zip(split.train, split.own, counts, strict=True)]
-    inputs = Inputs(tuple(tensors["x"].shape[1:]), classes, facts.get("vocab"))
+    inputs = Inputs(tuple(tensors["x"].shape[1:]), facts.get("outputs", classes), facts.get("vocab"), kind)
     return FederatedDataset(
         dataset=source.name,
         classes=tuple(facts["classes"]),
@@ -107,16 +113,30 @@ def _build_dataset(
 def _choose_model(known: DatasetInfo | None, inputs: Inputs) -> str:
     """The model of a known data set where the inputs have as many dims as its own, else the default for such inputs."""
     alike = known is not None and (inputs.vocab is not None if known.text else len(inputs.shape) == len(known.shape))
-    return known.model if known and alike else default_model(inputs)
+    return known.model if known and alike and known.task == inputs.kind.name else default_model(inputs)
 
 
 def _make_picker(x: Tensor, y: Tensor, used: list[Tensor], found: dict[str, Any]) -> Callable[[Tensor], Examples]:
-    """A function from rows of x (N, *shape) and y (N,) to these Examples; of x and y only the rows `used` stay in memory."""
+    """A function from rows of x (N, *shape) and y (N, …) to these Examples; of x and y only the rows `used` stay in memory."""
     rows = torch.unique(torch.cat(used))
     if len(rows) < len(y):
         x, y = x[rows], y[rows]
     x = x.long() if "vocab" in found else _normalize(x, found["mean"], found["std"])
-    return lambda index: Examples(x, y, torch.searchsorted(rows, index))
+    if "target_mean" in found:
+        y = scale_targets(y, found["target_mean"], found["target_std"])
+    kind = find_kind(found["task"])
+    return lambda index: Examples(x, y, torch.searchsorted(rows, index), kind)
+
+
+def _choose_scale(options: DataOptions, kind: TaskKind, y: Tensor) -> dict[str, tuple[float, ...]]:
+    """Mean and std of each target, where its kind is normalised: as given, else the train split's own. Raises UsageError."""
+    mean, std = kind.find_scale(y)
+    for name, given in (("target-mean", options.target_mean), ("target-std", options.target_std)):
+        if given and len(given) != len(mean):
+            raise UsageError(f"--{name} has {len(given)} values, but task {kind.name} has {len(mean)} targets to normalise here")
+    if not all(s > 0 for s in options.target_std):
+        raise UsageError("--target-std must be above 0 for every target")
+    return {"target_mean": options.target_mean or mean, "target_std": options.target_std or std} if mean else {}
 
 
 def _choose_normalization(options: DataOptions, known: DatasetInfo | None, x: Tensor, facts: dict[str, Any]) -> dict[str, Any]:

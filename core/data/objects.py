@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from hetfl.data import arrow, catalog
 from hetfl.data.cache import Stored
 from hetfl.data.catalog import GIVEN, DataLocation
 from hetfl.data.columns import channel_moments, number_values
+from hetfl.data.kinds import find_kind
 from hetfl.data.lazy import import_library
+from hetfl.data.targets import describe_targets, guess_kind
 from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError, unknown
 
@@ -25,10 +28,10 @@ FORMS = 'a torch Dataset, a pair (x, y), a datasets.Dataset, or {"train": …, "
 
 
 class Split(NamedTuple):
-    """Inputs x (N, …) before normalisation, labels as they stand, and the classes' names where they are known."""
+    """Inputs x (N, …) before normalisation, labels as they stand or targets (N, …), and the classes' names where they are known."""
 
     x: Tensor
-    labels: list[Any]
+    labels: list[Any] | Tensor
     classes: list[str] | None
 
 
@@ -48,7 +51,8 @@ def add_local(data: Any) -> str:
     if any(hasattr(part, "select_columns") for part in parts.values()):
         return _add(kind, _tables(parts))
     splits = {split: _split(split, part) for split, part in parts.items()}
-    return _add(kind, _describe_splits(kind, splits, None if names is None else [str(name) for name in names]))
+    names = None if names is None else [str(name) for name in names]
+    return _add(kind, _describe_splits(kind, splits, names, None), partial(_describe_splits, kind, splits, names))
 
 
 def remove_local(name: str) -> None:
@@ -56,8 +60,8 @@ def remove_local(name: str) -> None:
     catalog.LOCAL.pop(name, None)
 
 
-def _add(kind: str, found: Stored | dict[str, Any]) -> str:
-    """Enters decoded tensors, or the splits of a datasets.DatasetDict, into the catalog."""
+def _add(kind: str, found: Stored | dict[str, Any], again: Callable[[str], Stored] | None = None) -> str:
+    """Enters decoded tensors, which `again` makes for another task, or the splits of a datasets.DatasetDict, into the catalog."""
     if isinstance(found, dict):
         content = hashlib.sha256("/".join(f"{split}:{part._fingerprint}" for split, part in found.items()).encode()).hexdigest()
         name = f"{GIVEN}{kind}-{content[:8]}"
@@ -67,7 +71,9 @@ def _add(kind: str, found: Stored | dict[str, Any]) -> str:
         )
     else:
         name = f"{GIVEN}{kind}-{found[1]['fingerprint'][:8]}"
-        where = DataLocation(name, found[1]["fingerprint"], decode=lambda options, progress: _check_options(name, found, options))
+        where = DataLocation(
+            name, found[1]["fingerprint"], decode=lambda options, progress: _check_options(name, found, options, again)
+        )
     return catalog.LOCAL.setdefault(name, where).name
 
 
@@ -81,14 +87,14 @@ def _tables(parts: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _check_options(name: str, found: Stored, options: DataOptions) -> Stored:
-    """Tensors need no columns, and have none that says whose an example is."""
+def _check_options(name: str, found: Stored, options: DataOptions, again: Callable[[str], Stored] | None) -> Stored:
+    """Tensors need no columns, and have none that says whose an example is; they are what --task says, where that is given."""
     if options.partition == "natural":
         raise UsageError(
             f"the data '{name}' do not say whose each example is, as --partition natural needs: "
             "give a datasets.Dataset with an --id-column"
         )
-    return found
+    return again(options.task) if options.task not in (None, found[1]["task"]) and again else found
 
 
 def _split(split: str, part: Any) -> Split:
@@ -102,7 +108,7 @@ def _split(split: str, part: Any) -> Split:
     if not isinstance(part, tuple):
         part = _stack_examples(split, part)
     if len(part) != 2:
-        raise UsageError(f"the {split} data are {len(part)} parts: a pair (x, y) of inputs and labels is needed")
+        raise UsageError(f"the {split} data are {len(part)} parts: a pair (x, y) of inputs and labels, or targets, is needed")
     x, labels = _inputs(split, part[0]), _labels(split, part[1])
     if len(x) != len(labels) or not len(x):
         raise UsageError(f"the {split} data have {len(x)} inputs and {len(labels)} labels: one label for each input is needed")
@@ -154,44 +160,71 @@ def _inputs(split: str, x: Any) -> Tensor:
     return tensor.contiguous()
 
 
-def _tensor(split: str, x: Any) -> Tensor:
+def _tensor(split: str, x: Any, what: str = "inputs") -> Tensor:
     try:
         tensor = x if isinstance(x, Tensor) else torch.from_numpy(import_library("numpy").array(x))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"the {split} inputs are no numbers of one shape: {' '.join(str(error).split())[:120]}") from error
+        raise UsageError(f"the {split} {what} are no numbers of one shape: {' '.join(str(error).split())[:120]}") from error
     if tensor.is_complex():
         raise UsageError(f"the {split} inputs are complex numbers; give their parts as channels")
     return tensor.detach().cpu()
 
 
-def _labels(split: str, y: Any) -> list[Any]:
-    """Class numbers or names, one for each example."""
+def _labels(split: str, y: Any) -> list[Any] | Tensor:
+    """Class numbers or names, one for each example; or, where they are none, numbers (N, …)."""
+    if isinstance(y, list) and y and (isinstance(y[0], float) or hasattr(y[0], "ndim")):
+        y = torch.stack([torch.as_tensor(each) for each in y])
+    if getattr(y, "ndim", 1) > 1 or str(getattr(y, "dtype", "")).replace("torch.", "").startswith(("float", "bfloat")):
+        return _tensor(split, y, "targets")
     values = y.tolist() if hasattr(y, "tolist") else list(y)
     if not all(isinstance(value, int | str) for value in values):
         raise UsageError(f"the {split} labels must be whole numbers or names of classes, one for each example: shape (N,)")
     return values
 
 
-def _describe_splits(kind: str, splits: Mapping[str, Split], names: list[str] | None) -> Stored:
-    """The tensors of the splits and the facts about them, as those of a data set from files."""
+def _describe_splits(kind: str, splits: Mapping[str, Split], names: list[str] | None, task: str | None) -> Stored:
+    """The tensors of the splits and the facts about them, as those of a data set from files; `task` is guessed where it is None."""
     test = next((splits[split] for split in ("test", "validation") if split in splits), None)
     parts = {"": splits["train"]} | ({} if test is None else {"test.": test})
     if len(shapes := {tuple(part.x.shape[1:]): split for split, part in splits.items()}) > 1:
         raise UsageError(f"the splits' inputs differ in shape: {' and '.join(map(str, shapes))}")
-    classes, labels = _numbers(kind, [part.labels for part in parts.values()], names or splits["train"].classes)
     tensors = {f"{prefix}x": part.x for prefix, part in parts.items()}
-    tensors |= {f"{prefix}y": y for prefix, y in zip(parts, labels, strict=True)}
-    facts: dict[str, Any] = {
-        "classes": classes,
+    found, known = _describe_labels(kind, parts, names or splits["train"].classes, task)
+    tensors, classes = tensors | found, known["classes"]
+    facts: dict[str, Any] = known | {
         "mean": [],
         "std": [],
         "columns": {},
         "fingerprint": digest_json([classes, digest_tensors(tensors)]),
     }
     if splits["train"].x.dtype == torch.int64:
-        return tensors, facts | {"vocab": max(3, *(int(part.x.max()) + 1 for part in parts.values()))}
+        return tensors, {"vocab": max(3, *(int(part.x.max()) + 1 for part in parts.values()))} | facts
     mean, std = channel_moments(splits["train"].x)
     return tensors, facts | {"mean": mean, "std": std}
+
+
+def _describe_labels(kind: str, parts: Mapping[str, Split], names: list[str] | None, task: str | None) -> Stored:
+    """The targets y, test.y as those of their kind of task, and the facts about them."""
+    first = parts[""]
+    goal = find_kind(task or ("classify" if isinstance(first.labels, list) else guess_kind(first.x, first.labels)))
+    listed = [list(part.labels) for part in parts.values() if isinstance(part.labels, list)]
+    if goal.tokens and listed:  # sentences with classes, which are no targets
+        classes, groups = _numbers(kind, listed, names)
+        return describe_targets(goal, f"the {kind}", {p: (part.x, None) for p, part in parts.items()}, (), (classes, groups[0]))
+    if not goal.by_class:
+        numbers = {prefix: (part.x, _as_numbers(part.labels, goal.name)) for prefix, part in parts.items()}
+        return describe_targets(goal, f"the {kind}", numbers, names or ())
+    if len(listed) < len(parts):
+        raise UsageError(f"the {kind} has no class labels: whole numbers or names of shape (N,), as task {goal.name} needs")
+    classes, labels = _numbers(kind, listed, names)
+    return {f"{prefix}y": y for prefix, y in zip(parts, labels, strict=True)}, {"classes": classes, "task": goal.name}
+
+
+def _as_numbers(labels: list[Any] | Tensor, task: str) -> Tensor:
+    """Targets (N, …), of whole numbers too. Raises UsageError for names."""
+    if isinstance(labels, list) and not all(isinstance(label, int) for label in labels):
+        raise UsageError(f"labels that are names cannot be learned as task {task}: numbers are needed")
+    return torch.tensor(labels) if isinstance(labels, list) else labels
 
 
 def _numbers(kind: str, labels: list[list[Any]], names: list[str] | None) -> tuple[list[str], list[Tensor]]:

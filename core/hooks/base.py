@@ -48,11 +48,14 @@ class Plugin(BaseModel):
     votes for its old value ("all"). `trains_global`: whether its rounds make a global model; where they do not, accuracies
     of the global model are not applicable. `expected_failures`: checks of `hfl check` that the plugin
     cannot pass, each with the reason. `uniform`: a selection that gives every client the same chance.
+    `tasks`: the kinds of task (--task) that the plugin is for, all where there is none; `tasks_why` it is for no other.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     mean: ClassVar[Literal["covering", "all"] | None] = None
     uniform: ClassVar[bool] = False
+    tasks: ClassVar[Collection[str]] = ()
+    tasks_why: ClassVar[str] = ""
     trains_global: ClassVar[bool] = True
     extras_down: ClassVar[dict[str, ExtraSpec]] = {}
     extras_up: ClassVar[dict[str, ExtraSpec]] = {}

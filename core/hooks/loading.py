@@ -100,6 +100,15 @@ def refuse_own_models(made: Mapping[str, Plugin], entries: Sequence[Entry]) -> N
         )
 
 
+def refuse_task(plugins: Mapping[str, Plugin], task: str) -> None:
+    """Raises NotApplicable where one of `plugins`, by "role.name", is not for tasks of this kind."""
+    for key, plugin in plugins.items():
+        if plugin.tasks and task not in plugin.tasks:
+            role, _, name = key.partition(".")
+            meant = " or ".join(plugin.tasks)
+            raise NotApplicable(f"not applicable: {role} '{name}' is for --task {meant}, and this is {task}: {plugin.tasks_why}")
+
+
 def roles_of(kind: type[Plugin]) -> list[str]:
     """The roles whose own hooks a class implements; none for one that only goes around others, as a wrap does."""
     return [role for role, hooks in ROLE_HOOKS.items() if any(hasattr(getattr(kind, hook, None), "hetfl_impl") for hook in hooks)]

@@ -1,4 +1,4 @@
-"""Networks for token ids (N, length) and sensor windows (N, 1, steps, sensors): encoder, LSTM, 1-D CNN."""
+"""Networks for token ids (N, length) and sensor windows (N, 1, steps, sensors): encoder, decoder, LSTM, 1-D CNN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetfl.models.convnets import Shape, sides
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, L, width); `mask` (bool, (N, 1, 1, L)) is False at padding."""
+    """Multi-head self-attention over (N, L, width); `mask` (bool, (…, L, L)) is False where a position does not see another."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -68,6 +68,46 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         out: Tensor = self.head(self.drop(torch.tanh(self.dense(self.drop(x[:, 0])))))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and GELU network, each after a norm (pre-LN)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.drop(self.attention(self.norm1(x), mask))
+        out: Tensor = x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+        return out
+
+
+class Decoder(nn.Module):
+    """GPT-2-style language model of token ids (N, length): learned positions, pre-LN layers, GELU; logits (N, length, classes)
+    of the token after each, of which it sees none. Padding comes last, so nothing that is to be predicted sees it."""
+
+    def __init__(
+        self, classes: int, vocab: int, length: int, width: int = 64, layers: int = 2, heads: int = 4, hidden: int = 0,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.tokens, self.places, self.drop = nn.Embedding(vocab, width), nn.Embedding(length, width), nn.Dropout(dropout)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, hidden or 4 * width, dropout) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.apply(init_as_roberta)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        position = torch.arange(ids.shape[1], device=ids.device)
+        x, mask = self.drop(self.tokens(ids) + self.places(position)), position[:, None] >= position
+        for layer in self.layers:
+            x = layer(x, mask)
+        out: Tensor = self.head(self.norm(x))
         return out
 
 

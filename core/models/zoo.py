@@ -8,7 +8,7 @@ from torch import nn
 
 from hetfl.models.convnets import CNN, MLP, FedAvgCNN, FedConvCNN, FedConvHAR
 from hetfl.models.deep_convnets import GoogLeNet, MobileNetV2, PreResNet, ResNet
-from hetfl.models.sequences import LSTM, CNN1d, Encoder
+from hetfl.models.sequences import LSTM, CNN1d, Decoder, Encoder
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -21,6 +21,7 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "googlenet": GoogLeNet,
     "mobilenetv2": MobileNetV2,
     "encoder": Encoder,
+    "decoder": Decoder,
     "lstm": LSTM,
     "cnn1d": CNN1d,
 }

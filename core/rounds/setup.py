@@ -58,6 +58,7 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
     callback.phase(0, "data")
     device.prepare_device(options)
     federation = data.load(options).on(options.device)
+    loading.refuse_task(plugins.plugins, federation.kind.name)
     options = resolve_options(options, federation, plugins)
     callback.phase(0, "model")
     model, widths = trace_model(options, federation, plugins)

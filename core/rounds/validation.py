@@ -79,7 +79,7 @@ class ReplyValidator:
         if fault is None:
             back = assignment.up.difference(self.at_home)
             expected = {name: t for name, t in assignment.state.items() if name in back}
-            fault = number_fault(reply) or reply_fault(reply, expected, self.plugins.extras_up)
+            fault = number_fault(reply, self.server.kind.least) or reply_fault(reply, expected, self.plugins.extras_up)
         if fault is not None:
             return CheckedReply(assignment, Reply({}, 0), fault)
         reply = undo_rounding(reply, assignment)
@@ -120,24 +120,24 @@ class ReplyValidator:
         return assignment, None
 
 
-def number_fault(reply: Reply) -> str | None:
-    """What cannot be about the numbers of a reply, or None."""
+def number_fault(reply: Reply, least: float = 0.0) -> str | None:
+    """What cannot be about the numbers of a reply, whose score is at least `least`, or None."""
     if not isinstance(reply.examples, int) or not 0 <= reply.examples <= MOST_EXAMPLES:
         return f"it says that it has {reply.examples} examples"
-    odd = [n for n, v in reply.metrics.items() if not is_metric(n, v)]
+    odd = [n for n, v in reply.metrics.items() if not is_metric(n, v, least)]
     if odd or len(reply.metrics) > MOST_METRICS:
         return f"its metrics cannot be taken in ({', '.join(map(str, odd[:3])) or f'{len(reply.metrics)} of them'})"
     return None
 
 
-def is_metric(name: Any, value: Any) -> bool:
-    """Whether a client may say this of itself: a number under a name of its own, accuracies in [0, 1], seconds that can be."""
+def is_metric(name: Any, value: Any, least: float = 0.0) -> bool:
+    """Whether a client may say this of itself: a number under a name of its own, scores in [least, 1], seconds that can be."""
     if not isinstance(name, str) or name in RESERVED or len(name) > LONGEST_LINE or not isinstance(value, int | float):
         return False
     if isinstance(value, int) and abs(value) > MOST_NUMBER:
         return False
     if name == OWN_ACCURACY:
-        return 0 <= value <= 1
+        return least <= value <= 1
     return name != SECONDS or 0 <= value < MOST_SECONDS
 
 

@@ -24,14 +24,15 @@ def describe_setup(setup: Setup) -> list[str]:
     """The run's model, inputs, examples, and who holds them, in a line each."""
     federation, widths, model = setup.federation, setup.builder.widths, setup.builder.model
     sizes, public = [len(client.train) for client in federation.clients], federation.public
-    classes = (federation.class_counts > 0).sum(1).tolist()
+    classes, kind = (federation.class_counts > 0).sum(1).tolist(), federation.kind
+    groups = "classes" if kind.by_class else f"of {len(federation.classes)} groups"
     server = f", {len(public.tune)} + {len(public.holdout)} with the server (to tune on, held out)" if public else ""
     return [
         f"model: {setup.options.model}, {count_parameters(model):,} parameters, {widths.elastic():.1%} of its entries can be cut",
         *describe_adapters(setup.options.adapter, setup.builder),
-        f"inputs: {describe_inputs(federation.inputs)}; {len(federation.classes)} classes",
+        f"inputs: {describe_inputs(federation.inputs)}; {kind.describe(federation.inputs.classes)}",
         f"examples: {sum(sizes):,} to train on with {len(sizes)} clients{server}, {len(federation.test):,} to test on",
-        f"who holds what: {span(sizes)} examples of {span(classes)} classes a client ({setup.options.partition}; partition.csv)",
+        f"who holds what: {span(sizes)} examples of {span(classes)} {groups} a client ({setup.options.partition}; partition.csv)",
     ]
 
 
@@ -75,10 +76,10 @@ def odd_data(federation: FederatedDataset) -> Iterator[str]:
             f"the inputs are read as {shape[0]} channels of {shape[1]}x{shape[2]}: where they are {shape[0]}x{shape[1]} pictures, "
             "channels last, give them as (N, channels, height, width), such as x.transpose(0, 3, 1, 2)"
         )
-    if len(federation.classes) < 2:
+    if federation.kind.by_class and len(federation.classes) < 2:
         yield f"the data have one class, '{federation.classes[0]}': every answer is right, and accuracy says nothing"
     empty = [name for name, count in zip(federation.classes, federation.class_counts.sum(0).tolist(), strict=True) if not count]
-    if empty and len(federation.classes) > 1:
+    if empty and federation.kind.by_class and len(federation.classes) > 1:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         yield f"{len(empty)} of the {len(federation.classes)} classes ({shown}) have no training example with any client"
     whole = federation.unused + sum(len(c.train) + len(c.test) for c in federation.clients)

@@ -65,6 +65,8 @@ class Consensus(Plugin):
     nothing here, only its sizes and masks do.
     """
 
+    tasks = ("classify", "regress", "multilabel")
+    tasks_why = "scores of every token of the public examples would be many times the model"
     extras_down: ClassVar[dict[str, ExtraSpec]] = {
         "rows": ExtraSpec(MOST, torch.int64), "aligned": ExtraSpec(MOST, torch.int64), "consensus": ExtraSpec(MOST)
     }  # fmt: skip

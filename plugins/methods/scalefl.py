@@ -26,6 +26,9 @@ class ScaleFL(Plugin):
     A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
     """
 
+    tasks = ("classify", "regress", "multilabel")
+    tasks_why = "an exit answers for the mean over an example's positions, not for each token"
+
     exits: int = Field(4, ge=1, description="exits of the whole model, its own last one included")
     convs: int = Field(3, ge=0, description="3x3 convolutions in the head of an exit, where features are images")
     distill: float = Field(0.1, ge=0, description="weight of the early exits' divergence from the deepest (beta, gamma)")

@@ -15,6 +15,8 @@ from hetfl import ExtraSpec, Field, Plugin, Reply, Server, Task, Update, hookimp
 class MaskLoss(Plugin):
     """In training, the logits of classes that a client does not hold are 0; their rows of the head are merged without it."""
 
+    tasks = ("classify",)
+    tasks_why = "clients lack no classes where an example has not one of them"
     extras_up: ClassVar[dict[str, ExtraSpec]] = {"labels": ExtraSpec(1 << 20, torch.bool, 1)}
 
     head_rows: bool = Field(True, description="merge a class's row of the head only over the clients that hold the class")

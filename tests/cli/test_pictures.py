@@ -33,7 +33,7 @@ def test_a_run_with_a_fleet_is_drawn_over_simulated_time_and_energy(tmp_path, mo
     clock = [{"simulated seconds so far": 0.25 * n, "joules so far": 3 * n} for n in (1, 2)]
     for fleet in (False, True):
         folder = RunFolder(tmp_path / str(fleet)).open()
-        folder.json("summary.json", {"extract": "a", "aggregate": "b", "dataset": "c", "clients": 2})
+        folder.json("summary.json", {"extract": "a", "aggregate": "b", "dataset": "c", "clients": 2, "metric": "accuracy"})
         folder.json("run.json", {})
         folder.table("metrics.csv", [{"round": n, "global@test": n / 4, **(clock[n - 1] if fleet else {})} for n in (1, 2)])
         drawn.clear()

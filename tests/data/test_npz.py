@@ -47,7 +47,7 @@ def test_npz_of_the_papers_shapes(tmp_path, name, shape, classes, model):
         ({"x": np.zeros((4, 3)), "y": np.arange(3)}, r"^the arrays of d must have one row for each example, but hold x 4, y 3$"),
         ({"x": np.zeros(4), "y": np.arange(4)}, r"^array 'x' of d holds no inputs"),
         ({"x": np.full((4, 3), np.nan), "y": np.arange(4)}, r"^array 'x' of d has values that are not finite$"),
-        ({"x": np.zeros((4, 3)), "y": np.zeros(4)}, r"^array 'y' of d holds no class labels"),
+        ({"x": np.zeros((4, 3)), "y": np.array([1j] * 4)}, r"^array 'y' of d holds no class labels"),
         ({"x": np.zeros((4, 3)), "y": np.array([None] * 4)}, r"train.npz' cannot be read as npz"),
     ],
 )

@@ -86,4 +86,10 @@ def test_ag_news_is_hashed(tmp_path):
     assert x.dtype == torch.int64
     assert bool((x[:, 0] == 1).all())
     assert int(x.max()) < 1000
-    assert federation.preprocessing == {"input_column": "text", "label_column": "label", "tokens": 32, "vocab": 1000}
+    assert federation.preprocessing == {
+        "input_column": "text",
+        "label_column": "label",
+        "task": "classify",
+        "tokens": 32,
+        "vocab": 1000,
+    }
