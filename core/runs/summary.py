@@ -92,7 +92,8 @@ def summarise(experiment: Experiment, seconds: float) -> dict[str, Any]:
     return {
         "extract": experiment.options.extract, "aggregate": experiment.options.aggregate,
         "dataset": experiment.federation.dataset, "metric": kind.metric, "rounds": history.rounds,
-        "clients": len(experiment.federation.clients), "accuracy": accuracies, **pretraining_facts(experiment), "levels": level_costs(history), "seconds": seconds,
+        "clients": len(experiment.federation.clients), "accuracy": accuracies,
+        **pretraining_facts(experiment), "levels": level_costs(history), "seconds": seconds,
         **({} if trains_global else {NOT_APPLICABLE: WITHOUT_GLOBAL}),
         "seconds by phase": {**experiment.seconds, **server},
         "client seconds": sums[CLIENT_SECONDS],

@@ -43,6 +43,8 @@ class Prototypes(Plugin):
     """
 
     trains_global: ClassVar[bool] = False
+    tasks = ("classify",)
+    tasks_why = "a prototype is the mean of the features of a class"
     extras_down: ClassVar[dict[str, ExtraSpec]] = {
         "prototypes": ExtraSpec(MOST, ndim=2), "known": ExtraSpec(MOST, torch.bool, 1)
     }  # fmt: skip

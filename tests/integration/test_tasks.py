@@ -60,7 +60,7 @@ def test_a_score_below_zero_is_taken_for_what_it_is():
 
 @pytest.mark.parametrize(
     "chosen",
-    [{"wrap": "maskloss"}, {"extract": "scalefl"}, {"extract": "fedmd", "aggregate": "fedmd"}],
+    [{"wrap": "maskloss"}, {"extract": "scalefl"}, {"extract": "fedmd", "aggregate": "fedmd"}, {"aggregate": "fedproto"}],
     ids=lambda c: [*c.values()][-1],
 )
 def test_what_makes_no_sense_for_tokens_says_so(chosen):
