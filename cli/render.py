@@ -178,6 +178,7 @@ def print_plugin(entry: Entry, plugin: type[Plugin]) -> None:
             (entry.public, "needs server data"),
             (entry.memory, "clients keep state"),
             (entry.adapter, "for adapters"),
+            (entry.blocks, "for models with residual blocks"),
         )
         if flag
     ]

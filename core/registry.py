@@ -30,8 +30,8 @@ class Entry:
     """One plugin in one role, as known without importing it.
 
     `source` is "built-in", the distribution that brings it ("name version"), the module of a `module:Class`, or "this process" for
-    what was handed in as `local`, a class or a configured object. `adapter`: it is for models with adapters. `oracle`: the
-    repository's test that holds it to its paper.
+    what was handed in as `local`, a class or a configured object. `adapter`, `blocks`: it is for models with adapters, or with
+    residual blocks. `oracle`: the repository's test that holds it to its paper.
     """
 
     role: str
@@ -45,6 +45,7 @@ class Entry:
     public: bool = False
     memory: bool = False
     adapter: bool = False
+    blocks: bool = False
     control: bool = False
     oracle: str = ""
     local: Any = None
@@ -53,6 +54,11 @@ class Entry:
     def key(self) -> str:
         """`role.name`, under which a run has the plugin."""
         return f"{self.role}.{self.name}"
+
+    @property
+    def any_model(self) -> bool:
+        """Whether it is for models of every kind."""
+        return not (self.adapter or self.blocks)
 
     @property
     def grants(self) -> set[str]:

@@ -14,11 +14,14 @@ BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "fedd
 
 ADAPTERS = ("loraranks", "flexlora", "hetlora", "fedsa", "ffa")
 
+DEPTH = ("depthfl", "fedra", "inclusivefl", "nefl")
+
 PAGES = {
     "cluster": "dac",
     **dict.fromkeys(BASELINES, "baselines"),
     **dict.fromkeys(ADAPTERS, "adapters"),
     **dict.fromkeys(("fedproto", "fedtgp"), "prototypes"),
+    **dict.fromkeys(DEPTH, "depth"),
 }  # names without a page of their own
 
 COLUMNS = ("name", "what it does", "paper", "natural aggregation", "granularity", "needs public data", "client memory", "tier")

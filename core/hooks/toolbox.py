@@ -25,6 +25,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "submodel.blocks": (("take",), "a block of a tensor by positions"),
     "submodel.encoding": (("pack_bits", "unpack_bits"), "masks as one bit an entry"),
     "submodel.ranks": (("find_rank_groups",), "the width groups that are ranks of adapters"),
+    "submodel.tracing.residual": (("find_blocks",), "the residual blocks of a model"),
     "submodel.units": (
         ("Gate", "apply_gates", "find_gates", "locate_gates", "mean_powers", "select_largest", "select_units", "sum_powers"),
         "importance of the units of width groups, and gates on them",

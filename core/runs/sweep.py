@@ -34,8 +34,8 @@ def cross_plugins(extract: Sequence[str], aggregate: Sequence[str], controls: bo
     Strategies for adapters are not among all: they are named.
     """
     known = registry.entries("extract")
-    names = [e.name for e in known if not (e.control or e.adapter)] if list(extract) == ["all"] else list(extract)
-    partners = [e.name for e in registry.entries("aggregate") if not e.adapter] if list(aggregate) == ["all"] else list(aggregate)
+    names = [e.name for e in known if e.any_model and not e.control] if list(extract) == ["all"] else list(extract)
+    partners = [e.name for e in registry.entries("aggregate") if e.any_model] if list(aggregate) == ["all"] else list(aggregate)
     for partner in partners:
         if partner != "natural":
             registry.find("aggregate", partner)

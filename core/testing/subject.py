@@ -32,6 +32,8 @@ SMALL = {
     "model": "mlp", "model_args": {"hidden": [8, 6]}, "levels": "1,0.5,0.25", "control": False, "vmap": "off",
 }  # fmt: skip
 
+RESIDUAL = {"model": "preresnet18", "model_args": {"widths": [4], "blocks": [3]}}
+
 WIDTHS = (1.0, 0.5, 0.25)
 
 Oracle = Callable[[], None] | str  # a function that raises AssertionError, or a file of tests
@@ -76,6 +78,8 @@ class Subject:
         partner = "heterofl"
         if isinstance(self.plugin, str) and self.entry.adapter:
             small, partner = {**small, "adapter": "lora:rank=8"}, "loraranks"
+        if isinstance(self.plugin, str) and self.entry.blocks:
+            small, partner = {**small, **RESIDUAL}, "inclusivefl"
         given = {"extract": partner, **merge_options(merge_options(small, self.options), values), **chosen}
         return resolve({name: value for name, value in self._given.names(given).items() if value is not None})
 

@@ -12,10 +12,10 @@ from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
 from hetfl.runs.folder import RunFolder
 
-EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract" and not e.adapter]
+EXTRACTIONS = [e.name for e in registry.builtins() if e.role == "extract" and e.any_model]
 
 
-AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate" and not e.adapter]
+AGGREGATIONS = [e.name for e in registry.builtins() if e.role == "aggregate" and e.any_model]
 
 
 SMALL = {"limit": 300, "clients": 4, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "partition": "iid"}

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 CLOSE = 1e-4
 
-PAIRS = [(e.name, e.aggregate) for e in registry.builtins() if e.role == "extract" and not e.adapter]
+PAIRS = [(e.name, e.aggregate) for e in registry.builtins() if e.role == "extract" and e.any_model]
 
-PAIRS += [("heterofl", e.name) for e in registry.builtins() if e.role == "aggregate" and not e.adapter and e.name != "overlap"]
+PAIRS += [("heterofl", e.name) for e in registry.builtins() if e.role == "aggregate" and e.any_model and e.name != "overlap"]
 
 CONV = {"model": "fedconv-cnn", "model_args": {"widths": [4, 8]}}
 

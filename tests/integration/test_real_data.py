@@ -25,7 +25,7 @@ OPTIONS = {
 }
 
 
-OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and not e.adapter and e.name not in ("heterofl", "fedconv")]
+OTHERS = [e.name for e in registry.builtins() if e.role == "extract" and e.any_model and e.name not in ("heterofl", "fedconv")]
 
 
 SETS = ("mnist", "ag_news", "sp_sw_har")  # pictures, text, sensors: each strategy trains on one of them

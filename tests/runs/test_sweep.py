@@ -101,8 +101,8 @@ def test_pairs_and_controls():
     controls = [e.name for e in registry.builtins() if e.control]
     assert controls == ["serveralone", "standalone", "exclusive"]
     found = sweep.cross_plugins(["all"], ["all"])
-    extractions = [e for e in registry.entries("extract") if not (e.control or e.adapter)]
-    aggregations = [e for e in registry.entries("aggregate") if not e.adapter]
+    extractions = [e for e in registry.entries("extract") if e.any_model and not e.control]
+    aggregations = [e for e in registry.entries("aggregate") if e.any_model]
     assert len(found) == len(extractions) * len(aggregations) + 3
     assert "loraranks" not in {extract for extract, _ in found}
     assert ("fedconv", "kld") in sweep.cross_plugins(["fedconv"], ["natural"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.residual import RESIDUAL
 from helpers.states import same
 from hetfl.rounds.loop import run_round
 
@@ -21,6 +22,7 @@ WHO = {
     "hermes": {"extract": "hermes", "aggregate": "hermes", "set": {"extract": {"hermes": {"threshold": 0.0}}}},
     "tailorfl": {"extract": "tailorfl", "aggregate": "tailorfl", "set": {"extract": {"tailorfl": {"steps": 2}}}},
     "dac": {"extract": "dac", "aggregate": "cluster", "levels": "1,0.7,0.4", "set": {"dac": {"epochs": 1}}},
+    "inclusivefl": {"extract": "inclusivefl", "aggregate": "inclusivefl", **RESIDUAL, "set": {"inclusivefl": {"by": "number"}}},
     "fedmd": {"extract": "fedmd", "aggregate": "fedmd", "set": {"fedmd": {"public_epochs": 1}}},
     "fedtgp": {"extract": "heterofl", "aggregate": "fedtgp", "set": {"fedtgp": {"epochs": 2}}},
 }  # fmt: skip

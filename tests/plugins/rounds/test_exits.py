@@ -1,4 +1,4 @@
-"""Rounds of ScaleFL, narrower and shallower at once, against the same rounds in plain torch."""
+"""Rounds of the strategies with exits, ScaleFL and DepthFL, against the same rounds in plain torch."""
 
 from __future__ import annotations
 
@@ -91,3 +91,38 @@ def test_scalefl(simulate, form, detach):
         return mean(state, pasted)
 
     plain.follow(one_round)
+
+
+@pytest.mark.parametrize("by", ["number", "parameters"])
+def test_depthfl(simulate, by):
+    """every exit learns the labels and what all others say, which counts exp(-5 (1 - t)^2), t the share of the rise that is over"""
+    options = {"depthfl": {"by": by, "distill": 0.7, "rise": 0.5, "convs": 0}}
+    values = {**UNEQUAL, "levels": "1,0.96,0.3", "rounds": 4, "set": options}
+    plain = Federation(simulate(0, extract="depthfl", aggregate="overlap", **values))
+    sizes = [sum(plain.first[n].numel() for n in names_of(depth)) for depth in (1, 2, 3)]
+    budgets = [sum(size <= width**2 * sizes[-1] for size in sizes) for width in (1.0, 0.96, 0.3)]
+    assert budgets == [3, 2, 0]
+    depths = [3, 3, 1] if by == "number" else [3, 2, 1]
+
+    def loss(depth, weight):
+        def of_batch(w, x, y):
+            z, total = exits(w, x, depth), 0.0
+            for i in range(depth):
+                total = total + F.cross_entropy(z[i], y)
+                for j in set(range(depth)) - {i}:
+                    total = total + weight * kl(z[i], z[j].detach()) / (depth - 1)
+            return total
+
+        return of_batch
+
+    def one_round(state, r):
+        pasted = []
+        for c, depth in enumerate(depths):
+            sent = {n: state[n] for n in names_of(depth)}
+            weight = 0.7 * math.exp(-5 * (1 - min((r - 1) / 2, 1)) ** 2)
+            trained = descend(sent, plain.batches(c, r), loss(depth, weight))
+            values = {n: trained.get(n, torch.zeros_like(t)) for n, t in state.items()}
+            pasted.append((values, {n: torch.full_like(t, float(n in trained)) for n, t in state.items()}))
+        return mean(state, pasted)
+
+    plain.follow(one_round, rounds=3)
