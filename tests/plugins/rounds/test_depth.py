@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from helpers.plain import UNEQUAL, Federation, descend, mean
 from helpers.residual import BLOCKS, RESIDUAL, forward, keep, pad
 from hetfl import NotApplicable
+from hetfl.rounds.loop import run_round
 
 FOUR = {**UNEQUAL, **RESIDUAL, "clients": 4, "limit": 200, "levels": "1,0.6,0.6,0.3"}
 
@@ -153,3 +154,15 @@ def split(state, budget):
     tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
     near = [(abs(depth / 3 - width), depth, width) for depth, width in tried if abs(cost(depth, width) / budget - 1) <= 0.1]
     return min(near)[1:]
+
+
+def test_what_a_client_keeps_of_a_block_outlasts_the_rounds_without_it(simulate):
+    """fedsa keeps B at home: a client that draws a block again finds its own there"""
+    values = {**FOUR, "adapter": "lora:rank=2", "wrap": ("fedsa",), "set": {"fedra": {"by": "number"}}}
+    made, drawn = simulate(0, extract="fedra", aggregate="overlap", **values), set()
+    for number in range(1, 5):
+        made.last = run_round(made.state, number, made.engine)
+        drawn |= {b for b in BLOCKS if f"block {b}" not in made.last.assignments[3].plan.sizes}
+        home = made.engine.client_states()[3]["home"]
+        assert {name.rpartition(".up.")[0] or name.rpartition(".down.")[0] for name in home if name.startswith("blocks")} == drawn
+    assert len(drawn) > 1
