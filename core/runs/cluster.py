@@ -11,7 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hetfl.engines.ray import connect, count_gpus, find_own_modules, why_not_begun
+from hetfl.engines.modules import find_own_modules
+from hetfl.engines.ray import connect, count_gpus, why_not_begun
 from hetfl.errors import UsageError, plural
 from hetfl.models.factory import find_factory
 from hetfl.runs.cell import Trial

@@ -8,12 +8,14 @@ import threading
 import pytest
 import torch
 
+from helpers.runs import THREE_NODES
 from hetfl import Field, Plugin, hookimpl, registry
 from hetfl.cli import options as cli_options
 from hetfl.cli.main import main
 from hetfl.config import read_run_file, resolve
 from hetfl.engines.flower.client_app import refuse_not_allowed
-from hetfl.engines.flower.export import copy_module
+from hetfl.engines.flower.export import export
+from hetfl.engines.modules import find_own_modules
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
 from hetfl.hooks.loading import load_class
@@ -144,11 +146,11 @@ def test_a_node_refuses_a_module_that_it_does_not_allow(own, role):
 
 
 def test_a_module_of_plugins_travels_inside_an_app(own):
-    (own / "app" / "hetfl_app").mkdir(parents=True)
     sys.path.insert(0, str(own))
-    copy_module("own_plugins:Last", own / "app")
-    copy_module("heterofl", own / "app")
-    assert [p.name for p in (own / "app" / "hetfl_app").iterdir()] == ["own_plugins.py"]
+    options = resolve({**THREE_NODES, "extract": "own_plugins:Last", "profile": "levels"})
+    assert [path.name for path in (export(options, own / "app") / "hetfl_app").glob("*plugins.py")] == ["own_plugins.py"]
+    loading.load_plugins(options)
+    assert find_own_modules(options) == [own / "own_plugins.py"], "Ray ships the same"
 
 
 def test_the_natural_partner_is_decided_in_one_place(own):

@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import tomli_w
 
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.flower.manifest import OUTLINE, RUN, read_mod
+from hetfl.engines.modules import find_own_modules
 from hetfl.errors import UsageError
 from hetfl.rounds import setup
 from hetfl.rounds.clock import choose_fleet
@@ -55,8 +54,8 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
     (package / RUN).write_text(format_run_file(options, common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(describe_run(common, mods)))
-    for name in (options.model, options.extract, options.aggregate, options.profile, options.select, *options.wrap):
-        copy_module(name, folder)
+    for path in find_own_modules(options):
+        copy_module(path, package)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MOST:
         raise UsageError(f"the app has {size:,} bytes, more than the {MOST:,} that Flower takes")
@@ -87,17 +86,9 @@ def project_file(options: RunOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def copy_module(name: str | None, folder: Path) -> None:
-    """Copies the module of a user's own model or plugin, `package.module:name`, so that it travels inside the app."""
-    module, colon, _ = (name or "").partition(":")
-    if not colon or module in ("timm", "torchvision", "transformers"):
-        return
-    top = module.split(".")[0]
-    spec = find_spec(top)
-    origin = Path(spec.origin) if spec and spec.origin else None
-    if origin is None or Path(sys.prefix) in origin.parents or "site-packages" in origin.parts:
-        return  # installed: it is to be installed, and allowed, on the nodes too
-    if origin.name == "__init__.py":
-        shutil.copytree(origin.parent, folder / PACKAGE / top, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+def copy_module(path: Path, package: Path) -> None:
+    """Copies the file or folder of a module into the app's package, whose folder is on the path of both halves."""
+    if path.is_dir():
+        shutil.copytree(path, package / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     else:
-        shutil.copy(origin, folder / PACKAGE / origin.name)
+        shutil.copy(path, package / path.name)

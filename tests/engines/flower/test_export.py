@@ -23,12 +23,15 @@ def test_an_exported_app_is_small_and_holds_no_package(tmp_path):
 
 def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mylayers.py").write_text("from torch import nn\n\nAct = nn.ReLU\n")
     (tmp_path / "mynet.py").write_text(
-        "from torch import nn\n\n\ndef make(classes, channels, size):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+        "from mylayers import Act\nfrom torch import nn\n\n\ndef make(classes, channels, size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 8), Act(), nn.Linear(8, classes))\n"
     )
     folder = export(resolve({**THREE_NODES, "extract": "heterofl", "model": "mynet:make"}), tmp_path / "app")
-    assert (folder / "hetfl_app" / "mynet.py").exists()
+    assert {"mynet.py", "mylayers.py"} <= {path.name for path in (folder / "hetfl_app").iterdir()}, (
+        "with what it imports from beside"
+    )
     assert is_allowed("mynet:make", [], folder / "hetfl_app")
     assert not is_allowed("os:system", [], folder / "hetfl_app")
     assert not is_allowed("timm:resnet18", [], folder / "hetfl_app")
