@@ -12,7 +12,7 @@ PAGE = Path(__file__).with_name("strategies.md")
 BASELINES = ("serveralone", "standalone", "exclusive", "full", "lgfedavg", "feddropout", "fjord", "median", "trimmed-mean",
              "krum", "geomedian")  # fmt: skip
 
-ADAPTERS = ("loraranks", "flexlora", "hetlora", "fedsa", "ffa")
+ADAPTERS = ("loraranks", "flexlora", "flora", "hetlora", "fedsa", "ffa")
 
 DEPTH = ("depthfl", "fedra", "inclusivefl", "nefl")
 

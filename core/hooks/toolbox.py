@@ -6,7 +6,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregation.mean": (("WeightedSum",), "sums of one tensor over the patches of clients"),
     "aggregation.updates": (("WEIGHTINGS", "by_client"), "what a client counts"),
     "data.kinds": (("TaskKind",), "what targets are: losses, and distances of answers"),
-    "models.adapters": (("Adapter", "list_adapters", "multiply"), "low-rank adapters among the tensors of a model"),
+    "models.adapters": (("Adapter", "add_changes", "list_adapters", "multiply"), "low-rank adapters among the tensors of a model"),
     "models.early_exit": (("add_exits", "all_exits"), "exits for a model that has none, and all of their logits"),
     "models.features": (
         ("Features", "find_head", "watching_features"),

@@ -33,10 +33,14 @@ class Client:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Names of the tensors that travel `down` to a client and back `up`; None: all. What does not travel stays with the client."""
+    """Names of the tensors that travel `down` to a client and back `up`; None: all. What does not travel stays with the client.
+
+    `lasting`: of those that do not travel up, the ones that the client keeps for its next round; None: all.
+    """
 
     down: Collection[str] | None = None
     up: Collection[str] | None = None
+    lasting: Collection[str] | None = None
 
     def __and__(self, other: Exchange) -> Exchange:
         """What travels under both."""
@@ -44,7 +48,7 @@ class Exchange:
         def both(a: Collection[str] | None, b: Collection[str] | None) -> Collection[str] | None:
             return b if a is None else a if b is None else frozenset(a) & frozenset(b)
 
-        return Exchange(both(self.down, other.down), both(self.up, other.up))
+        return Exchange(both(self.down, other.down), both(self.up, other.up), both(self.lasting, other.lasting))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hetfl.errors import NotApplicable, UsageError, nearest
 from hetfl.models.features import find_heads
@@ -68,18 +70,31 @@ class Lora(nn.Module):
     """`base_layer`(x) + `scale` * B A x, with A of `rank` rows; B starts at 0, so that nothing changes before training.
 
     `scale` is alpha / rank of the whole adapter and stays so where ranks are cut: a client of fewer ranks adds up fewer of the same
-    terms.
+    terms. With a `change` (`add_changes`), of the base's weight and in its shape, `scale` times that is added to the weight.
     """
+
+    change: Tensor | None
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
         self.base_layer, self.scale = base_layer, scale
         self.lora_A, self.lora_B = make_halves(base_layer, rank)
         nn.init.zeros_(self.lora_B.weight)  # type: ignore[arg-type]
+        self.register_buffer("change", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+        learned: Tensor = self.lora_B(self.lora_A(x))
+        if self.change is not None:
+            learned = learned + apply_weight(self.base_layer, x, self.change)
+        out: Tensor = self.base_layer(x) + self.scale * learned
         return out
+
+
+def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What `layer`, a linear one or a convolution, makes of x with another weight and no bias."""
+    apply = getattr(layer, "_conv_forward", F.linear)
+    out: Tensor = apply(x, weight) if apply is F.linear else apply(x, weight, None)
+    return out
 
 
 def make_halves(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -112,6 +127,21 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, answer: tuple[i
     return model
 
 
+def add_changes(model: nn.Module) -> nn.Module:
+    """Gives every layer of `model` that has an adapter of ours a change of its base's weight, 0 at first, in place: a part of the
+    model's state that no training touches, where the base itself is not to be written to.
+
+    Raises NotApplicable where there is no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Lora)]
+    if not layers:
+        raise NotApplicable("not applicable: no layer has an adapter of hetfl's own to add to (--adapter lora:rank=8)")
+    for layer in layers:
+        assert isinstance(layer.base_layer.weight, Tensor)
+        layer.change = torch.zeros_like(layer.base_layer.weight, requires_grad=False)
+    return model
+
+
 def list_targets(model: nn.Module, target: str) -> list[str]:
     """The names of the layers that can have an adapter and that `target` names: a kind, or a regular expression for the name."""
     found, unfit = [], [name for name, m in model.named_modules() if isinstance(m, READ_BY_PARENT)]
@@ -140,10 +170,14 @@ def explain_no_target(model: nn.Module, target: str) -> str:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The names of the two halves of an adapter: A (rank, in, *kernel) and B (out, rank, *ones)."""
+    """The names of the two halves of an adapter: A (rank, in, *kernel) and B (out, rank, *ones); and of the change of its base."""
 
     a: str
     b: str
+
+    @property
+    def change(self) -> str:
+        return self.a.replace("lora_A.weight", "change")
 
 
 def list_adapters(names: Iterable[str]) -> list[Adapter]:

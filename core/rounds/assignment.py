@@ -179,7 +179,8 @@ def assign(now: RoundState, client: Client, plan: Plan) -> Assignment:
     personal = len(sent) < len(state) or source is not run.server.state
     travels = {name: t for name, t in sent.items() if name not in run.at_home}
     up = frozenset(state if agreed.up is None else (name for name in state if name in agreed.up))
-    return Assignment(client, plan, source, state, travels, up, personal)
+    lasting = None if agreed.lasting is None else frozenset(agreed.lasting)
+    return Assignment(client, plan, source, state, travels, up, personal, lasting)
 
 
 def renew_assignments(now: RoundState) -> None:

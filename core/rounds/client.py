@@ -98,7 +98,8 @@ class ClientRuntime:
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}
-            at_home, home = {name: t.cpu() for name, t in trained.items() if name not in sent.up}, state.get("home", {})
+            lasting, home = trained if sent.lasting is None else sent.lasting, state.get("home", {})
+            at_home = {name: t.cpu() for name, t in trained.items() if name not in sent.up and name in lasting}
             skipped = {name: t for name, t in home.items() if name not in trained}
             keep(state, "home", {**skipped, **merge_home(at_home, home, sent.masks)})
             reply.state = {name: t for name, t in reply.state.items() if name in sent.up}

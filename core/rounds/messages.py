@@ -30,7 +30,8 @@ class Instruction:
     """What a client is sent: tensors of its submodel, what it needs to build that submodel, and extras.
 
     `model`: its own architecture, in place of a part of the run's (`sizes`). Tensors that are not sent are the client's own, as
-    it left them, or those of an untrained model. `up`: the names that travel back, None for all. `local`: normalisation
+    it left them, or those of an untrained model. `up`: the names that travel back, None for all. `lasting`: of the others, those
+    that the client keeps, None for all. `local`: normalisation
     statistics stay with the clients, so they are not among the tensors and start anew. `held`: evaluate with the logits of
     classes that the client does not hold put to 0. `state_version`: the round whose client state the server counts on.
     `most_bytes`: of the answer's message (None: any), which stays with the engine. `steps`: train so many, in place of what the
@@ -51,6 +52,7 @@ class Instruction:
     most_bytes: int | None = None
     steps: int = 0
     encoded: State = field(default_factory=dict)
+    lasting: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Assignment:
     travels: State  # of `state`, what crosses the network
     up: frozenset[str]  # the tensors that are to come back
     personal: bool  # whether its model is not just a part of the global one
+    lasting: frozenset[str] | None = None  # of those that do not come back, which the client keeps (None: all)
     extras: State = field(default_factory=dict)
     encoded: State = field(default_factory=dict)  # what travels in place of some of `travels`
     arrived: State = field(default_factory=dict)  # these, as the client then has them
@@ -167,5 +170,5 @@ class Assignment:
         return Instruction(
             round, state, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
             most_bytes=MOST_WORDS + (0 if kind == "evaluate" else 2 * encoding.payload_bytes(self.state)),
-            steps=self.steps if train else 0, encoded=encoded,
+            steps=self.steps if train else 0, encoded=encoded, lasting=self.lasting if train else None,
         )  # fmt: skip

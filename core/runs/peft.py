@@ -32,9 +32,15 @@ def write_adapters(whole_model: nn.Module, names: Collection[str], options: RunO
     if spec is None:
         raise UsageError("the run has no adapters of hetfl's own to be exported: it had no --adapter lora")
     model, before = (whole_model.net, "net.") if isinstance(whole_model, Logits) else (whole_model, "")
-    adapted = [name for name, module in model.named_modules() if isinstance(module, Lora)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Lora)}
+    if any(layer.change is not None and bool(layer.change.any()) for layer in layers.values()):
+        raise UsageError(
+            "this run added what it learned to the frozen base, so its adapters alone are not its model; hetfl.load(RUN).model is"
+        )
+    adapted = list(layers)
     trained = {name for name in tensors(model) if before + name in names}
-    whole = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
+    changes = {f"{name}.change" for name in layers}
+    whole = sorted({name.rpartition(".")[0] for name in trained - changes if ".lora_" not in name})
     halves = tuple(f"{name}.lora_" for name in adapted)  # one of which may be frozen
     state = {n: t for n, t in tensors(model).items() if n in trained or n.startswith(halves) or n.rpartition(".")[0] in whole}
     config: dict[str, Any] = {

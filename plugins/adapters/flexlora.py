@@ -47,16 +47,26 @@ def average_products(updates: Updates, adapter: Adapter, weights: Sequence[float
     A rank that a client lacks adds nothing to its product. With `by_rank` each rank's part is averaged over those that have the
     rank, and a rank that nobody has stays as it was.
     """
-    (a, has_a), (b, has_b) = ((values, has.flatten(2)) for values, has in map(updates.column, (adapter.a, adapter.b)))
-    held = has_a.amax(2)  # (clients, ranks)
-    whole = torch.equal(has_a, held[:, :, None].expand_as(has_a)) and torch.equal(has_b, held[:, None, :].expand_as(has_b))
-    if not (whole and held.any(1).all()):
-        raise NotApplicable("not applicable: clients do not send both halves of the adapters with all of their inputs and outputs")
+    a, b, held = read_halves(updates, adapter)
     votes = torch.tensor(list(weights))[:, None] * held
     votes = votes / votes.sum(0).clamp(min=1e-30) if by_rank else votes / sum(weights)
     product = sum((multiply(scale_rows(x, w), y) for x, y, w in zip(a, b, votes, strict=True)), torch.zeros(()))
     lost = (~held.any(0)).to(product) * by_rank
     return product + multiply(scale_rows(updates.old[adapter.a], lost), updates.old[adapter.b])
+
+
+def read_halves(updates: Updates, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """All clients' A (clients, ranks, in, …) and B (clients, out, ranks, …), and which ranks they have (clients, ranks); where they
+    lack one, it is the old.
+
+    Raises NotApplicable where a client sent a part of its ranks' inputs or outputs.
+    """
+    (a, has_a), (b, has_b) = ((values, has.flatten(2)) for values, has in map(updates.column, (adapter.a, adapter.b)))
+    held = has_a.amax(2)
+    whole = torch.equal(has_a, held[:, :, None].expand_as(has_a)) and torch.equal(has_b, held[:, None, :].expand_as(has_b))
+    if not (whole and held.any(1).all()):
+        raise NotApplicable("not applicable: clients do not send both halves of the adapters with all of their inputs and outputs")
+    return a, b, held
 
 
 def scale_rows(a: Tensor, factors: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from hetfl import Field, Server, State, hookimpl
+from hetfl import Field, NotApplicable, Server, State, hookimpl
 from hetfl.plugins.wrappers.codec import SMALL, TensorCodec, join
 
 
@@ -37,6 +37,10 @@ class Quantize(TensorCodec):
 
     @hookimpl
     def decode_down(self, encoded: State, like: State) -> State:
+        if name := next((name for name in like if name not in encoded), None):
+            raise NotApplicable(
+                f"not applicable: another plugin sends '{name}' down in a form of its own, which quantize cannot round (down=false)"
+            )
         return self.decode(encoded, like)
 
     def compress(self, values: Tensor, generator: Generator) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,8 +13,8 @@ import hetfl
 from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, tuned
 from hetfl.config import resolve
 from hetfl.errors import NotApplicable, RunError, UsageError
-from hetfl.models.frozen import frozen
-from hetfl.rounds.loop import run_rounds
+from hetfl.models.frozen import base_hash, freeze, frozen
+from hetfl.rounds.loop import run_round, run_rounds
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_model
 from hetfl.runs import runner
@@ -139,11 +140,25 @@ def test_halves_that_stay_as_they_were_drawn_are_exported_too(tmp_path):
         assert torch.equal(file.get_tensor("base_model.model.3.lora_A.weight"), run.model[3].lora_A.weight)
 
 
-def test_the_base_that_threads_share_is_never_written_to(simulate):
-    made = simulate(0, extract="heterofl", adapter="lora:rank=4", pretrain_steps=5)
+@pytest.mark.parametrize("aggregate", ["overlap", "flora"])
+def test_the_base_that_threads_share_is_never_written_to(simulate, aggregate):
+    made = simulate(0, extract="loraranks", aggregate=aggregate, adapter="lora:rank=4", pretrain_steps=5)
     before = {name: tensor._version for name, tensor in made.server.builder.base.items()}
+    run_round(made.state, 1, made.engine)
     made.server.train(made.server.state, 12, "finetune", 1)
     assert {name: tensor._version for name, tensor in made.server.builder.base.items()} == before != {}
+
+
+def test_what_flora_added_to_the_base_is_in_the_model_and_no_adapter(tmp_path):
+    run = hetfl.run(extract="loraranks", aggregate="flora", **SMALL, **LORA, out=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["base sha256"] == base_hash(freeze(copy.deepcopy(run.model)))
+    layer, x = hetfl.load(tmp_path / "run").model[1], torch.randn(3, 64)
+    weight = layer.base_layer.weight + 2 * run.weights["1.change"]
+    assert bool(run.weights["1.change"].any())
+    assert torch.allclose(layer(x), x @ weight.T + layer.base_layer.bias, atol=1e-5)
+    with pytest.raises(UsageError, match="added what it learned to the frozen base"):
+        run.export_peft(tmp_path / "adapters")
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_what_is_exported_names_the_adapted_layers(tmp_path):
@@ -173,6 +188,11 @@ def test_ranks_go_with_any_aggregation(simulate, aggregate):
         {"extract": "loraranks", "aggregate": "flexlora", "wrap": ("fedsa",)},
         {"extract": "loraranks", "aggregate": "flexlora", "wrap": ("ffa",)},
         {"extract": "loraranks", "aggregate": "hetlora", "wrap": ("ffa",)},
+        {"extract": "heterofl", "aggregate": "flora"},
+        {"extract": "loraranks", "aggregate": "flora", "wrap": ("fedsa",)},
+        {"extract": "loraranks", "aggregate": "flora", "wrap": ("ffa",)},
+        {"extract": "loraranks", "aggregate": "flora", "wrap": ("quantize",), "set": {"quantize": {"down": True}}},
+        {"extract": "full", "aggregate": "flora", "adapter": None},
         {"extract": "loraranks", "wrap": ("ffa",), "set": {"loraranks": {"mode": "window"}}},
         {"extract": "loraranks", "adapter": None},
         {"extract": "heterofl", "wrap": ("fedsa",), "adapter": None},

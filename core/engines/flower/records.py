@@ -148,7 +148,8 @@ def write_instruction(sent: Instruction) -> RecordDict:
     values |= {"state_version": sent.state_version, **({"model": sent.model} if sent.model else {})}
     values |= {"steps": sent.steps} if sent.steps else {}
     values |= {} if sent.sizes is None else {"sizes": json.dumps(sent.sizes)}
-    values |= {} if sent.up is None else {"up": json.dumps(sorted(sent.up))}
+    names = {"up": sent.up, "lasting": sent.lasting}
+    values |= {key: json.dumps(sorted(given)) for key, given in names.items() if given is not None}
     values |= {**write_masks(sent.masks), **write_group("extra", sent.extras), **write_group("encoded", sent.encoded)}
     return message(values, encoding.select_existing(sent.state, sent.masks))
 
@@ -156,12 +157,13 @@ def write_instruction(sent: Instruction) -> RecordDict:
 def read_instruction(content: RecordDict) -> Instruction:
     values = config(content)
     masks = read_masks(values)
+    up, lasting = (frozenset(json.loads(values[key])) if key in values else None for key in ("up", "lasting"))
     return Instruction(
         int(values["round"]), encoding.fill_masked(arrays(content), masks),
         {str(k): int(v) for k, v in json.loads(values["sizes"]).items()} if "sizes" in values else None,
-        values.get("model"), masks, read_group("extra", values), frozenset(json.loads(values["up"])) if "up" in values else None,
+        values.get("model"), masks, read_group("extra", values), up,
         bool(values["held"]), bool(values["local"]), int(values["state_version"]),
-        steps=int(values.get("steps", 0)), encoded=read_group("encoded", values),
+        steps=int(values.get("steps", 0)), encoded=read_group("encoded", values), lasting=lasting,
     )  # fmt: skip
 
 

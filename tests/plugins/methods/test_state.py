@@ -24,6 +24,7 @@ WHO = {
     "dac": {"extract": "dac", "aggregate": "cluster", "levels": "1,0.7,0.4", "set": {"dac": {"epochs": 1}}},
     "inclusivefl": {"extract": "inclusivefl", "aggregate": "inclusivefl", **RESIDUAL, "set": {"inclusivefl": {"by": "number"}}},
     "fedmd": {"extract": "fedmd", "aggregate": "fedmd", "set": {"fedmd": {"public_epochs": 1}}},
+    "flora": {"extract": "loraranks", "aggregate": "flora", "adapter": "lora:rank=2", "model_args": {"hidden": [60, 40]}},
     "fedtgp": {"extract": "heterofl", "aggregate": "fedtgp", "set": {"fedtgp": {"epochs": 2}}},
 }  # fmt: skip
 

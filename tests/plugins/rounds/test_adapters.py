@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 from helpers.plain import UNEQUAL, Federation, descend, mean
 from hetfl import Patch, Update, Updates
-from hetfl.models.adapters import list_adapters
+from hetfl.models.adapters import Lora, list_adapters
 from hetfl.plugins.adapters.flexlora import FlexLora, average_products
 from hetfl.rounds.loop import run_round
 from hetfl.runs.snapshot import capture
+from hetfl.submodel.encoding import payload_bytes
 
 LAYERS, RANK, SCALE, WIDTHS = ("1", "3"), 4, 2.0, (1.0, 0.5, 0.25)
 
@@ -24,14 +26,15 @@ class Adapted(Federation):
 
     def __init__(self, simulate, **values):
         super().__init__(simulate(0, **{**UNEQUAL, "adapter": f"lora:rank={RANK},alpha={RANK * SCALE}", **values}))
-        self.base = self.made.server.builder.base
+        self.base, self.changes = self.made.server.builder.base, {}
 
     def loss(self, w, x, y):
         h, base = x.flatten(1), self.base
         for i in LAYERS:
             a = w.get(f"{i}.lora_A.weight", base.get(f"{i}.lora_A.weight"))
             low = h @ a[: w[f"{i}.lora_B.weight"].shape[1]].T @ w[f"{i}.lora_B.weight"].T
-            h = torch.relu(h @ base[f"{i}.base_layer.weight"].T + base[f"{i}.base_layer.bias"] + SCALE * low)
+            weight = base[f"{i}.base_layer.weight"] + self.changes.get(f"{i}.change", 0)
+            h = torch.relu(h @ weight.T + base[f"{i}.base_layer.bias"] + SCALE * low)
         return F.cross_entropy(h @ w["5.weight"].T + w["5.bias"], y)
 
     def train(self, state, client, round, units):
@@ -109,6 +112,72 @@ def test_hetlora(simulate):
         return {n: sum(w * v[n] for w, (v, _) in zip(norms, returned, strict=True)) / sum(norms) for n in state}
 
     plain.follow(one_round)
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_flora(simulate, weighting):
+    """sum p_k B_k A_k is added to the base, times the scale; then B is 0 and A drawn anew.
+
+    A pre-trained rank that a client lacks stays as it was in that client's product.
+    """
+    plain = Adapted(simulate, extract="loraranks", aggregate="flora", set={"flora": {"weighting": weighting}})
+    shares = plain.sizes if weighting == "samples" else [1, 1, 1]
+
+    def one_round(state, r):
+        plain.changes = {n: SCALE * t for n, t in state.items() if "change" in n}
+        trained = {n: t for n, t in state.items() if "change" not in n}
+        returned = [plain.train(trained, c, r, leading(WIDTHS[c])) for c in plain.clients]
+        found = {n: state[n] for n in state if "change" in n} | mean(trained, returned, shares)
+        for i in LAYERS:
+            a, b, product = f"{i}.lora_A.weight", f"{i}.lora_B.weight", 0
+            for share, (values, cover) in zip(shares, returned, strict=True):
+                whole = {n: torch.where(cover[n] > 0, values[n], state[n]) for n in (a, b)}
+                product = product + share / sum(shares) * whole[b] @ whole[a]
+            found[f"{i}.change"] = state[f"{i}.change"] + product
+            draws = torch.rand(state[a].shape, generator=plain.stream(f"flora {a}", r))
+            found[a], found[b] = (2 * draws - 1) / math.sqrt(state[a].shape[1]), torch.zeros_like(state[b])
+        return {n: found[n] for n in state}
+
+    assert float(plain.first["1.lora_B.weight"].norm()) > 0
+    plain.follow(one_round)
+    assert all("home" not in state for state in plain.made.engine.client_states().values()), "clients keep what they are sent"
+
+
+def test_flora_sends_all_stacks_while_they_are_smaller_than_what_they_add_up_to(simulate):
+    made = simulate(
+        0, extract="loraranks", aggregate="flora", adapter="lora:rank=4", model_args={"hidden": [60, 40]}, pretrain_steps=0,
+        levels="1,0.5,0.25", rounds=6,
+    )  # fmt: skip
+    first = {name: t.clone() for name, t in made.server.builder.base.items()}
+    for r in range(1, 7):
+        before = dict(made.server.state)
+        run_round(made.state, r, made.engine)
+        plan, sent = made.server.select({g.name: torch.arange(g.size) for g in made.server.widths.groups}).take(before), {}
+        for name, t in plan.items():
+            ranks = 7 * (r - 1)  # of 4 + 2 + 1 clients' a round
+            if name.endswith("change") and ranks and ranks * sum(t.shape) < t.numel():
+                sent |= {f"{name}/A": torch.zeros(ranks, t.shape[1]), f"{name}/B": torch.zeros(t.shape[0], ranks)}
+            elif not name.endswith("lora_B.weight") and bool(t.any()):
+                sent[name] = t
+        rows = [row for row in made.state.client_rows if row["round"] == r]
+        assert not any("fault" in row for row in rows)
+        assert rows[0]["bytes down"] == payload_bytes(sent), r
+        assert rows[0]["bytes up"] == payload_bytes({n: t for n, t in plan.items() if not n.endswith("change")})
+    assert all(torch.equal(t, first[name]) for name, t in made.server.builder.base.items())
+    assert ranks * 100 > 2400, "stacks were never larger"
+
+
+def test_flora_of_a_convolution_is_the_convolution_of_the_changed_weight(simulate):
+    made = simulate(2, extract="loraranks", aggregate="flora", model="cnn", model_args={"widths": [4, 6]},
+                    adapter="lora:rank=2,alpha=6,target=conv")  # fmt: skip
+    whole = made.server.builder.load(made.server.state).eval()
+    layer = next(m for m in whole.modules() if isinstance(m, Lora))
+    x = torch.randn(2, layer.base_layer.in_channels, 8, 8)
+    assert bool(layer.change.any())
+    assert not bool(layer.lora_B.weight.any())
+    plain = copy.deepcopy(layer.base_layer)
+    plain.weight = plain.weight + 3 * layer.change
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
 
 
 def test_fedsa(simulate):
