@@ -42,6 +42,10 @@ class DataOptions(Options):
     target_std: tuple[float, ...] = Field((), description="regress: standard deviation of each target (default: the train split's)")
     tokens: int = Field(64, ge=2, description="text: tokens an example keeps, the start token included")
     vocab: int = Field(8192, ge=3, description="text: number of token ids that words are hashed to")
+    tokenizer: Path | None = Field(
+        None,
+        description="text: folder of a tokenizer, in place of hashed words (default: that of --model hf:FOLDER)",
+    )
     clients: int = Field(10, ge=1, description="number of clients")
     partition: Literal["iid", "dirichlet", "pathological", "shard", "quantity", "natural"] = Field(
         "dirichlet", description="how training examples are divided among clients"

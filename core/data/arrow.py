@@ -19,7 +19,7 @@ from hetfl.data.columns import LABELS, OWNERS, Columns, Progress, describe_tenso
 from hetfl.data.kinds import TaskKind, find_kind, next_tokens
 from hetfl.data.lazy import import_library, mute_output
 from hetfl.data.targets import describe_targets
-from hetfl.data.tokens import PAD, hash_tokens
+from hetfl.data.tokens import pad_of, tokenize
 from hetfl.data.wide import is_number, join_scalars, list_scalars
 from hetfl.errors import UsageError, unknown
 
@@ -193,13 +193,15 @@ def _decode_tensors(
     feature, text = features.get(columns.label or ""), _is_text(features[columns.input])
     kind = find_kind(options.task or _guess_kind(feature))
     x = {part: _decode_inputs(source, options, columns, features[columns.input], table, kind) for part, table in tables.items()}
-    named = feature is not None and (kind.by_class or (kind.tokens and not _is_numeric(feature)))  # else numbers, or nothing
+    named = feature is not None and (kind.by_class or (kind.tokens and not _is_numeric(feature)))  # else numbers
     classes, labels = _decode_labels(source, str(columns.label), feature, list(tables.values())) if named else ([], [])
-    tensors, facts = {f"{part}x": each for part, each in x.items()}, {"vocab": options.vocab} if text else dict[str, Any]()
+    tensors, facts = {f"{part}x": each for part, each in x.items()}, dict[str, Any]()
+    facts |= {"vocab": options.vocab, "pad": pad_of(options)} if text else {}
     if kind.by_class:
         tensors |= {f"{part}y": y for part, y in zip(tables, labels, strict=True)}
     else:
-        numbers = {part: (x[part], _decode_targets(source, columns, named, x[part], table)) for part, table in tables.items()}
+        targets = partial(_decode_targets, source, options, columns, named)
+        numbers = {part: (x[part], targets(x[part], table)) for part, table in tables.items()}
         found, known = describe_targets(kind, source.name, numbers, labels=(classes, labels[0]) if named else None)
         tensors, facts, classes = tensors | found, known | facts, known["classes"]
         facts |= {"outputs": facts["vocab"]} if kind.tokens else {}
@@ -208,13 +210,15 @@ def _decode_tensors(
     return describe_tensors(source, tensors, classes, columns, facts)
 
 
-def _decode_targets(source: DataLocation, columns: Columns, named: bool, x: Tensor, table: Any) -> Tensor | None:
+def _decode_targets(
+    source: DataLocation, options: DataOptions, columns: Columns, named: bool, x: Tensor, table: Any
+) -> Tensor | None:
     """Numbers (N, …) of the label column, or the next tokens of inputs that begin with a prompt; None where there are neither."""
     if columns.prompt:
-        prompts = hash_tokens(_read_texts(source, columns.prompt, table), x.shape[1], 3)
-        return next_tokens(x, x != PAD, (prompts != PAD).sum(1))
+        pad, prompts = pad_of(options), tokenize(_read_texts(source, columns.prompt, table), options)
+        return next_tokens(x, x != pad, (prompts != pad).sum(1))
     if columns.label is None or named:
-        return None
+        return None if x.is_floating_point() else next_tokens(x, x != pad_of(options))
     where = f"column '{columns.label}' of {source.name}"
     chunks = table[columns.label].chunks
     if not all(hasattr(chunk.type, "value_type") or str(chunk.type).lstrip("u").startswith(NUMERIC) for chunk in chunks):
@@ -253,7 +257,7 @@ def _decode_inputs(
         texts = _read_texts(source, columns.input, table)
         if columns.prompt:
             texts = [f"{a} {b}" for a, b in zip(_read_texts(source, columns.prompt, table), texts, strict=True)]
-        return hash_tokens(texts, options.tokens, options.vocab)
+        return tokenize(texts, options)
     if _is_image(feature):
         cast = getattr(feature, "cast_storage", lambda storage: storage)
         return decode_images(where, [entry for chunk in chunks.chunks for entry in cast(chunk).to_pylist()])

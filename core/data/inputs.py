@@ -20,6 +20,7 @@ class Inputs:
     classes: int
     vocab: int | None = None
     kind: TaskKind = CLASSIFY
+    pad: int = 0  # of text: the token that stands where there is none
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ class Inputs:
     def facts(self) -> dict[str, Any]:
         """The arguments that model factories may have, by hetfl's names for them: classes, channels, size, vocab, length."""
         if self.vocab is not None:
-            return {"classes": self.classes, "vocab": self.vocab, "length": self.shape[0]}
+            return {"classes": self.classes, "vocab": self.vocab, "length": self.shape[0], "pad": self.pad}
         size = self.shape[1] if len(self.shape) == 3 and self.shape[1] == self.shape[2] else tuple(self.shape[1:])
         return {"classes": self.classes, "channels": self.shape[0], "size": size}
 

@@ -21,11 +21,12 @@ from hetfl.data.npz import decode_npz
 from hetfl.data.partition import Split, split_rows
 from hetfl.data.pictures import decode_pictures
 from hetfl.data.targets import group_of, scale_targets
+from hetfl.data.tokens import PAD, identify_tokenizer
 from hetfl.digest import digest_json, digest_tensors
 from hetfl.errors import UsageError
 
 # Options that do not change who holds which rows.
-NOT_OF_THE_PARTITION = {"dataset", "input_column", "label_column", "mean", "std", "target_mean", "target_std", "tokens", "vocab"}
+NOT_OF_THE_PARTITION = set("dataset input_column label_column mean std target_mean target_std tokens vocab tokenizer".split())
 
 
 def ignore_progress(message: str) -> None:
@@ -41,7 +42,7 @@ def load(options: DataOptions, progress: Progress = ignore_progress) -> Federate
     source = find_dataset(options.dataset)
     natural = options.partition == "natural"
     columns = [options.input_column, options.label_column, options.id_column if natural else None, natural]
-    key = [source.identity, columns, options.tokens, options.vocab, options.task]
+    key = [source.identity, columns, options.tokens, options.vocab, options.task, identify_tokenizer(options.tokenizer)]
     keep = load_or_make if source.decode is None else uncached
     tensors, facts = keep("data", key, partial(source.decode or partial(_decode, source), options, progress))
     how = options.model_dump(include=set(DataOptions.model_fields) - NOT_OF_THE_PARTITION)
@@ -94,7 +95,9 @@ def _build_dataset(
     held = sum(map(len, [*split.train, *split.own, split.tune, split.holdout]))
     counts = torch.stack([group_of(tensors)[rows].bincount(minlength=classes) for rows in split.train])
     clients = [ClientData(pick(train), pick(own), n) for train, own, n in zip(split.train, split.own, counts, strict=True)]
-    inputs = Inputs(tuple(tensors["x"].shape[1:]), facts.get("outputs", classes), facts.get("vocab"), kind)
+    vocab = found.get("vocab")
+    outputs = vocab if vocab and kind.tokens else facts.get("outputs", classes)
+    inputs = Inputs(tuple(tensors["x"].shape[1:]), outputs, vocab, kind, facts.get("pad", PAD))
     return FederatedDataset(
         dataset=source.name,
         classes=tuple(facts["classes"]),
@@ -145,7 +148,8 @@ def _choose_normalization(options: DataOptions, known: DatasetInfo | None, x: Te
     For text, the size of the vocabulary and the tokens of an example. Raises UsageError for values that do not fit the channels.
     """
     if "vocab" in facts:
-        return {"vocab": facts["vocab"], "tokens": x.shape[1]}
+        given = options.vocab if "vocab" in options.model_fields_set else 0
+        return {"vocab": max(facts["vocab"], given), "tokens": x.shape[1]}
     usual = known is not None and x.dtype == torch.uint8 and len(known.mean) == x.shape[1]
     found = {}
     for name in ("mean", "std"):

@@ -12,11 +12,12 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hetfl.data.catalog import GIVEN
 from hetfl.data.inputs import Inputs, default_model
 from hetfl.errors import UsageError, nearest, unknown
+from hetfl.models.folders import Logits, load_folder
 from hetfl.models.state import pack_tensors, tensors
 from hetfl.models.zoo import ZOO
 from hetfl.rng import seed_of
@@ -26,24 +27,13 @@ ALIASES = {  # how factories call the facts about inputs that they can be given
     "channels": ("channels", "in_channels", "in_chans", "num_channels", "input_channels"),
     "size": ("size", "image_size", "img_size", "input_size"),
     "vocab": ("vocab", "vocab_size", "num_embeddings"),
+    "pad": ("pad",),
     "length": ("length", "max_length", "seq_len", "sequence_length"),
 }
 
 Factory = Callable[..., nn.Module]
 
 LOCAL: dict[str, tuple[Any, Factory]] = {}  # what programs have handed over, by name: the very object, and what builds from it
-
-
-class Logits(nn.Module):
-    """`net`, which answers with an object, answering with the object's `logits` alone."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Any:
-        out = self.net(x)
-        return getattr(out, "logits", out)
 
 
 def build_model(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -> nn.Module:
@@ -57,6 +47,8 @@ def build_model(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -
         torch.manual_seed(seed_of(seed, "init"))
         try:
             model = factory(**given)
+        except UsageError:
+            raise
         except Exception as error:
             shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
             raise UsageError(f"model '{name}' could not be built with {shown}: {type(error).__name__}: {error}") from error
@@ -205,7 +197,7 @@ def find_transformers(model: str) -> Factory:
         return lambda num_labels, num_channels, image_size, **args: hub.AutoModelForImageClassification.from_config(
             config(num_labels=num_labels, **select_known(config, num_channels=num_channels, image_size=image_size), **args)
         )
-    return lambda num_labels, vocab_size, **args: hub.AutoModelForSequenceClassification.from_config(
+    return lambda num_labels, vocab_size, inputs, **args: getattr(hub, f"AutoModelFor{inputs.kind.head}").from_config(
         config(num_labels=num_labels, vocab_size=vocab_size, pad_token_id=0, **args)
     )
 
@@ -215,7 +207,13 @@ def select_known(config: Any, **values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if hasattr(config(), name)}
 
 
+def find_folder(folder: str) -> Factory:
+    """The model of transformers in a local folder, with its weights. Arguments go over those of its configuration."""
+    return lambda inputs, **args: load_folder(folder, inputs, args)
+
+
 LIBRARIES: dict[str, Callable[[str], Factory]] = {
+    "hf": find_folder,
     "timm": find_timm,
     "torchvision": find_torchvision,
     "transformers": find_transformers,

@@ -42,7 +42,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """RoBERTa-style classifier of token ids (N, length), 0 = padding: learned positions, post-LN layers, GELU, dense + tanh head.
+    """RoBERTa-style classifier of token ids (N, length), where `pad` is padding: learned positions, post-LN layers, GELU, dense +
+    tanh head.
 
     At RoBERTa-base's sizes (vocab 50265, length 514, width 768, layers 12, heads 12, hidden 3072) and 4 classes 124,647,940
     parameters: RoBERTa's 124,648,708 without its one-row token-type embedding. The tokenizer puts a start token first, whose
@@ -51,12 +52,13 @@ class Encoder(nn.Module):
 
     def __init__(
         self, classes: int, vocab: int, length: int, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 0,
-        dropout: float = 0.1,
+        dropout: float = 0.1, pad: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        self.tokens, self.places = nn.Embedding(vocab, width, padding_idx=0), nn.Embedding(length, width)
+        self.tokens, self.places = nn.Embedding(vocab, width, padding_idx=pad), nn.Embedding(length, width)
+        self.pad = pad
         self.norm, self.drop = nn.LayerNorm(width, 1e-5), nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden or 4 * width, dropout) for _ in range(layers))
         self.dense, self.head = nn.Linear(width, width), nn.Linear(width, classes)
@@ -64,7 +66,7 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         position = torch.arange(ids.shape[1], device=ids.device)
-        x, mask = self.drop(self.norm(self.tokens(ids) + self.places(position))), (ids != 0)[:, None, None, :]
+        x, mask = self.drop(self.norm(self.tokens(ids) + self.places(position))), (ids != self.pad)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
         out: Tensor = self.head(self.drop(torch.tanh(self.dense(self.drop(x[:, 0])))))

@@ -19,11 +19,13 @@ from hetfl.data import loading
 from hetfl.data.catalog import KNOWN
 from hetfl.data.dataset import Examples
 from hetfl.data.inputs import Inputs
+from hetfl.data.kinds import CLASSIFY
 from hetfl.errors import NotApplicable, UsageError, unknown
 from hetfl.files import reason
 from hetfl.models import factory, normalization
 from hetfl.models.adapters import add_adapters, parse_adapter
 from hetfl.models.early_exit import add_exits
+from hetfl.models.folders import PREFIX, read_config
 from hetfl.models.frozen import freeze
 from hetfl.profiling.cost import Cost, measure_cost
 from hetfl.profiling.fleets import format_fleet
@@ -205,12 +207,15 @@ def choose_inputs(model: str, dataset: str | None, shape: str | None, classes: i
     """What to build `model` for: as given, else as `dataset` has it, else as the first data set whose usual model it is."""
     if shape is not None:
         return Inputs(parse_shape(shape), classes or 10, vocab)
+    options = DataOptions.model_validate({})
+    if dataset is None and model.startswith(PREFIX):
+        return Inputs((options.tokens,), classes or 2, vocab or read_config(model.removeprefix(PREFIX)).get("vocab_size"))
     name = dataset or next((short for short, known in KNOWN.items() if known.model == model), "cifar10")
-    if name not in KNOWN:
+    if name not in KNOWN or KNOWN[name].task != CLASSIFY.name:
         return loading.load(
             DataOptions.model_validate({"dataset": name, "partition": "iid", "clients": 1, "server_data": 0})
         ).inputs
-    known, options = KNOWN[name], DataOptions.model_validate({})
+    known = KNOWN[name]
     found = Inputs((options.tokens,), known.classes, options.vocab) if known.text else Inputs(known.shape, known.classes)
     return Inputs(found.shape, classes or found.classes, vocab or found.vocab)
 

@@ -21,6 +21,7 @@ from hetfl.hooks.manager import PluginManager
 from hetfl.models import factory, normalization, zoo
 from hetfl.models.adapters import add_adapters, parse_adapter
 from hetfl.models.early_exit import all_exits
+from hetfl.models.folders import follow_model
 from hetfl.models.frozen import freeze
 from hetfl.models.state import load_weights, tensors
 from hetfl.profiling.meter import Meter
@@ -54,7 +55,7 @@ class Setup:
 
 def build_setup(options: RunOptions, callback: Callback) -> Setup:
     """Loads plugins, data and model, and traces the widths. Raises UsageError for what cannot work together."""
-    plugins = loading.load_plugins(options)
+    plugins, options = loading.load_plugins(options), follow_model(options)
     callback.phase(0, "data")
     device.prepare_device(options)
     federation = data.load(options).on(options.device)

@@ -15,7 +15,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import UsageError
 from hetfl.files import reason
 from hetfl.models.adapters import Lora, parse_adapter
-from hetfl.models.factory import Logits
+from hetfl.models.folders import Logits
 from hetfl.models.state import tensors
 from hetfl.runs.summary import to_contiguous
 

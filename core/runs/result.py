@@ -118,7 +118,7 @@ class Run:
         facts, options = self._folder.read("run.json"), self.options.model_copy(update={"device": "cpu"})
         classes = tuple(facts["classes"])
         vocab = None if options.mean else options.vocab  # a resolved run has a mean unless its inputs are token ids
-        inputs = Inputs(tuple(facts["input shape"]), facts["outputs"], vocab, find_kind(facts["task"]))
+        inputs = Inputs(tuple(facts["input shape"]), facts["outputs"], vocab, find_kind(facts["task"]), facts["pad"])
         two, empty = Examples(inputs.batch(), inputs.targets(), torch.arange(2), inputs.kind), torch.zeros(0, dtype=torch.int64)
         data = FederatedDataset(options.dataset, classes, (), None, two, "", empty, inputs, options.model or "", {})
         return options, data, load_plugins(options)

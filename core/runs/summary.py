@@ -56,7 +56,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
         **({BASE_HASH: base} if (base := experiment.server.builder.base_hash) else {}),
         "task": federation.kind.name, "classes": list(federation.classes), "outputs": federation.inputs.classes,
-        "input shape": list(federation.shape),
+        "pad": federation.inputs.pad, "input shape": list(federation.shape),
         "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
                      "tune": len(federation.public.tune) if federation.public else 0,
                      "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},

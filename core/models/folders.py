@@ -1,0 +1,133 @@
+"""Models of transformers in a local folder (config.json, model.safetensors, tokenizer files): `--model hf:FOLDER`, no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hetfl.config import RunOptions
+from hetfl.data.inputs import Inputs
+from hetfl.data.lazy import import_library
+from hetfl.data.tokens import TOKENIZERS
+from hetfl.errors import UsageError
+
+PREFIX = "hf:"
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+NEW = ("pooler",)  # parts of a model's body that a folder may lack: they belong to a task, as heads do
+
+
+class Pretrained(nn.Module):
+    """`net` of transformers as a model of token ids (N, T), of which those that are `pad` are not seen: answers with its logits."""
+
+    def __init__(self, net: nn.Module, pad: int) -> None:
+        super().__init__()
+        self.net, self.pad = net, pad
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.net(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """What config.json of a model's folder says. Raises UsageError where it is no such folder."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"--model {PREFIX}{folder}: there is no such folder")
+    try:
+        found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise UsageError(f"--model {PREFIX}{folder}: the folder holds no config.json, so it is no model of transformers") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {PREFIX}{folder}: its config.json cannot be read: {error}") from error
+    if not any((path / name).exists() for name in WEIGHTS):
+        raise UsageError(f"--model {PREFIX}{folder}: the folder holds no model.safetensors: save_pretrained writes one")
+    return found
+
+
+def follow_model(options: RunOptions) -> RunOptions:
+    """`options` of a run with a model from a folder: its tokenizer, where it has one, and its vocabulary are the data's too, unless
+    they are given."""
+    if options.model is None or not options.model.startswith(PREFIX):
+        return options
+    folder = options.model.removeprefix(PREFIX)
+    config, path, found = read_config(folder), Path(folder).expanduser(), dict[str, Any]()
+    if options.tokenizer is None and any((path / name).exists() for name in TOKENIZERS):
+        found["tokenizer"] = path
+    if "vocab" not in options.model_fields_set and "vocab_size" in config:
+        found["vocab"] = config["vocab_size"]
+    return options.model_copy(update=found)
+
+
+def load_folder(folder: str, inputs: Inputs, args: dict[str, Any]) -> nn.Module:
+    """The model in `folder` with its weights, and a new head where the task needs another; `args` go over its configuration.
+
+    Raises UsageError where transformers is not installed, and where the weights are not those of the model.
+    """
+    read_config(folder)
+    try:
+        hub = import_library("transformers")
+    except ImportError as error:
+        raise UsageError(f"--model {PREFIX}{folder} needs transformers: pip install 'hetfl[transformers]' ({error})") from error
+    path = str(Path(folder).expanduser())
+    try:
+        config = hub.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises anything for a model that it does not know
+        raise UsageError(f"--model {PREFIX}{folder}: {' '.join(str(error).split())[:200]}") from error
+    text, head = inputs.vocab is not None, inputs.kind.head
+    if not text:
+        head = head.replace("Sequence", "Image")
+    refuse_unfit(folder, config, inputs)
+    how = {"num_labels": inputs.classes} if not inputs.kind.tokens else {}
+    config.update({**how, **({"pad_token_id": inputs.pad} if text else {}), **args})
+    auto = getattr(hub, f"AutoModelFor{head}")
+    kept = hub.logging.get_verbosity()
+    try:
+        hub.logging.set_verbosity_error()  # of new heads and others' heads, which are meant
+        net, said = auto.from_pretrained(
+            path, config=config, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True, use_safetensors=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise UsageError(f"--model {PREFIX}{folder}: no model for {head}: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        hub.logging.set_verbosity(kept)
+    refuse_other_weights(folder, net, said)
+    return Pretrained(net, inputs.pad) if text else Logits(net)
+
+
+class Logits(nn.Module):
+    """`net`, which answers with an object, answering with the object's `logits` alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.net(x)
+        return getattr(out, "logits", out)
+
+
+def refuse_unfit(folder: str, config: Any, inputs: Inputs) -> None:
+    """Raises UsageError where the model does not know as many tokens or positions as the data have."""
+    known, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if inputs.vocab is not None and known is not None and inputs.vocab > known:
+        raise UsageError(f"--model {PREFIX}{folder} knows {known} tokens and the data have {inputs.vocab}: give --vocab {known}")
+    if inputs.vocab is not None and longest is not None and inputs.shape[0] > longest:
+        raise UsageError(f"--model {PREFIX}{folder} reads {longest} tokens at most: give --tokens {longest}, not {inputs.shape[0]}")
+
+
+def refuse_other_weights(folder: str, net: Any, said: dict[str, Any]) -> None:
+    """Raises UsageError where tensors of the model's body, which no task brings anew, were not in the folder or do not fit."""
+    body = f"{net.base_model_prefix}."
+    lost = [str(name) for name in said["missing_keys"]] + [str(entry[0]) for entry in said["mismatched_keys"]]
+    lost = sorted(n for n in lost if n.startswith(body) and not n.removeprefix(body).startswith(NEW))
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"--model {PREFIX}{folder}: its weights do not fit its config.json: '{lost[0]}'{more} is missing or of another shape"
+        )
