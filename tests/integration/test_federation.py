@@ -1,11 +1,20 @@
-"""A real federation on this machine: SuperLink, SuperNodes, certificates and keys; the bits of the local engine."""
+"""Real federations on this machine: SuperLink, SuperNodes, certificates and keys; the bits of the local engine, nodes that fail.
+
+A federation takes a quarter of a minute to begin, so two tests share one, in this order.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from helpers.paths import REAL
@@ -13,8 +22,10 @@ from helpers.runs import THREE_NODES
 from hetfl.cli.main import app
 from hetfl.config import resolve
 from hetfl.engines.flower.export import export
-from hetfl.engines.flower.superlink import LocalFederation, make_key
+from hetfl.engines.flower.superlink import LocalFederation, end, make_key
 from hetfl.engines.select import KEYS
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
 
 
@@ -22,82 +33,131 @@ def words(values):
     return [w for k, v in values.items() if k != "clients" for w in ("--" + k.replace("_", "-"), str(v))]
 
 
-def alone(path, values):
-    result = CliRunner().invoke(app, ["run", "--clients", "3", "--out", str(path), *words(values)])
-    assert result.exit_code == 0, result.output
-    return path
-
-
-def federated(path, values, *more):
-    result = CliRunner().invoke(app, ["federate", "--nodes", "3", "--tls", "--out", str(path), *words(values), *more])
+def hfl(*given):
+    result = CliRunner().invoke(app, [str(word) for word in given])
     assert result.exit_code == 0, result.output + str(result.exception)
-    return path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("fedconv", "kld"), ("hermes", "hermes")])
-def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops, pair):
-    if not (REAL / "mnist").is_dir():
-        pytest.skip("no mnist here (HETFL_DATA)")
-    values = {**THREE_NODES, "extract": pair[0], "aggregate": pair[1], "dataset": REAL / "mnist", "eval_every": 3}
-    assert stops.equal(alone(tmp_path / "here", values), federated(tmp_path / "there", values))
+def test_hfl_federate_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops):
+    data = REAL / "mnist" if (REAL / "mnist").is_dir() else "digits"
+    values = {**THREE_NODES, "rounds": 2, "extract": "fedconv", "aggregate": "kld", "dataset": data, "eval_every": 2}
+    hfl("run", "--clients", 3, "--out", tmp_path / "here", *words(values))
+    hfl("federate", "--nodes", 3, "--tls", "--out", tmp_path / "there", *words(values))
+    assert stops.equal(tmp_path / "here", tmp_path / "there")
 
 
-@pytest.mark.slow
-def test_a_node_comes_back_with_its_memory_and_a_stranger_is_refused(tmp_path):
-    options = resolve({**THREE_NODES, "rounds": 5, "extract": "lgfedavg", "engine": "flower", "timeout": 60, "eval_every": 5})
-    folder = RunFolder(tmp_path / "out").open()
-    folder.release()
-    home = export(options, tmp_path / "app")
-    with LocalFederation(tmp_path / "flower", 3, tls=True) as federation:
-        make_key(tmp_path / "flower" / "stranger")
-        federation.join(1, "stranger")
-        killed = again = 0.0
-        for event in federation.events(home, tmp_path / "out"):
-            assert "failed" not in event, event
-            if "done" in event and event["done"]["round"] == 1:
-                federation.leave(1)
-                killed = time.monotonic()
-            if killed and not federation.running("node1") and time.monotonic() - max(killed, again) > 10:
-                federation.join(1)  # refused until the SuperLink has noticed that the old one is gone
-                again = time.monotonic()
-        assert not federation.running("stranger")
-        assert "activate" in (tmp_path / "flower" / "stranger.log").read_text()
-    with open(tmp_path / "out" / "clients.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["client"] == "1"]
-    assert not rows[0]["fault"]
-    assert not rows[-1]["fault"], rows
-    assert any(row["fault"] for row in rows)
-    assert not any("memory of round" in row["fault"] for row in rows)
-    assert list((tmp_path / "flower" / "memory").rglob("1/*.safetensors"))
+class WithoutOne(LocalFederation):
+    """A federation whose node 1 comes later."""
+
+    late = False
+
+    def join(self, node, name=None):
+        if node != 1 or name or self.late:
+            super().join(node, name)
+
+    def complete(self):
+        if not self.late:
+            self.late = True
+            self.join(1)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    home = tmp_path_factory.mktemp("federation") / "flower"
+    with WithoutOne(home, 3, tls=True) as found:
+        yield found
     until = time.monotonic() + 10
-    while any(federation.running(name) for name in list(federation._running)) and time.monotonic() < until:
+    while (left := list_processes(home)) and time.monotonic() < until:
         time.sleep(0.2)
-    assert not any(federation.running(name) for name in federation._running)
+    assert not left, "a federation that is stopped leaves no process behind"
+
+
+def list_processes(home):
+    """The command lines of processes that name the folder of a federation."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [line] if str(home) in (line := path.read_text()) and int(path.parent.name) != os.getpid() else []
+    return found
+
+
+def begin(place, federation, **values):
+    """An app, and the events of its run in the folder `place`."""
+    folder = RunFolder(place).open()
+    folder.json(KEYS, federation.keys())
+    folder.commit()
+    folder.release()
+    home = export(resolve({**THREE_NODES, **values, "engine": "flower"}), place.with_name(f"{place.name} app"))
+    for event in federation.events(home, place):
+        assert "failed" not in event, event
+        yield event
+
+
+def rows_of(place):
+    with open(place / "clients.csv", newline="") as file:
+        return [{"fault": "", **row} for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow
-def test_a_registered_node_cannot_be_another_client(tmp_path):
-    """The rogue has a key that the SuperLink knows, and comes first; the real node of partition 1 comes later and is heard."""
-    options = resolve({**THREE_NODES, "clients": 2, "levels": "1,0.5", "rounds": 2, "extract": "lgfedavg", "engine": "flower"})
-    options = options.model_copy(update={"eval_every": 2, "wait": 100.0})
-    folder = RunFolder(tmp_path / "out").open()
-    folder.release()
-    home = export(options, tmp_path / "app")
-    federation = LocalFederation(tmp_path / "flower", 2, tls=True)
-    with federation:
-        folder.json(KEYS, federation.keys())
-        federation.leave(1)
-        federation.register("rogue")
-        federation.join(1, "rogue")
-        events, heard = list[dict](), list[str]()
-        for event in federation.events(home, tmp_path / "out"):
-            assert "failed" not in event, event
-            events.append(event)
-            heard += [event["alarm"]] if "alarm" in event else []
-            if not federation.running("node1"):
-                federation.join(1)
+def test_strangers_and_impostors_are_not_heard_and_change_no_bit(tmp_path, federation):
+    """The stranger has a key that the SuperLink does not know, the rogue one that it knows but that is not client 1's; the real
+    node of client 1 comes last."""
+    make_key(federation._home / "stranger")
+    federation.register("rogue")
+    federation.join(1, "rogue")
+    federation.join(1, "stranger")
+    values = {"extract": "hermes", "aggregate": "hermes", "rounds": 2, "eval_every": 2, "wait": 300.0}
+    heard = []
+    for event in begin(tmp_path / "there", federation, **values):
+        heard += [event["alarm"]] if "alarm" in event else []
+        federation.complete()
     assert any("claims to be client 1 is not heard: its key is not the one" in text for text in heard)
-    with open(tmp_path / "out" / "clients.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["client"] == "1"]
-    assert all("not connected" in row.get("fault", "not connected") for row in rows)
+    assert not federation.running("stranger")
+    assert "activate" in (federation._home / "stranger.log").read_text()
+    runner.run(resolve({**THREE_NODES, **values}), RunFolder(tmp_path / "here").open(), NoCallback())
+    here, there = (load_file(tmp_path / place / "weights.safetensors") for place in ("here", "there"))
+    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+    here, there = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / place)] for place in ("here", "there")
+    )
+    assert here == there
+    end(federation._running.pop("rogue"), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_node_that_hangs_and_one_that_is_killed_come_back_while_the_others_go_on(tmp_path, federation):
+    """fedbuff merges two replies of three as they arrive. Node 2 is frozen for some merges and goes on where it stood; node 1 is
+    killed then, and begins anew as soon as the SuperLink has noticed: both have their memory."""
+    values = {"extract": "lgfedavg", "rounds": 200, "eval_every": 200, "schedule": "fedbuff", "buffer": 2}
+    federation.complete()
+    frozen = thawed = killed = done = 0
+    tried = 0.0
+    for event in begin(tmp_path / "out", federation, **values):
+        if "done" in event:
+            done = event["done"]["round"]
+        people = rows_of(tmp_path / "out") if done else []
+        if done and not frozen:
+            os.killpg(federation._running["node2"].pid, signal.SIGSTOP)
+            frozen = done
+        if frozen and not thawed and done >= frozen + 3:
+            os.killpg(federation._running["node2"].pid, signal.SIGCONT)
+            thawed = done
+        back = [row for row in people if thawed and row["client"] == "2" and int(row["round"]) > thawed and not row["fault"]]
+        if back and not killed:
+            federation.leave(1)
+            killed, tried = done, time.monotonic()
+        if killed and not federation.running("node1") and time.monotonic() - tried > 10:
+            federation.join(1)
+            tried = time.monotonic()
+        again = [row for row in people if killed and row["client"] == "1" and int(row["round"]) > killed + 1 and not row["fault"]]
+        if again:
+            break
+    assert again, "node 1 is back"
+    while_frozen = [row for row in people if frozen + 1 < int(row["round"]) <= thawed]
+    assert {row["client"] for row in while_frozen if not row["fault"]} == {"0", "1"}
+    first = min((row for row in people if row["client"] == "2" and int(row["round"]) > thawed), key=lambda row: int(row["round"]))
+    assert int(first["staleness"]) >= 2 if not first["fault"] else "unavailable" in first["fault"].lower(), first
+    assert any(row["fault"] for row in people if row["client"] == "1")
+    assert not any("memory of round" in row["fault"] for row in people)
+    assert list((federation._home / "memory").rglob("1/*.safetensors"))

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from hetfl.engines.flower.fetching import Fetcher
 from hetfl.engines.flower.records import MalformedError, RecordCodec, count_bytes, read_next_profile
 from hetfl.errors import RunError
 from hetfl.profiling.node import Profile
@@ -81,17 +82,23 @@ class FlowerEngine:
 
     def attach(self, grid: Grid) -> None:
         """Takes the grid that Flower gives, and waits until its clients are there. Raises RunError where none comes."""
-        self._grid, until = grid, time.monotonic() + self._wait
-        while len(self._find_nodes(grid)) < self._clients and (self._greeted or time.monotonic() < until):
+        self._use(grid)
+        until = time.monotonic() + self._wait
+        while len(self._find_nodes()) < self._clients and (self._greeted or time.monotonic() < until):
             time.sleep(LEAST_PAUSE)
-        if not self._find_nodes(grid):
+        if not self._find_nodes():
             raise RunError(f"no node has joined within {self._wait:g} s{''.join(f'; {n}' for n in self.notices)}")
 
-    def _find_nodes(self, grid: Grid) -> dict[int, int]:
+    def _use(self, grid: Grid) -> None:
+        """Takes a grid."""
+        self._grid, self._fetcher = grid, Fetcher(grid)
+
+    def _find_nodes(self) -> dict[int, int]:
         """The node of every client that is connected now: the first that claims it and may be it."""
-        found = {node.node_id: node.public_key for node in grid.get_nodes()}
+        assert self._grid is not None
+        found = {node.node_id: node.public_key for node in self._grid.get_nodes()}
         self._claims = {node: client for node, client in self._claims.items() if node in found}
-        self._greet(grid, found)
+        self._greet(self._grid, found)
         nodes = dict[int, int]()
         for node, client in self._claims.items():
             if client in self._keys and self._keys[client] != pack_key(found[node]):
@@ -116,7 +123,7 @@ class FlowerEngine:
         self._greeted |= {
             m.metadata.message_id: (m.metadata.dst_node_id, now + GREETING) for m in hellos if m.metadata.message_id in pushed
         }
-        for reply in grid.pull_messages(list(self._greeted)) if self._greeted else ():
+        for reply in self._fetcher.look(list(self._greeted)):
             node, _ = self._greeted.pop(reply.metadata.reply_to_message_id)
             if (client := self._read_client_id(reply)) in range(self._clients):
                 self._claims[node] = client
@@ -163,7 +170,7 @@ class FlowerEngine:
     def _send(self, outbox: Outbox, kind: Kind, contents: Mapping[int, Content]) -> list[tuple[int, Answer]]:
         """Sends the messages; returns the answers that are known without one."""
         assert self._grid is not None
-        nodes, until = self._find_nodes(self._grid), time.monotonic() + (self._timeout or PATIENCE)
+        nodes, until = self._find_nodes(), time.monotonic() + (self._timeout or PATIENCE)
         known: dict[int, Answer] = {i: Failure("its node is not connected") for i in contents if i not in nodes}
         if kind == "profile":
             said = {i: self._profiles.get(nodes[i]) for i in contents if i in nodes}
@@ -179,8 +186,7 @@ class FlowerEngine:
 
     def _collect(self, outbox: Outbox) -> Iterator[tuple[int, Answer]]:
         """The answers that have come, and a Failure for each that has been waited for long enough."""
-        assert self._grid is not None
-        for reply in self._grid.pull_messages(list(outbox.calls)) if outbox.calls else ():
+        for reply in self._fetcher.look(list(outbox.calls)):
             if (call := outbox.calls.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 self._note_profile(reply.metadata.src_node_id, reply)
                 yield call.client, self._read(reply, call.content)

@@ -99,6 +99,8 @@ class LocalFederation:
             time.sleep(0.1)
 
     def _start(self, name: str, command: Path | str, *words: str) -> None:
+        if (before := self._running.get(name)) is not None:
+            end(before, signal.SIGKILL)
         with open(self._log(name), "ab") as log:
             self._running[name] = subprocess.Popen(
                 [str(command), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,

@@ -9,6 +9,7 @@ listens it begins the program itself. So every message still has a process of it
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -16,12 +17,13 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 PROGRAMS = ("flower-superexec", "flwr-clientapp", "flwr-serverapp", "flwr")
 IMPORTED = ("hetfl.engines.flower.client_app", "hetfl.runs.server_app")
@@ -140,8 +142,8 @@ def read_request(link: socket.socket) -> Request:
     return Request(name, arguments, place, environment, files)
 
 
-def become(request: Request) -> None:
-    """Is the program that was asked for, to its end."""
+def become(request: Request) -> NoReturn:
+    """Is the program that was asked for, to its end; what is imported is not taken down, which would copy it first."""
     os.setsid()
     die_with_parent()
     for number, file in enumerate(request.files):
@@ -151,7 +153,18 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     sys.argv = [request.name, *request.arguments]
-    sys.exit(load_program(request.name)())
+    try:
+        code = load_program(request.name)()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def die_with_parent() -> None:
@@ -187,6 +200,8 @@ def main(home: str) -> None:
         os.chmod(SOCKET, 0o600)
         listener.listen(128)
         import_everything()
+        gc.collect()
+        gc.freeze()  # else each child's first collection would copy what is imported
         request = serve(listener)
     become(request)
 

@@ -48,27 +48,35 @@ class Nodes:
 @pytest.fixture
 def engine():
     message_for(0, RecordCodec().encode(0), "query")  # without which Flower makes no message
-    return lambda keys=None: FlowerEngine(3, None, 1.0, keys)
+
+    def start(grid, keys=None):
+        made = FlowerEngine(3, None, 1.0, keys)
+        made._use(grid)
+        return made
+
+    return start
 
 
 def test_a_second_node_of_the_same_client_is_not_heard_and_said_once(engine):
-    one, grid = engine(), Nodes({11: (0, b""), 12: (1, b""), 13: (1, b"")})
+    grid = Nodes({11: (0, b""), 12: (1, b""), 13: (1, b"")})
+    one = engine(grid)
     for _ in range(2):
-        assert one._find_nodes(grid) == {0: 11, 1: 12}
+        assert one._find_nodes() == {0: 11, 1: 12}
     assert one.notices == ["a node that claims to be client 1 is not heard: another node is this client"]
     assert grid.asked == [11, 12, 13]
     del grid.nodes[12]
-    assert one._find_nodes(grid) == {0: 11, 1: 13}, "a node that was started anew takes over once the old one is gone"
+    assert one._find_nodes() == {0: 11, 1: 13}, "a node that was started anew takes over once the old one is gone"
 
 
 def test_an_impostor_with_a_key_of_its_own_is_not_heard_even_where_it_comes_first(engine):
     (own, listed), (other, _) = pair(), pair()
-    one, grid = engine({1: listed}), Nodes({11: (1, other)})
-    assert one._find_nodes(grid) == {}
+    grid = Nodes({11: (1, other)})
+    one = engine(grid, {1: listed})
+    assert one._find_nodes() == {}
     assert "its key is not the one of this client" in one.notices[0]
     grid.nodes[12] = (1, own)
-    assert one._find_nodes(grid) == {1: 12}
-    assert engine({1: listed})._find_nodes(Nodes({11: (1, b"")})) == {}
+    assert one._find_nodes() == {1: 12}
+    assert engine(Nodes({11: (1, b"")}), {1: listed})._find_nodes() == {}
 
 
 def test_the_table_of_keys(tmp_path):
