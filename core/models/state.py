@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -28,14 +29,24 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwarg
 
     A module that bears two names is given them once: torch's own tying gives and restores them twice, and so leaves it `state`'s.
     """
+    if model not in _places:
+        _places[model] = list_places(model)
+    given = {place: state[name] for place, name in _places[model] if name in state}
+    return torch.func.functional_call(model, given, args, kwargs, tie_weights=False)
+
+
+_places: WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = WeakKeyDictionary()
+
+
+def list_places(model: nn.Module) -> list[tuple[str, str]]:
+    """Where tensors stand in the modules of `model`, each module under its first name, and what `tensors` names them."""
     first = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
-    places = {
-        f"{path}.{name}" if path else name: state[first[id(t)]]
+    return [
+        (f"{path}.{name}" if path else name, first[id(t)])
         for path, module in model.named_modules()
         for name, t in {**module._parameters, **module._buffers}.items()
-        if t is not None and first[id(t)] in state
-    }
-    return torch.func.functional_call(model, places, args, kwargs, tie_weights=False)
+        if t is not None
+    ]
 
 
 def copy_state(model: nn.Module) -> State:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hetfl.models.frozen import base_hash, frozen, replacing
-from hetfl.models.state import State, load_state, tensors
+from hetfl.models.state import State, call_with, load_state, tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.depth import split_sizes
 from hetfl.submodel.slicing import build_submodel
@@ -143,7 +143,7 @@ class SubmodelBuilder:
         form, weights = fast_layout(model), {name: t.to(x.device) for name, t in state.items()}
         if form != torch.contiguous_format:
             weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
-        out: Tensor = torch.func.functional_call(model, weights, (x,))
+        out: Tensor = call_with(model, weights, x)
         return out
 
 

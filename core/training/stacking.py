@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.data.kinds import TaskKind
-from hetfl.models.state import State
+from hetfl.models.state import State, call_with
 from hetfl.training.augmentation import augment
 from hetfl.training.device import autocast
 from hetfl.training.evaluation import Score
@@ -60,7 +60,7 @@ class ModelStack:
         return out
 
     def _call_one(self, values: State, x: Tensor) -> Any:
-        return torch.func.functional_call(self.model, values, (x,))
+        return call_with(self.model, values, x)
 
     def states(self) -> list[State]:
         """The tensors of each client as they are now, views of the stacked ones."""

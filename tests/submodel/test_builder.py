@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from hetfl.models.state import tensors
 from hetfl.models.zoo import ZOO
 from hetfl.submodel import builder
 from hetfl.submodel.builder import SubmodelBuilder
@@ -32,3 +33,25 @@ def test_a_thread_keeps_the_submodels_it_used_last_and_shares_none(monkeypatch):
     thread.join()
     assert found[0] is not first
     assert found[0] is not get(1)
+
+
+class Twice(torch.nn.Module):
+    """A module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 6), torch.nn.Linear(6, 6)
+        self.again, self.head = self.b, torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.again(torch.relu(self.b(torch.relu(self.a(x)))))))
+
+
+def test_a_state_that_was_computed_with_stays_its_owners():
+    model, x = Twice(), torch.randn(2, 8)
+    made, state = SubmodelBuilder(model, trace(model, x)), {n: t.clone() for n, t in tensors(model).items()}
+    before = {n: t.clone() for n, t in state.items()}
+    assert torch.equal(made.logits(state, x), model(x))
+    made.load({n: torch.zeros_like(t) for n, t in state.items()})
+    assert all(torch.equal(t, before[n]) for n, t in state.items())
+    assert all(torch.equal(t, before[n]) for n, t in tensors(model).items())
