@@ -54,12 +54,12 @@ def test_what_a_client_is_sent_comes_back_as_it_was():
     state, masks = masked_state()
     for down in (
         Instruction(3, state, {"g": 4}, None, masks, {"x": torch.ones(2)}, {"a", "c"}, True, True),
-        Instruction(1, state, None, "mlp"),
+        Instruction(1, state, None, "mlp", up={"a"}, lasting={"a", "c"}),
         Instruction(1, {}, {}, encoded={"w": torch.ones(3, dtype=torch.int8), "w/step": torch.ones(1)}),
     ):
         back = RecordCodec().decode(RecordCodec().encode(down))
-        assert (back.round, back.sizes, back.model, back.up, back.held, back.local) == (
-            down.round, down.sizes, down.model, down.up, down.held, down.local,
+        assert (back.round, back.sizes, back.model, back.up, back.held, back.local, back.lasting) == (
+            down.round, down.sizes, down.model, down.up, down.held, down.local, down.lasting,
         )  # fmt: skip
         assert same(back.state, down.state)
         assert same(back.masks, down.masks)

@@ -156,6 +156,7 @@ SPOILT = {
     "too few": spoilt(prototypes=lambda t: t[:-1]),
     "too long": spoilt(prototypes=lambda t: torch.cat([t, t], 1)),
     "no counts": changed_extras(lambda extras: {"prototypes": extras["prototypes"]}),
+    "too many": spoilt(counts=lambda t: 1000 * t),
     "negative": spoilt(counts=lambda t: -t),
     "infinite": spoilt(prototypes=lambda t: t / 0),
 }
