@@ -124,6 +124,10 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
         "those that the model brings (docs/ranks.md)",
     )
     base: Path | None = Field(None, description="weights that the model begins with: a .safetensors file or the folder of a run")
+    base_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="how the frozen base is held in memory (with --adapter); what is trained and all arithmetic stay float32",
+    )
     global_width: float = Field(
         1.0,
         gt=0,
@@ -221,6 +225,12 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     def _whole_public_count(self) -> RunOptions:
         if self.server_data >= 1 and self.server_data != int(self.server_data):
             raise ValueError("server_data is a share below 1 or a whole count")
+        return self
+
+    @model_validator(mode="after")
+    def _low_base_has_adapters(self) -> RunOptions:
+        if self.base_dtype != "float32" and self.adapter is None:
+            raise ValueError(f"--base-dtype {self.base_dtype} is for a frozen base: give --adapter too")
         return self
 
 

@@ -21,8 +21,10 @@ def digest_tensors(tensors: Mapping[str, Tensor], shapes: bool = True) -> str:
 
     Without `shapes` of names and values alone: the "weights sha256" of runs, which must stay comparable with those of older runs.
     """
+    import torch
+
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update((f"/{name} {tensor.dtype} {list(tensor.shape)}/" if shapes else name).encode())
-        found.update(tensor.detach().contiguous().numpy().ravel().data)
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -40,7 +40,8 @@ class ModelPickler(TensorPickler):
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor):
             return NotImplemented
-        order = sorted(range(obj.ndim), key=lambda dim: -obj.stride(dim))
+        strides = obj.stride()
+        order = sorted(range(obj.ndim), key=lambda dim: -strides[dim])
         dense = obj.detach().cpu().permute(order).contiguous()
         entries = dense.reshape(-1).view(torch.uint8).numpy()
         trained = obj.requires_grad if isinstance(obj, nn.Parameter) else None
@@ -98,7 +99,8 @@ def rest_on(model: nn.Module, other: nn.Module) -> None:
     """Has the frozen tensors of `model` lie where those of `other`, its copy, do: what they took is free."""
     theirs = frozen(other)
     for name, tensor in frozen(model).items():
-        tensor.set_(theirs[name])
+        there = theirs[name]
+        tensor.set_(there.untyped_storage(), there.storage_offset(), there.size(), there.stride())
 
 
 def write_packed(packed: Packed, path: Path) -> Mapped:

@@ -1,7 +1,7 @@
 """Clients in processes of their own, for local training whose Python would hold the lock of one process.
 
-Every process builds the run's client runtime from its config. A frozen base is in memory once for all of them and the run itself, which
-map one file. A process that dies, or is ended for being late, takes one client with it and is replaced.
+Every process builds the run's client runtime from its config. A frozen base is in memory once for all of them and the run itself,
+which map one file. A process that dies, or is ended for being late, takes one client with it and is replaced.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def begin(config: str, given: tuple[Mapped, Widths] | None, parent: int) -> None
     if given is None:
         setup = build_setup(options, NoCallback())
     else:
-        setup = build_given_setup(options, data.load(options).on(options.device), unpack(map_packed(given[0])), given[1])
+        setup = build_given_setup(options, data.load(options).on(options.device), given[1], unpack(map_packed(given[0])))
     RUNTIME.append(setup.runtime())
 
 

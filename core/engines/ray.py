@@ -1,8 +1,8 @@
 """Clients on a Ray cluster: actors of our own on every node, each of which builds the run's client runtime once.
 
 What clients keep travels with their calls, so it lies with the server and in its checkpoints: a run goes on on any other cluster.
-Data, a model with a frozen base, and a state that several clients are sent, are put into Ray's object store, from which each node has
-one copy for all its actors.
+Data, a model with a frozen base, and a state that several clients are sent, are put into Ray's object store, from which each node
+has one copy for all its actors.
 """
 
 from __future__ import annotations
@@ -54,13 +54,11 @@ class ClientActor:
     def __init__(self, job: Packed) -> None:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is the node's; nobody writes to it
-        config, text, federation, model, base = unpack(job)
-        options, widths = resolve(tomllib.loads(config)), serialization.from_json(text)
-        if model is not None:
-            setup = build_given_setup(options, federation.on(options.device), unpack(model), widths)
-        else:
-            setup = build_node_setup(options, federation.on(options.device), widths)
-            refuse_other_base(setup.builder.base_hash, base)
+        config, widths, data, model, base = unpack(job)
+        options = resolve(tomllib.loads(config))
+        common = options, data.on(options.device), serialization.from_json(widths)
+        setup = build_node_setup(*common) if model is None else build_given_setup(*common, unpack(model))
+        refuse_other_base(setup.builder.base_hash, base)
         self._runtime = setup.runtime()
 
     def begun(self) -> dict[str, str]:
@@ -99,9 +97,9 @@ class RayEngine(KeepingEngine):
         options = runtime.options
         self._options, self._gpus = options, count_gpus(options)
         self._began = connect(options.ray_address, find_own_modules(options), options.workers)
-        builder = runtime.builder
+        builder, data = runtime.builder, runtime.federation.on("cpu")
         widths, model = serialization.to_json(builder.widths), pack_based(builder.model)
-        self._job = ray.put(pack((config, widths, runtime.federation.on("cpu"), model, builder.base_hash)))
+        self._job = ray.put(pack((config, widths, data, model, builder.base_hash)))
         if model is not None:
             rest_on(builder.model, unpack(unpack(ray.get(self._job))[3]))
         self._class: Any = ray.remote(ClientActor)

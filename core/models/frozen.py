@@ -9,27 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from hetfl.digest import digest_tensors
 from hetfl.errors import UsageError
+from hetfl.models.casting import LOW, Casting, can_cast, casting_class
 from hetfl.models.state import State
 
 MARK = "frozen_names"  # of a module: the names of its own parameters that became part of the architecture
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Makes the parameters of `model` that need no gradient buffers outside its state dict, in place; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
+def freeze(model: nn.Module, low: bool = False) -> nn.Module:
+    """Makes the parameters of `model` that need no gradient buffers outside its state dict, in place; tied ones stay tied.
+
+    With `low` they are held in bfloat16, and cast to float32 when they are used (models/casting.py).
+    """
+    made: dict[tuple[int, bool], Tensor] = {}
+    for module in list(model.modules()):
         names = [name for name, p in module._parameters.items() if p is not None and not p.requires_grad]
         for name in names:
             parameter = module._parameters.pop(name)
             assert parameter is not None
-            module.register_buffer(name, made.setdefault(id(parameter), parameter.detach()), persistent=False)
+            lowers = low and can_cast(module) and parameter.dtype == torch.float32
+            key = id(parameter), lowers
+            if key not in made:
+                made[key] = parameter.detach().to(LOW) if lowers else parameter.detach()
+            module.register_buffer(name, made[key], persistent=False)
+            if lowers and not isinstance(module, Casting):
+                module.__class__ = casting_class(type(module))  # type: ignore[arg-type]
         if names:
             setattr(module, MARK, (*getattr(module, MARK, ()), *names))
             renew_recurrent(module)
+    return model
+
+
+def round_base(model: nn.Module) -> nn.Module:
+    """Rounds what `freeze` would hold in bfloat16 to its values, in place: the model then computes what the frozen one does."""
+    with torch.no_grad():
+        for module in filter(can_cast, model.modules()):
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.requires_grad and parameter.dtype == torch.float32:
+                    parameter.copy_(parameter.to(LOW))
     return model
 
 

@@ -66,8 +66,8 @@ def build_setup(options: RunOptions, callback: Callback) -> Setup:
     return finish_setup(options, federation, plugins, freeze_base(options, model), widths)
 
 
-def build_given_setup(options: RunOptions, federation: FederatedDataset, model: nn.Module, widths: Widths) -> Setup:
-    """The same in another process, which is given the model, its base frozen, and the width groups."""
+def build_given_setup(options: RunOptions, federation: FederatedDataset, widths: Widths, model: nn.Module) -> Setup:
+    """The same in another process, which is given the width groups and the model, its base frozen."""
     plugins = loading.load_plugins(options)
     device.prepare_device(options)
     return finish_setup(resolve_options(options, federation, plugins), federation, plugins, model, widths)
@@ -141,7 +141,7 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
         return 1, "a plugin takes part in local training"
     size = vectorized.group_size(builder.model, options, setup.federation.shape, builder.widths.draws)
     if size < 2:
-        return 1, "the model draws random numbers or is recurrent"
+        return 1, "the model draws random numbers, is recurrent or has a base in bfloat16"
     why = vectorized.find_stacking_error(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
 
@@ -202,7 +202,7 @@ def freeze_base(options: RunOptions, model: nn.Module) -> nn.Module:
         return model
     if all(p.requires_grad for p in model.parameters()):
         raise NotApplicable("not applicable: --adapter own is for a model that freezes its base, and all of this one is trained")
-    return freeze(model)
+    return freeze(model, options.base_dtype == "bfloat16")
 
 
 def trace_all_exits(options: RunOptions, federation: FederatedDataset, model: nn.Module) -> Widths:

@@ -8,6 +8,7 @@ from hetfl.data.dataset import FederatedDataset
 from hetfl.data.inputs import Inputs
 from hetfl.errors import plural
 from hetfl.models.adapters import list_adapters, parse_adapter
+from hetfl.models.casting import is_low
 from hetfl.models.state import tensors
 from hetfl.profiling.cost import count_parameters
 from hetfl.rounds.setup import Setup
@@ -43,9 +44,10 @@ def describe_adapters(given: str | None, builder: SubmodelBuilder) -> list[str]:
     spec, layers = parse_adapter(given), len(list_adapters(tensors(builder.model)))
     scale = f", alpha / rank = {spec.scale:g} whatever ranks a client has" if spec else ""
     trained, base = sum(p.numel() for p in builder.model.parameters()), str(builder.base_hash)
+    held = "; it is held in bfloat16, adapters and arithmetic are float32" if is_low(builder.model) else ""
     return [
         f"adapters: {given}, in {plural(layers, 'layer')}{scale}; {trained:,} parameters are trained, heads included; "
-        f"the base (sha256 {base[:12]}…) is not sent"
+        f"the base (sha256 {base[:12]}…) is not sent{held}"
     ]
 
 

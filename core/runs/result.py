@@ -22,7 +22,7 @@ from hetfl.data.kinds import find_kind
 from hetfl.errors import RunError, UsageError, nearest, plural
 from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.manager import PluginManager
-from hetfl.models.frozen import base_hash, freeze
+from hetfl.models.frozen import base_hash, freeze, round_base
 from hetfl.models.state import State, load_state, tensors
 from hetfl.registry import ROLES
 from hetfl.rounds import setup
@@ -85,7 +85,9 @@ class Run:
         Raises RunError where that base is not the run's: its --base is another by now.
         """
         model, facts = setup.adapt_model(*self._parts), self._folder.read("run.json")
-        if BASE_HASH in facts and facts[BASE_HASH] != base_hash(freeze(copy.deepcopy(model))):
+        low = self._parts[0].base_dtype == "bfloat16"
+        model = round_base(model) if low else model
+        if BASE_HASH in facts and facts[BASE_HASH] != base_hash(freeze(copy.deepcopy(model), low)):
             raise RunError("the frozen base of the model is not the one that this run had (--base)")
         return load_state(model, {**tensors(model), **self.weights}).eval()
 

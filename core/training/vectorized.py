@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
+from hetfl.models.casting import RECURRENT, is_low
 from hetfl.models.frozen import frozen
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
@@ -19,8 +20,6 @@ from hetfl.rng import stream
 from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
 from hetfl.training.local import batch_rows
 from hetfl.training.stacking import EagerStep, ModelStack, align_batches, run_steps
-
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 SMALL = 32_768  # parameters up to which stacking pays on CPU (docs/performance.md)
 
@@ -54,9 +53,9 @@ def group_size(model: nn.Module, options: RunOptions, shape: tuple[int, ...], dr
     """How many clients of `model` on inputs of `shape` (one example) train as one; 1: each by itself. A rule, never a timing.
 
     `draws`: whether the model draws random numbers in its forward pass; every client draws from its own stream, so each trains
-    by itself. So do recurrent models, whose kernels vmap does not know.
+    by itself. So do recurrent models, whose kernels vmap does not know, and those with a base in bfloat16.
     """
-    if options.vmap == "off" or draws or any(isinstance(m, RECURRENT) for m in model.modules()):
+    if options.vmap == "off" or draws or is_low(model) or any(isinstance(m, RECURRENT) for m in model.modules()):
         return 1
     count, cpu = sum(p.numel() for p in (*model.parameters(), *frozen(model).values())), torch.device(options.device).type == "cpu"
     if options.vmap == "auto" and not (

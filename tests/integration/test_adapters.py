@@ -82,10 +82,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_unless_its_base_is_another(tmp_p
 
 
 @pytest.mark.slow
-def test_processes_give_the_bits_of_threads():
+@pytest.mark.parametrize(
+    "values", [{"extract": "heterofl"}, {"extract": "loraranks", "wrap": ("fedsa",), "base_dtype": "bfloat16"}]
+)
+def test_processes_give_the_bits_of_threads(values):
     found = []
     for engine in ("local", "processes"):
-        made = prepare(resolve({**FOUR_CLIENTS, **LORA, "extract": "heterofl", "engine": engine}), NoCallback())
+        made = prepare(resolve({**FOUR_CLIENTS, **LORA, **values, "engine": engine}), NoCallback())
         try:
             run_rounds(made.state, made.engine)
         finally:
@@ -107,6 +110,22 @@ def test_processes_give_the_bits_of_threads():
 def test_what_cannot_be_is_said(values, error, words):
     with pytest.raises(error, match=words):
         hetfl.run(**{**SMALL, **LORA, **values})
+
+
+def test_a_base_in_bfloat16_is_named_by_its_values_and_put_together_again(tmp_path):
+    said = []
+    tell = type("Said", (), {"on_fact": lambda _, text: said.append(text)})()
+    run = hetfl.run(extract="heterofl", **SMALL, **LORA, base_dtype="bfloat16", out=tmp_path / "run", callback=tell)
+    assert any("held in bfloat16, adapters and arithmetic are float32" in text for text in said)
+    assert {t.dtype for t in run.weights.values()} == {torch.float32}
+    made = prepared({**LORA, "base_dtype": "bfloat16"})
+    assert made.server.builder.base_hash == json.loads((tmp_path / "run" / "run.json").read_text())["base sha256"]
+    assert made.server.builder.base_hash != prepared(LORA).server.builder.base_hash
+    x, low = torch.randn(3, 1, 8, 8), made.server.builder
+    assert torch.equal(run.model(x), low.load(run.weights).eval()(x))
+    assert torch.equal(run.submodel(1.0)(x), run.model(x))
+    with pytest.raises(UsageError, match="base_dtype bfloat16 is for a frozen base: give adapter too"):
+        hetfl.run(extract="heterofl", **SMALL, model="mlp", base_dtype="bfloat16")
 
 
 def test_a_base_of_another_model_is_refused(tmp_path):

@@ -13,6 +13,8 @@ from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
 from hetfl.runs.folder import RunFolder
 
+PRUNED = {"model": "mlp", "adapter": "lora:rank=4", "extract": "loraranks", "set": {"loraranks": {"prune": 0.5}}}
+
 
 def ran(engine, **values):
     made = prepare(resolve({**FOUR_CLIENTS, **values, "engine": engine}), NoCallback())
@@ -60,7 +62,12 @@ def folder_of(stops, path, engine, rounds=None, **values):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
 @pytest.mark.parametrize(
     ("engine", "values"),
-    [("ray", {"extract": "fedconv", "aggregate": "kld"}), ("flower-sim", {"extract": "hermes"})],
+    [
+        ("ray", {"extract": "fedconv", "aggregate": "kld"}),
+        ("ray", {**PRUNED, "aggregate": "flexlora", "base_dtype": "bfloat16"}),
+        ("flower-sim", {"extract": "hermes"}),
+        ("flower-sim", {**PRUNED, "wrap": ("fedsa",)}),
+    ],
     ids=lambda v: v if isinstance(v, str) else v["extract"],
 )
 def test_engines_on_ray_give_the_bits_of_the_local_engine(tmp_path, stops, engine, values):

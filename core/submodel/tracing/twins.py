@@ -9,7 +9,7 @@ torch.nn.MultiheadAttention is left out of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from hetfl.models.state import State, call_with
 from hetfl.submodel.tracing.channels import op_name
 from hetfl.submodel.tracing.ops import NUMBERS, REDUCE, SAME, SOFT
 from hetfl.submodel.tracing.rules import COMPUTES
@@ -31,6 +30,13 @@ FULL = (
 
 RATIOS = frozenset("_weight_norm div divide true_divide __truediv__ __rtruediv__ mul __mul__ __rmul__".split())
 
+ABOUT = frozenset(  # what is asked about a tensor, whatever its values
+    "shape size dim ndim numel nelement stride dtype device layout requires_grad is_floating_point is_complex is_contiguous "
+    "is_cuda is_sparse is_nested is_quantized is_leaf is_meta element_size __len__ __hash__".split()
+)
+
+Values = Callable[[str], Tensor]
+
 Cuts = Mapping[int, list[tuple[int, Tensor]]]  # op -> (dim of its first operand, the positions that remain along it)
 
 
@@ -39,9 +45,10 @@ class OtherOpsError(Exception):
 
 
 def run_twins(
-    widths: Widths, small: nn.Module, model: nn.Module, masked: State, inputs: Sequence[Tensor], kept: Kept
+    widths: Widths, small: nn.Module, model: nn.Module, masked: Values, inputs: Sequence[Tensor], kept: Kept
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating-point outputs of `small`, the cut module, and of `model` with the values `masked`, both in evaluation mode.
+    """The floating-point outputs of `small`, the cut module, and of `model` with the values `masked(name)` of the tensors in its
+    state, which are asked for when they are used; both in evaluation mode.
 
     Raises OtherOpsError, and whatever the cut module raises.
     """
@@ -49,8 +56,10 @@ def run_twins(
     first = Recorder()
     with torch.no_grad(), first:
         ours = float_leaves(small.eval()(*inputs))
-    with torch.no_grad(), Replayer(first.calls, cuts):
-        theirs = float_leaves(call_with(model.eval(), masked, *inputs))
+    kept_names = model.state_dict().keys()
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers()) if n in kept_names}
+    with torch.no_grad(), Replayer(first.calls, cuts, names, masked):
+        theirs = float_leaves(model.eval()(*inputs))
     return ours, theirs
 
 
@@ -76,16 +85,22 @@ class Recorder(TorchFunctionMode):
 
 
 class Replayer(TorchFunctionMode):
-    """Runs the same ops with the numbers of the recorded ones, reductions over channels over those that `cuts` leaves."""
+    """Runs the same ops with the numbers of the recorded ones, reductions over channels over those that `cuts` leaves.
 
-    def __init__(self, calls: Sequence[tuple[str, list[Any]]], cuts: Cuts) -> None:
+    A tensor whose id `names` has counts as `masked(name)`.
+    """
+
+    def __init__(self, calls: Sequence[tuple[str, list[Any]]], cuts: Cuts, names: Mapping[int, str], masked: Values) -> None:
         super().__init__()
-        self.calls, self.cuts, self.done = calls, cuts, 0
+        self.calls, self.cuts, self.names, self.masked, self.done = calls, cuts, names, masked, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op_name(func)
-        if name not in COMPUTES:
+        if name in ABOUT:
             return func(*args, **(kwargs or {}))
+        args, kwargs = self._stand_in(args, kwargs or {})
+        if name not in COMPUTES:
+            return func(*args, **kwargs)
         args, kwargs = set_scale(name, args, kwargs or {})
         if self.done >= len(self.calls) or self.calls[self.done][0] != name:
             raise OtherOpsError
@@ -108,6 +123,15 @@ class Replayer(TorchFunctionMode):
         out = func(*args, **kwargs)
         out = out.nan_to_num(0.0, math.inf, -math.inf) if name in RATIOS else out
         return spread(out, x, cut) if name in FULL else out
+
+    def _stand_in(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of an op with what stands for the model's tensors."""
+        leaves, form = tree_flatten((args, kwargs))
+        if not any(id(x) in self.names for x in leaves):
+            return args, kwargs
+        given = [self.masked(self.names[id(x)]) if id(x) in self.names else x for x in leaves]
+        found: tuple[Any, Any] = tree_unflatten(given, form)
+        return found
 
 
 def is_number(x: Any) -> bool:

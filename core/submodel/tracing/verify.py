@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hetfl.models.state import load_state, tensors
+from hetfl.models.state import tensors
 from hetfl.rng import stream
-from hetfl.submodel.blocks import put, take
+from hetfl.submodel.blocks import take
 from hetfl.submodel.slicing import build_submodel
 from hetfl.submodel.tracing.twins import OtherOpsError, run_twins
 from hetfl.submodel.widths import Kept, Widths, freeze_groups
@@ -76,15 +76,20 @@ def compare_cut(
 ) -> tuple[nn.Module, float]:
     """(the model cut to `kept`, the largest difference of its outputs from those of the full one with the other entries zero).
 
-    The weights of both are random; the difference is relative to 1 + the largest output, infinite where shapes differ or something
-    is not a number. What rightly differs is made equal (`twins`).
+    The weights of both are random, each tensor drawn when it is used; the difference is relative to 1 + the largest output,
+    infinite where shapes differ or something is not a number. What rightly differs is made equal (`twins`).
     """
-    index = widths.index(kept)
-    state = {name: draw_values(name, t, generator) for name, t in tensors(model).items()}
-    small_state = {name: take(t, index.get(name, {})) for name, t in state.items()}
-    masked = {name: put(small_state[name], index.get(name, {}), torch.zeros_like(t)) for name, t in state.items()}
-    small = load_state(build_submodel(widths, model, kept), small_state)
-    outputs = run_twins(widths, small, model, masked, inputs, kept)
+    index, own = widths.index(kept), tensors(model)
+    seeds = dict(zip(own, torch.randint(1 << 62, (len(own),), generator=generator).tolist(), strict=True))
+
+    def draw(name: str) -> Tensor:
+        return draw_values(name, own[name], torch.Generator().manual_seed(seeds[name]))
+
+    small = build_submodel(widths, model, kept)
+    with torch.no_grad():
+        for name, tensor in tensors(small).items():
+            tensor.copy_(take(draw(name), index.get(name, {})))
+    outputs = run_twins(widths, small, model, lambda name: clear_rest(draw(name), index.get(name, {})), inputs, kept)
     return small, max((relative_error(a, b) for a, b in zip(*reversed(outputs), strict=True)), default=math.inf)
 
 
@@ -97,7 +102,15 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def draw_values(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values of a plausible scale, so that no zero or equal entry hides a wrong cut."""
     if not tensor.is_floating_point():
-        return tensor
+        return tensor.clone()
     fan = math.sqrt(max(1, tensor[0].numel())) if tensor.ndim > 1 else 1.0
-    drawn = torch.randn(tensor.shape, generator=generator).to(tensor) / fan
-    return drawn.abs() + 0.5 if name.endswith("var") else drawn
+    drawn = torch.randn(tensor.shape, generator=generator).to(tensor).div_(fan)
+    return drawn.abs_().add_(0.5) if name.endswith("var") else drawn
+
+
+def clear_rest(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
+    """`tensor` with zeros outside the block at `index`, in place."""
+    for dim, where in index.items():
+        rest = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, where, False)
+        tensor.index_fill_(dim, rest.nonzero().flatten(), 0)
+    return tensor
