@@ -34,6 +34,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def return_free_memory() -> None:
+    """Gives the system back what this process has freed, where the C library (glibc's) would keep it."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_interrupts_off() -> None:
     """Has this thread, and the processes begun in it, get no SIGINT: Ctrl-C is the main thread's, which ends the others."""
     if hasattr(signal, "pthread_sigmask"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hetfl.engines.local import Call
 from hetfl.models.frozen import frozen
+from hetfl.parallel import return_free_memory
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import Answer, ClientState, Content, Failure, Kind, too_long
 
@@ -101,6 +102,7 @@ def rest_on(model: nn.Module, other: nn.Module) -> None:
     for name, tensor in frozen(model).items():
         there = theirs[name]
         tensor.set_(there.untyped_storage(), there.storage_offset(), there.size(), there.stride())
+    return_free_memory()
 
 
 def write_packed(packed: Packed, path: Path) -> Mapped:

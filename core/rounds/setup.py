@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from hetfl.models.early_exit import all_exits
 from hetfl.models.folders import follow_model
 from hetfl.models.frozen import freeze
 from hetfl.models.state import load_weights, tensors
+from hetfl.parallel import return_free_memory
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
 from hetfl.rounds.assignment import sample_size
@@ -78,6 +78,7 @@ def finish_setup(
 ) -> Setup:
     """The setup of a traced model."""
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
+    return_free_memory()  # tracing took cut copies of the model
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 
 
@@ -142,7 +143,7 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
     size = vectorized.group_size(builder.model, options, setup.federation.shape, builder.widths.draws)
     if size < 2:
         return 1, "the model draws random numbers, is recurrent or has a base in bfloat16"
-    why = vectorized.find_stacking_error(copy.deepcopy(builder.model), test.x[test.index[:2]].cpu())
+    why = vectorized.find_stacking_error(builder.build(), test.x[test.index[:2]].cpu())
     return (1, why) if why else (size, None)
 
 
@@ -167,14 +168,14 @@ def build_model(options: RunOptions, federation: FederatedDataset, name: str) ->
 def trace_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> tuple[nn.Module, Widths]:
     """The model of a run and its width groups. Raises UsageError where its answers do not fit the task."""
     name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
-    widths = trace_all_exits(options, federation, model)
+    widths = trace_all_exits(options, federation, model, hollow=options.adapter is not None)
     with torch.no_grad():
         out = model.eval()(x)
     shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
     wanted = (len(x), *federation.inputs.answer)
     if not isinstance(out, Tensor) or out.shape != wanted:
         raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
-    return model, widths
+    return (adapt_model(options, federation, plugins) if options.adapter else model), widths
 
 
 def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: PluginManager) -> nn.Module:
@@ -205,10 +206,10 @@ def freeze_base(options: RunOptions, model: nn.Module) -> nn.Module:
     return freeze(model, options.base_dtype == "bfloat16")
 
 
-def trace_all_exits(options: RunOptions, federation: FederatedDataset, model: nn.Module) -> Widths:
-    """The width groups of `model`, whose exits count alike where it has several."""
+def trace_all_exits(options: RunOptions, federation: FederatedDataset, model: nn.Module, hollow: bool = False) -> Widths:
+    """The width groups of `model`, whose exits count alike where it has several; with `hollow` it loses what it does not train."""
     with all_exits(model):
-        return trace(model, sample(federation), heads=options.heads)
+        return trace(model, sample(federation), heads=options.heads, hollow=hollow)
 
 
 def sample(federation: FederatedDataset) -> Tensor:

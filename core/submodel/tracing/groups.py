@@ -17,13 +17,14 @@ from hetfl.submodel.tracing.verify import prove
 from hetfl.submodel.widths import Attribute, Axis, Group, Widths, make_axis
 
 
-def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width") -> Widths:
+def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads = "width", hollow: bool = False) -> Widths:
     """The width groups of `model`, found by running it on `inputs` (a batch of two or more), in evaluation and training mode.
 
     With `verify` every group is proven: the model cut at random must compute what the full model computes with the removed entries
     zero (`verify.prove`: two cuts, relative error at most 1e-4, reductions over the channels that remain); a group that fails is
     frozen. `heads` says what is cut of attention: the width of every head or whole heads. The model and torch's random state are
-    left as they were. Raises UsageError where the model does not run.
+    left as they were, but with `hollow` the parameters that need no gradient lose their values, which no proof needs, and take no
+    memory. Raises UsageError where the model does not run.
     """
     modes, before = [(m, m.training) for m in model.modules()], {name: t.clone() for name, t in model.named_buffers()}
     try:
@@ -36,6 +37,8 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
             refuse_branches(tracer, model)
             model.eval()
             widths = form_widths(tracer.table, model)
+            if hollow:
+                empty_frozen(model)
             return prove(widths, model, inputs) if verify else widths
     except UsageError:
         raise
@@ -45,6 +48,13 @@ def trace(model: nn.Module, *inputs: Tensor, verify: bool = True, heads: Heads =
         restore_buffers(model, before)
         for module, training in modes:
             module.training = training
+
+
+def empty_frozen(model: nn.Module) -> None:
+    """Puts one 0 in place of all entries of each parameter that needs no gradient."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.new_zeros(1).expand(parameter.shape)
 
 
 def refuse_branches(tracer: Tracer, model: nn.Module) -> None:

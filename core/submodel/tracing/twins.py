@@ -9,7 +9,7 @@ torch.nn.MultiheadAttention is left out of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from hetfl.models.state import State, call_with
 from hetfl.submodel.tracing.channels import op_name
 from hetfl.submodel.tracing.ops import NUMBERS, REDUCE, SAME, SOFT
 from hetfl.submodel.tracing.rules import COMPUTES
@@ -45,21 +46,20 @@ class OtherOpsError(Exception):
 
 
 def run_twins(
-    widths: Widths, small: nn.Module, model: nn.Module, masked: Values, inputs: Sequence[Tensor], kept: Kept
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating-point outputs of `small`, the cut module, and of `model` with the values `masked(name)` of the tensors in its
-    state, which are asked for when they are used; both in evaluation mode.
+    widths: Widths, small: nn.Module, model: nn.Module, given: State, inputs: Sequence[Tensor], kept: Kept,
+    names: Collection[str] = (), masked: Values = {}.__getitem__,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The floating-point outputs of `small`, the cut module, and of `model` with the values `given`, both in evaluation mode.
 
-    Raises OtherOpsError, and whatever the cut module raises.
+    The values of the tensors `names` are what `masked(name)` answers whenever they are used. Raises OtherOpsError, and whatever the
+    cut module raises.
     """
     cuts = {op: [(d, axis.index(kept).sort().values) for d, axis in dims] for op, dims in widths.reductions.items()}
-    first = Recorder()
+    first, own = Recorder(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad(), first:
         ours = float_leaves(small.eval()(*inputs))
-    kept_names = model.state_dict().keys()
-    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers()) if n in kept_names}
-    with torch.no_grad(), Replayer(first.calls, cuts, names, masked):
-        theirs = float_leaves(model.eval()(*inputs))
+    with torch.no_grad(), Replayer(first.calls, cuts, {id(own[name]): name for name in names}, masked):
+        theirs = float_leaves(call_with(model.eval(), given, *inputs))
     return ours, theirs
 
 

@@ -54,6 +54,7 @@ def find_fault(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], group
         try:
             small, error = compare_cut(widths, model, inputs, kept, generator)
             small.train()(*inputs)
+            del small
         except OtherOpsError:
             return "the code takes another path when it is cut"
         except Exception as failure:
@@ -76,8 +77,8 @@ def compare_cut(
 ) -> tuple[nn.Module, float]:
     """(the model cut to `kept`, the largest difference of its outputs from those of the full one with the other entries zero).
 
-    The weights of both are random, each tensor drawn when it is used; the difference is relative to 1 + the largest output,
-    infinite where shapes differ or something is not a number. What rightly differs is made equal (`twins`).
+    The weights of both are random, those that are cut drawn when they are used; the difference is relative to 1 + the largest
+    output, infinite where shapes differ or something is not a number. What rightly differs is made equal (`twins`).
     """
     index, own = widths.index(kept), tensors(model)
     seeds = dict(zip(own, torch.randint(1 << 62, (len(own),), generator=generator).tolist(), strict=True))
@@ -85,11 +86,16 @@ def compare_cut(
     def draw(name: str) -> Tensor:
         return draw_values(name, own[name], torch.Generator().manual_seed(seeds[name]))
 
+    def mask(name: str) -> Tensor:
+        return clear_rest(draw(name), index[name])
+
+    cut = [name for name in own if any(len(at) < own[name].shape[dim] for dim, at in index.get(name, {}).items())]
     small = build_submodel(widths, model, kept)
     with torch.no_grad():
         for name, tensor in tensors(small).items():
             tensor.copy_(take(draw(name), index.get(name, {})))
-    outputs = run_twins(widths, small, model, lambda name: clear_rest(draw(name), index.get(name, {})), inputs, kept)
+    given = {name: draw(name) for name in own if name not in cut}
+    outputs = run_twins(widths, small, model, given, inputs, kept, cut, mask)
     return small, max((relative_error(a, b) for a, b in zip(*reversed(outputs), strict=True)), default=math.inf)
 
 

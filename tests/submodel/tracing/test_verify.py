@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from helpers.modules import MODULES, ZOO, traced
 from hetfl.models.convnets import CNN
 from hetfl.models.state import tensors
+from hetfl.profiling.cost import LiveBytes
 from hetfl.submodel.tracing.groups import trace
 from hetfl.submodel.tracing.verify import compare_cut, draw_units
 
@@ -36,3 +38,21 @@ def test_batch_norm_nets_are_equal_without_leaving_anything_out():
     widths = trace(model, x)
     kept = {g.name: draw_units(g.size, torch.Generator().manual_seed(1)) for g in widths.groups}
     assert compare_cut(widths, model, [x], kept, torch.Generator().manual_seed(2))[1] <= 1e-5
+
+
+def test_a_proof_holds_no_second_model_and_needs_no_values_of_a_frozen_one():
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Sequential(nn.Linear(128, 128), nn.ReLU()) for _ in range(12)], nn.Linear(128, 4))
+
+    model, x, peaks = make(), torch.randn(2, 128), []
+    size = sum(p.nbytes for p in model.parameters())
+    found = trace(model, x)
+    for hollow in (False, True):
+        model = make().requires_grad_(False)
+        with LiveBytes([*model.parameters()]) as alive:
+            assert trace(model, x, hollow=hollow).groups == found.groups
+        peaks.append(alive.peak / size)
+        assert (sum(p.untyped_storage().nbytes() for p in model.parameters()) < size / 1000) == hollow
+    assert peaks[0] < 2, "copies of the whole model"
+    assert peaks[1] < 1.25
