@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "`loraranks` x `overlap`": RANKS,
     "`loraranks` x `flexlora`": {**RANKS, "aggregate": "flexlora"},
     "`loraranks` x `flexlora`, by rank": {**RANKS, "aggregate": "flexlora", "set": {"flexlora": {"by_rank": True}}},
+    "`loraranks` x `flora`": {**RANKS, "aggregate": "flora"},
     "`loraranks` x `hetlora`": {**RANKS, "aggregate": "hetlora"},
     "`loraranks`, `ffa`": {**RANKS, "wrap": ["ffa"]},
     "`loraranks`, `fedsa`": {**RANKS, "wrap": ["fedsa"]},

@@ -82,7 +82,7 @@ def casting_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def make_casting(kind: type[nn.Module]) -> nn.Module:
     """A module of `kind` that casts, without contents: for copy and pickle."""
-    made = casting_class(kind)
+    made = casting_class(kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

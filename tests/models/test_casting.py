@@ -56,7 +56,7 @@ def test_it_computes_what_its_rounded_values_do(case):
     make, draw, target = CASES[case]
     x, y = draw(), torch.arange(5) % 4
     torch.manual_seed(0)
-    model = add_adapters(make(), AdapterSpec(4, 8.0, target), x, 4)
+    model = add_adapters(make(), AdapterSpec(4, 8.0, target), x, (4,))
     rounded, low = round_base(copy.deepcopy(model)), freeze(model, low=True)
     again = pickle.loads(pickle.dumps(low)) if case != "reader" else copy.deepcopy(low)
     assert is_low(low)
@@ -75,7 +75,7 @@ def test_neither_pass_keeps_a_float32_copy():
     x, y, peaks, side = torch.randn(2, 256), torch.zeros(2, dtype=torch.int64), [], 4 * 256 * 256
     for low in (False, True):
         net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(12)], nn.Linear(256, 4))
-        peaks.append(measure_step(freeze(add_adapters(net, AdapterSpec(2, 2.0), x, 4), low), x, y).peak)
+        peaks.append(measure_step(freeze(add_adapters(net, AdapterSpec(2, 2.0), x, (4,)), low), x, y).peak)
     assert peaks[0] - peaks[1] > (12 / 2 - 2) * side
 
 
@@ -90,7 +90,7 @@ def test_an_embedding_casts_the_rows_alone():
 def test_all_modules_of_a_run_have_the_same_low_base():
     net = encoder()
     ids = torch.randint(2, 50, (2, 12))
-    widths = trace(add_adapters(net, AdapterSpec(4, 8.0), ids, 4), ids)
+    widths = trace(add_adapters(net, AdapterSpec(4, 8.0), ids, (4,)), ids)
     builder = SubmodelBuilder(freeze(net, low=True), widths)
     whole, cut = builder.module(), builder.module({g.name: max(2, g.size // 2) for g in widths.groups})
     assert all(tensor is builder.base[name] for name, tensor in frozen(whole).items())

@@ -9,7 +9,8 @@ torch.nn.MultiheadAttention is left out of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ ABOUT = frozenset(  # what is asked about a tensor, whatever its values
     "is_cuda is_sparse is_nested is_quantized is_leaf is_meta element_size __len__ __hash__".split()
 )
 
-Values = Callable[[str], Tensor]
+Value = Callable[[], Tensor]
 
 Cuts = Mapping[int, list[tuple[int, Tensor]]]  # op -> (dim of its first operand, the positions that remain along it)
 
@@ -47,18 +48,18 @@ class OtherOpsError(Exception):
 
 def run_twins(
     widths: Widths, small: nn.Module, model: nn.Module, given: State, inputs: Sequence[Tensor], kept: Kept,
-    names: Collection[str] = (), masked: Values = {}.__getitem__,
+    masked: Mapping[str, Value] = MappingProxyType({}),
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The floating-point outputs of `small`, the cut module, and of `model` with the values `given`, both in evaluation mode.
 
-    The values of the tensors `names` are what `masked(name)` answers whenever they are used. Raises OtherOpsError, and whatever the
-    cut module raises.
+    The values of the tensors that `masked` names are what its functions answer whenever they are used. Raises OtherOpsError, and
+    whatever the cut module raises.
     """
     cuts = {op: [(d, axis.index(kept).sort().values) for d, axis in dims] for op, dims in widths.reductions.items()}
     first, own = Recorder(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad(), first:
         ours = float_leaves(small.eval()(*inputs))
-    with torch.no_grad(), Replayer(first.calls, cuts, {id(own[name]): name for name in names}, masked):
+    with torch.no_grad(), Replayer(first.calls, cuts, {id(own[name]): value for name, value in masked.items()}):
         theirs = float_leaves(call_with(model.eval(), given, *inputs))
     return ours, theirs
 
@@ -87,12 +88,12 @@ class Recorder(TorchFunctionMode):
 class Replayer(TorchFunctionMode):
     """Runs the same ops with the numbers of the recorded ones, reductions over channels over those that `cuts` leaves.
 
-    A tensor whose id `names` has counts as `masked(name)`.
+    A tensor whose id `masked` has counts as what its function answers.
     """
 
-    def __init__(self, calls: Sequence[tuple[str, list[Any]]], cuts: Cuts, names: Mapping[int, str], masked: Values) -> None:
+    def __init__(self, calls: Sequence[tuple[str, list[Any]]], cuts: Cuts, masked: Mapping[int, Value]) -> None:
         super().__init__()
-        self.calls, self.cuts, self.names, self.masked, self.done = calls, cuts, names, masked, 0
+        self.calls, self.cuts, self.masked, self.done = calls, cuts, masked, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op_name(func)
@@ -127,9 +128,9 @@ class Replayer(TorchFunctionMode):
     def _stand_in(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of an op with what stands for the model's tensors."""
         leaves, form = tree_flatten((args, kwargs))
-        if not any(id(x) in self.names for x in leaves):
+        if not any(id(x) in self.masked for x in leaves):
             return args, kwargs
-        given = [self.masked(self.names[id(x)]) if id(x) in self.names else x for x in leaves]
+        given = [self.masked[id(x)]() if id(x) in self.masked else x for x in leaves]
         found: tuple[Any, Any] = tree_unflatten(given, form)
         return found
 

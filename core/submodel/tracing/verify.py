@@ -95,7 +95,7 @@ def compare_cut(
         for name, tensor in tensors(small).items():
             tensor.copy_(take(draw(name), index.get(name, {})))
     given = {name: draw(name) for name in own if name not in cut}
-    outputs = run_twins(widths, small, model, given, inputs, kept, cut, mask)
+    outputs = run_twins(widths, small, model, given, inputs, kept, {name: partial(mask, name) for name in cut})
     return small, max((relative_error(a, b) for a, b in zip(*reversed(outputs), strict=True)), default=math.inf)
 
 
