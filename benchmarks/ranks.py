@@ -96,13 +96,14 @@ def show(values: Iterable[float]) -> str:
 
 def make_table(rows: list[dict[str, Any]]) -> str:
     """The rows by method: accuracies over the seeds, then what a client takes; of `fedsa`, which makes no global model, its own."""
-    heads = ["method", *(f"`{name}`" for name in SHOWN), "bytes of a client and round", "memory, MB", "MACs, M"]
+    heads = ["method", "seeds", *(f"`{name}`" for name in SHOWN), "bytes of a client and round", "memory, MB", "MACs, M"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for method in METHODS:
         ours = [row for row in rows if row["method"] == method]
         if not ours:
             continue
-        cells = [show(row["accuracy"][name] for row in ours if name in row["accuracy"]) for name in SHOWN]
+        cells = [str(len(ours))]
+        cells += [show(row["accuracy"][name] for row in ours if name in row["accuracy"]) for name in SHOWN]
         cells.append(f"{statistics.fmean(row['bytes'] for row in ours) / 1e3:,.0f} kB")
         cells += [" to ".join(f"{v / 1e6:,.1f}" for v in dict.fromkeys(ours[0][what])) for what in ("memory", "MACs")]
         lines.append(f"| {method} | {' | '.join(cells)} |")
