@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from hetfl.engines.flower.node import build_runtime, make_client_app
@@ -29,11 +29,12 @@ def context_of(client, clients, **config):
 class Nodes:
     """A grid of nodes in this process, a client each, of the run that `config` resolves; what they keep is in `folder`.
 
-    `held`: client -> for how many looks its replies to training are held back. `sent`: (type, client) of every message; `trained`:
-    by (round, client) the state that a reply to training has.
+    `held`: client -> for how many looks its replies to training are held back; `failing`: clients of which the next of these is an
+    error. `sent`: (type, client) of every message; `trained`: by (round, client) the state that a reply to training has.
     """
 
-    def __init__(self, config, clients, folder, held=()):
+    def __init__(self, config, clients, folder, held=(), failing=()):
+        self.failing = set(failing)
         self.held, self.sent, self.trained, self._replies = dict(held), [], {}, {}
         self._app = make_client_app(lambda _: build_runtime(config), lambda _: folder)
         self._contexts = {client + 2: context_of(client, clients) for client in range(clients)}
@@ -48,6 +49,9 @@ class Nodes:
             message.metadata.__dict__["_message_id"] = f"n{len(self.sent)}"
             self.sent.append((kind, node - 2))
             reply = self._app(message, self._contexts[node])
+            if kind == "train" and node - 2 in self.failing:
+                self.failing.remove(node - 2)
+                reply = Message(Error(2, "boom"), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = node
             if kind == "train" and not reply.has_error():
                 self.trained[int(message.metadata.group_id), node - 2] = RecordCodec().decode(reply.content).state

@@ -31,15 +31,15 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 
-def nodes_of(options, folder, held=()):
+def nodes_of(options, folder, held=(), failing=()):
     config = format_run_file(options.model_copy(update={"engine": "local", "schedule": "sync", "buffer": None, "deadline": None}))
-    return Nodes(config, options.clients, folder, held)
+    return Nodes(config, options.clients, folder, held, failing)
 
 
-def ran(folder, held=(), **values):
+def ran(folder, held=(), failing=(), **values):
     """A run, with `rounds`: before each the model, and after it its RoundState and who is at work; `grid`: its nodes."""
     options = resolve({**TINY, **values})
-    grid = nodes_of(options, folder, held) if options.engine == "flower" else None
+    grid = nodes_of(options, folder, held, failing) if options.engine == "flower" else None
     made = prepare(options, NoCallback(), EngineContext(folder, grid))
     made.rounds, made.grid = [], grid
     try:
@@ -81,6 +81,7 @@ def test_the_first_to_answer_are_merged_and_only_who_is_not_at_work_is_asked_any
         assert made.state.rows[number - 1]["under way"] == 1
         assert made.grid.trained.keys() & {(number, client) for client in before} == set(), "nor to train anew"
         before = waiting
+    assert not [client for kind, client in made.grid.sent if kind == "query"], "nobody waits for the profile of one that hangs"
 
 
 def test_a_late_reply_is_merged_on_its_coverage_against_the_model_that_it_was_sent(tmp_path):
@@ -119,6 +120,16 @@ def test_who_fails_is_left_out_and_the_others_are_waited_for(tmp_path, monkeypat
     assert all("gave no answer within" in row.get("fault", "") for row in made.state.client_rows if row["client"] == 2)
     assert made.state.rows[0]["clients"] == 3
     assert made.state.rows[0]["taken"]
+
+
+def test_who_fails_is_asked_once_more_under_retry_and_a_late_failure_is_said_in_the_round_it_comes_in(tmp_path):
+    whole = ran(tmp_path / "whole", rounds=1, **{**ASYNC, "buffer": 3})
+    again = ran(tmp_path / "again", failing=[1], rounds=1, on_client_error="retry", **{**ASYNC, "buffer": 3})
+    assert all(torch.equal(t, again.server.state[name]) for name, t in whole.server.state.items())
+    assert [client for kind, client in again.grid.sent if kind == "train"] == [0, 1, 2, 1]
+    late = ran(tmp_path / "late", held={0: 1}, failing=[0], rounds=2, **ASYNC)
+    assert [(row["round"], row["client"]) for row in late.state.client_rows if "boom" in row.get("fault", "")] == [(2, 0)]
+    assert [row["left out"] for row in late.state.rows] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,16 @@ class FlowerEngine:
     A node says once, in a query, which client it is: node ids are Flower's own. `keys` (client -> public key in OpenSSH's form)
     says whose key a client's node has; where it says nothing, a client is the first connected node that claims it. With that first
     answer, and with every reply to training, comes what the client affords in the round after, so that it is not asked for it;
-    `first` is the round that begins.
+    `first` is the round that begins. With `any_round` what it said last does for any, so that nobody waits for one that hangs.
     """
 
     def __init__(
-        self, clients: int, timeout: float | None, wait: float, keys: Mapping[int, str] | None = None, first: int = 1
-    ) -> None:
+        self, clients: int, timeout: float | None, wait: float, keys: Mapping[int, str] | None = None, first: int = 1,
+        any_round: bool = False,
+    ) -> None:  # fmt: skip
         self.notices: list[str] = []
         self._keys = {client: pack_key(key.encode()) for client, key in (keys or {}).items()}
-        self._clients, self._timeout, self._wait, self._first = clients, timeout, wait, first
+        self._clients, self._timeout, self._wait, self._first, self._any_round = clients, timeout, wait, first, any_round
         self._grid: Grid | None = None
         self._claims: dict[int, int] = {}  # node -> the client that it says it is, the first to say so first
         self._greeted: dict[str, tuple[int, float]] = {}  # a hello under way -> its node, and until when it is waited for
@@ -174,7 +175,7 @@ class FlowerEngine:
         known: dict[int, Answer] = {i: Failure("its node is not connected") for i in contents if i not in nodes}
         if kind == "profile":
             said = {i: self._profiles.get(nodes[i]) for i in contents if i in nodes}
-            known |= {i: found[1] for i, found in said.items() if found and found[0] == contents[i]}
+            known |= {i: found[1] for i, found in said.items() if found and (self._any_round or found[0] == contents[i])}
         messages = {i: self._message(kind, nodes[i], content) for i, content in contents.items() if i not in known}
         pushed = set(self._grid.push_messages(list(messages.values()))) if messages else set()
         for client, message in messages.items():
