@@ -1,6 +1,6 @@
 """Real federations on this machine: SuperLink, SuperNodes, certificates and keys; the bits of the local engine, nodes that fail.
 
-A federation takes a quarter of a minute to begin, so two tests share one, in this order.
+A federation takes a quarter of a minute to begin, so these tests share one, in this order; test_gallery.py runs `hfl federate`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from helpers.paths import REAL
 from helpers.runs import THREE_NODES
-from hetfl.cli.main import app
 from hetfl.config import resolve
 from hetfl.engines.flower.export import export
 from hetfl.engines.flower.superlink import LocalFederation, end, make_key
@@ -27,24 +25,6 @@ from hetfl.engines.select import KEYS
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
-
-
-def words(values):
-    return [w for k, v in values.items() if k != "clients" for w in ("--" + k.replace("_", "-"), str(v))]
-
-
-def hfl(*given):
-    result = CliRunner().invoke(app, [str(word) for word in given])
-    assert result.exit_code == 0, result.output + str(result.exception)
-
-
-@pytest.mark.slow
-def test_hfl_federate_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops):
-    data = REAL / "mnist" if (REAL / "mnist").is_dir() else "digits"
-    values = {**THREE_NODES, "rounds": 2, "extract": "fedconv", "aggregate": "kld", "dataset": data, "eval_every": 2}
-    hfl("run", "--clients", 3, "--out", tmp_path / "here", *words(values))
-    hfl("federate", "--nodes", 3, "--tls", "--out", tmp_path / "there", *words(values))
-    assert stops.equal(tmp_path / "here", tmp_path / "there")
 
 
 class WithoutOne(LocalFederation):
@@ -126,6 +106,17 @@ def test_strangers_and_impostors_are_not_heard_and_change_no_bit(tmp_path, feder
 
 
 @pytest.mark.slow
+def test_a_federation_with_tls_and_keys_gives_the_bits_of_the_local_engine(tmp_path, stops, federation):
+    federation.complete()
+    data = REAL / "mnist" if (REAL / "mnist").is_dir() else "digits"
+    values = {"extract": "fedconv", "aggregate": "kld", "rounds": 1, "dataset": str(data)}
+    for _ in begin(tmp_path / "there", federation, **values):
+        pass
+    runner.run(resolve({**THREE_NODES, **values}), RunFolder(tmp_path / "here").open(), NoCallback())
+    assert stops.equal(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.slow
 def test_a_node_that_hangs_and_one_that_is_killed_come_back_while_the_others_go_on(tmp_path, federation):
     """fedbuff merges two replies of three as they arrive. Node 2 is frozen for some merges and goes on where it stood; node 1 is
     killed then, and begins anew as soon as the SuperLink has noticed: both have their memory."""
@@ -150,17 +141,18 @@ def test_a_node_that_hangs_and_one_that_is_killed_come_back_while_the_others_go_
         if killed and not federation.running("node1") and time.monotonic() - tried > 10:
             federation.join(1)
             tried = time.monotonic()
-        again = [row for row in people if killed and row["client"] == "1" and int(row["round"]) > killed + 1 and not row["fault"]]
+        gone = [int(row["round"]) for row in people if row["client"] == "1" and row["fault"]]
+        again = [row for row in people if gone and row["client"] == "1" and int(row["round"]) > gone[0] and not row["fault"]]
         if again:
             break
     assert again, "node 1 is back"
     while_frozen = [row for row in people if frozen + 1 < int(row["round"]) <= thawed]
     assert {row["client"] for row in while_frozen if not row["fault"]} == {"0", "1"}
     faults = [row["fault"] for row in people if row["client"] == "2" and row["fault"]]
-    assert all("Unavailable" in fault or "not connected" in fault for fault in faults), (
-        faults
-    )  # on a slow machine it is taken for gone
+    taken_for_gone = all("Unavailable" in fault or "not connected" in fault for fault in faults)  # after a minute
+    assert taken_for_gone, faults
     assert faults or int(back[0]["staleness"]) >= 2
-    assert any(row["fault"] for row in people if row["client"] == "1")
+    assert gone
+    assert gone[0] > killed
     assert not any("memory of round" in row["fault"] for row in people)
     assert list((federation._home / "memory").rglob("1/*.safetensors"))

@@ -8,6 +8,12 @@ import pytest
 
 from helpers.paths import DOCS
 from helpers.printed import mask, same_bits_expected
+from hetfl.config import resolve
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.folder import RunFolder
+
+FEDERATED = {"extract": "heterofl", "aggregate": "overlap", "model": "mlp", "limit": 300, "rounds": 2, "epochs": 1}  # recipe 4
 
 GALLERY = runpy.run_path(str(DOCS / "gallery.py"))
 
@@ -19,7 +25,7 @@ def test_there_are_ten_recipes_and_each_shows_something():
 
 
 @pytest.mark.slow
-def test_the_recipes_print_what_the_page_shows(tmp_path):
+def test_the_recipes_print_what_the_page_shows(tmp_path, stops):
     """To the digit, seconds masked, where the CPU computes the bits of the one that made the page. Elsewhere trained digits, and
     tables in which these decide what is best, may differ: there each command must end well and print as many lines."""
     for title, blocks in GALLERY["recipes"]():
@@ -30,3 +36,5 @@ def test_the_recipes_print_what_the_page_shows(tmp_path):
                     assert here == there, title
                 else:
                     assert len(here) == len(there), title
+    runner.run(resolve({**FEDERATED, "clients": 3, "vmap": "off"}), RunFolder(tmp_path / "alone").open(), NoCallback())
+    assert stops.equal(tmp_path / "three", tmp_path / "alone"), "a federation has the bits of the local engine"
