@@ -13,6 +13,7 @@ import typer
 
 from hetfl.cli.console import say
 from hetfl.cli.options import Debug
+from hetfl.errors import foreign
 from hetfl.files import write_file
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def report(
     """Write one HTML file that shows a run or a matrix: curves, levels, clients, costs to a target, and what to repeat it with."""
     from hetfl.runs.report import read_report
 
-    found, path = read_report(folder), out or folder / "report.html"
+    with foreign(f"'{folder}'"):
+        found, path = read_report(folder), out or folder / "report.html"
     write_file(path, render_page(found, folder).encode())
     say(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 

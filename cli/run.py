@@ -15,7 +15,7 @@ from hetfl.cli.live import RoundDisplay
 from hetfl.cli.options import ClientMod, Debug, check, gather, refuse_code, run_path, with_run_options
 from hetfl.cli.stopping import resumable, tell_resume
 from hetfl.config import RunOptions
-from hetfl.errors import RunError, UsageError
+from hetfl.errors import RunError, UsageError, foreign
 
 if TYPE_CHECKING:
     from hetfl.runs.folder import RunFolder
@@ -86,7 +86,8 @@ def resume(
     folder.require_run()
     if (path / "summary.json").exists():
         say(f"this run has ended; nothing is left to do in {path}")
-        render.print_summary(folder.read("summary.json"), path)
+        with foreign(f"'{path / 'summary.json'}'"):
+            render.print_summary(folder.read("summary.json"), path)
         return
     elsewhere = {} if ray_address is None else {"ray_address": ray_address}
     if (path / FEDERATION).exists():

@@ -13,7 +13,7 @@ from hetfl import config, presets, registry
 from hetfl.cli import render
 from hetfl.cli.console import say
 from hetfl.cli.options import Debug, ModelArgs, parse_pairs
-from hetfl.errors import RunError, UsageError, unknown
+from hetfl.errors import RunError, UsageError, foreign, unknown
 from hetfl.registry import Entry
 
 Model = Annotated[str, typer.Argument(help="model of the zoo, package.module:factory, timm:name, transformers:type …")]
@@ -185,7 +185,8 @@ def show_folder(path: Path) -> None:
 
     folder = RunFolder(path)
     if folder.holds("summary.json"):
-        render.print_summary(folder.read("summary.json"), path)
+        with foreign(f"'{path / 'summary.json'}'"):
+            render.print_summary(folder.read("summary.json"), path)
         if fault := folder.weights_fault():
             raise RunError(f"{fault}: it was changed or damaged since")
     elif folder.holds("leaderboard.csv"):

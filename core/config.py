@@ -68,7 +68,7 @@ class TrainOptions(Options):
     local_steps: int = Field(
         0, ge=0, description="steps of a client a round, in place of epochs: passes are begun anew or broken off; 0 = whole epochs"
     )
-    batch_size: int = Field(32, ge=1, description="local batch size")
+    batch_size: int = Field(32, ge=1, le=1 << 31, description="local batch size")
     augment: tuple[Literal["crop", "flip", "usual"], ...] = Field(
         (),
         description="random crops and mirror images of a client's pictures; usual: what is usual for the data set (docs/data.md)",
@@ -98,7 +98,7 @@ class ServerOptions(Options):
     pretrain_steps: int = Field(300, ge=0, description="steps on server data before round 1 (every method alike)")
     server_finetune_steps: int = Field(0, ge=0, description="steps on server data after each aggregation (every method alike)")
     server_lr: float = Field(1e-3, gt=0, description="Adam learning rate of pre-training and fine-tuning")
-    server_batch_size: int = Field(32, ge=1, description="batch size of pre-training and fine-tuning")
+    server_batch_size: int = Field(32, ge=1, le=1 << 31, description="batch size of pre-training and fine-tuning")
     norm_policy: Literal[
         "auto", "aggregate", "local", "static", "static-slices", "recalibrate", "none", "instance", "layer", "group"
     ] = Field("auto", description="batch norm: where its statistics come from, or what stands in its place (docs/norms.md)")
@@ -161,8 +161,10 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     )
     seed: int = Field(0, ge=0, description="seed of everything but the data split")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds (and after the last)")
-    eval_batch_size: int = Field(128, ge=1, description="batch size of evaluation")
-    workers: int | None = Field(None, ge=1, description="clients trained at once (default: the cores); never changes results")
+    eval_batch_size: int = Field(128, ge=1, le=1 << 31, description="batch size of evaluation")
+    workers: int | None = Field(
+        None, ge=1, le=4096, description="clients trained at once (default: the cores); never changes results"
+    )
     engine: Literal["local", "processes", "ray", "flower-sim", "flower"] = Field(
         "local",
         description="where clients run: on threads of this process, in processes of their own, on all nodes of a Ray cluster "

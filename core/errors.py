@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UsageError(Exception):
@@ -16,6 +17,18 @@ class NotApplicable(UsageError):  # noqa: N818 (no error: an answer)
 
 class RunError(Exception):
     """The run could not go on; the command ends with exit code 1."""
+
+
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # what reading raises of what somebody else wrote
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Raises RunError for what cannot be read within: `what`, a file or a checkpoint, is not as this version of hetfl writes it."""
+    try:
+        yield
+    except FOREIGN as error:
+        raise RunError(f"{what} is not what this version of hetfl leaves ({type(error).__name__}: {error})") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hetfl.aggregation.updates import Merged
 from hetfl.hooks.values import Client, ExtraSpec
 from hetfl.models.state import State
-from hetfl.submodel.plan import Selection
+from hetfl.submodel.plan import Patch, Selection
 from hetfl.submodel.widths import Widths
 
 PLAN = ("sizes", "masks", "take", "put", "narrow")  # what a plan has
@@ -91,15 +91,30 @@ def unit_faults(widths: Widths, kept: Any) -> Iterator[str]:
 
 
 def find_merge_fault(merged: Any, state: State) -> str | None:
-    """That an aggregation's answer is no Merged, or lacks one of the tensors of `state` in its shape."""
+    """That an aggregation's answer is no Merged, or has not the tensors of `state` in their shapes and types, or no patches."""
     if not isinstance(merged, Merged):
         return f"answered {type(merged).__name__}, not Merged"
     for name, tensor in state.items():
         found = merged.state.get(name) if isinstance(merged.state, Mapping) else None
-        if not isinstance(found, Tensor) or found.shape != tensor.shape:
-            shown = f"in shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
-            return f"answered a Merged with tensor '{name}' {shown}, not {tuple(tensor.shape)}"
+        if not isinstance(found, Tensor) or describe_tensor(found) != describe_tensor(tensor):
+            shown = describe_tensor(found) if isinstance(found, Tensor) else type(found).__name__
+            return f"answered a Merged with tensor '{name}' as {shown}, not {describe_tensor(tensor)}"
+    if more := [name for name in merged.state if name not in state]:
+        return f"answered a Merged with a tensor '{more[0]}', which the model does not have"
+    if not isinstance(merged.branches, Mapping) or not all(map(are_patches, merged.branches.values())):
+        return "answered a Merged whose branches are not patches by name"
     return None
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    """Shape and type of a tensor that holds its entries; else why it does not."""
+    odd = "on no device, " if tensor.is_meta else "sparse, " if tensor.layout != torch.strided else ""
+    return f"{odd}{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def are_patches(branch: Any) -> bool:
+    """Whether a branch has a patch for each of its names."""
+    return isinstance(branch, Mapping) and all(isinstance(patch, Patch) for patch in branch.values())
 
 
 def find_extras_fault(extras: State, allowed: Mapping[str, ExtraSpec]) -> str | None:

@@ -59,13 +59,13 @@ class PluginManager:
         """Whether a plugin, and not just the core, answers `hook`."""
         return any(impl.plugin_name != "core" for impl in self._ask(hook, *roles).get_hookimpls())
 
-    def explain(self, error: Exception, hook: str, round: int = 0, client: int | None = None) -> str | None:
+    def explain(self, error: BaseException, hook: str, round: int = 0, client: int | None = None) -> str | None:
         """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
         raised = self._find_raiser(error)
         where = f"{hook}{f', round {round}' if round else ''}{'' if client is None else f', client {client}'}"
         return raised and f"{answers.say_key(raised)} failed in {where}: {type(error).__name__}: {error}"
 
-    def _find_raiser(self, error: Exception) -> str | None:
+    def _find_raiser(self, error: BaseException) -> str | None:
         """The key of the plugin in whose code an error was raised: the innermost that the traceback has."""
         found, step = None, error.__traceback__
         while step is not None:
@@ -81,7 +81,7 @@ class PluginManager:
             yield
         except (UsageError, RunError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if sentence := self.explain(error, hook, round, client):
                 raise RunError(sentence) from error
             raise

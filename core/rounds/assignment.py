@@ -91,6 +91,8 @@ def check_profile(answer: Any, declared: Collection[float] | None = None, global
     allowed = [*(declared or ()), *(min(1.0, width / global_width) for width in declared or ())]
     if declared is not None and not any(math.isclose(answer.width, width) for width in allowed):
         return Failure(f"a width of {answer.width:g} is not among those of the run ({', '.join(f'{w:g}' for w in declared)})")
+    if not isinstance(answer.bottleneck, str):
+        return Failure(f"what keeps it from more is {type(answer.bottleneck).__name__}, no text")
     return replace(answer, bottleneck=answer.bottleneck[:LONGEST_LINE])
 
 

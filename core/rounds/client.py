@@ -64,7 +64,7 @@ class ClientRuntime:
             return self.profile(client, content)
         assert isinstance(content, Instruction)
         if kind == "train":
-            with on_stream(own_stream(self.device)):
+            with torch.enable_grad(), on_stream(own_stream(self.device)):  # whatever a plugin has left in this thread
                 return self.train(client, content, state)
         return self.statistics(client, content, state) if kind == "statistics" else self.evaluate(client, content, state)
 
@@ -191,8 +191,8 @@ class ClientRuntime:
         return Task(
             client=client, round=sent.round, model=self._model(sent, state), data=self.federation.clients[client],
             options=options, plan_sizes=full if sent.sizes is None else sent.sizes, full_sizes=full,
-            extras=move_state(sent.extras, self.device), client_state=move_state(recall(state, "memory"), self.device),
-            builder=self.builder, masks=move_state(sent.masks, self.device),
+            extras=copies(sent.extras, self.device), client_state=move_state(recall(state, "memory"), self.device),
+            builder=self.builder, masks=copies(sent.masks, self.device),
             public=None if public is None else public.tune, draws=self.builder.widths.draws,
             loss=self.federation.kind.loss,
         )  # fmt: skip
@@ -237,6 +237,11 @@ def merge_home(trained: State, before: State, masks: Mapping[str, Tensor]) -> St
 def recall(state: ClientState, what: str) -> State:
     """Copies of what the client keeps under `what`: a client that fails has changed nothing."""
     return {name: t.clone() for name, t in state.get(what, {}).items()}
+
+
+def copies(named: State, device: torch.device) -> State:
+    """Tensors of the task's own: those that were sent may be the server's, or other clients' too."""
+    return {name: t.to(device, copy=True) for name, t in named.items()}
 
 
 def keep(state: ClientState, what: str, named: State) -> None:

@@ -17,7 +17,7 @@ from hetfl.rounds.evaluation import evaluate_round
 from hetfl.rounds.messages import Assignment, Engine
 from hetfl.rounds.norm_statistics import renew_statistics
 from hetfl.rounds.receiving import TooFewReplies, receive_replies, recover_updates
-from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS
+from hetfl.rounds.rows import MACS, MEMORY, OWN_ACCURACY, PARAMETERS, find_facts_fault
 from hetfl.rounds.schedule import take_arrivals
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.rounds.timing import keep_in_time, settle
@@ -96,6 +96,7 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
             pass
         if run.plugins.finalizes:
             merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
+        run.plugins.refuse(find_facts_fault(merged.facts), "aggregate", "aggregate", now.number)
     except TooFewReplies as few:
         if now.assignments or few.count:
             wanted = f"{few.count} of the {run.options.min_clients} valid replies that a round needs (--min-clients)"
@@ -133,7 +134,7 @@ def report_round(now: RoundState) -> None:
     row.add_mean_and_decile("client@own", accuracies)
     row.seconds = time.perf_counter() - now.began[0]
     people = [c.columns() for c in row.clients.values()]
-    for text in [*dict.fromkeys([*now.engine.notices, *run.server.alarms]), *run.watch.look(row.columns(), people)]:
+    for text in [*dict.fromkeys(map(str, [*now.engine.notices, *run.server.alarms])), *run.watch.look(row.columns(), people)]:
         now.alarm(text)
     run.server.alarms.clear()
     now.engine.notices.clear()
@@ -146,7 +147,7 @@ def report_round(now: RoundState) -> None:
 
 def keep_notes(run: RunState) -> None:
     """Leaves out notes that repeat, and of more than MOST_NOTES those in the middle, which are counted: tables have them too."""
-    notes = run.server.notes = [*dict.fromkeys(run.server.notes)]
+    notes = run.server.notes = [*dict.fromkeys(map(str, run.server.notes))]
     if len(notes) > MOST_NOTES:
         middle = slice(MOST_NOTES // 2, -MOST_NOTES // 2)
         run.unsaid += len(notes[middle])

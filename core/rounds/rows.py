@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,21 @@ RESERVED = {
     ROUND, CLIENT, LEVEL, BOTTLENECK, BYTES_DOWN, BYTES_UP, EXAMPLES, FAULT, TRACEBACK, PARAMETERS, MACS, MEMORY, CHANGE,
     SIMULATED, JOULES, DROPPED, DEVICE, STALENESS,
 }  # fmt: skip
+
+MOST_FACTS = 64  # of an aggregation, in a round
+
+
+def find_facts_fault(facts: Any) -> str | None:
+    """Why an aggregation's facts are no columns of metrics.csv beside the run's own, or None."""
+    if not isinstance(facts, Mapping) or len(facts) > MOST_FACTS:
+        return f"answered facts that are not at most {MOST_FACTS} numbers by name"
+    own = RoundRow(0, taken=False, simulated=(0, 0, 0, 0), under_way=0, alarms=[""]).columns()
+    for name, value in facts.items():
+        if not isinstance(name, str) or not isinstance(value, int | float):
+            return f"answered a fact {name!r:.80} of type {type(value).__name__}, which is no number under a name"
+        if name in own or name.startswith(PHASE) or "@" in name:
+            return f"answered a fact under the name '{name:.80}', which is a column of the run's own"
+    return None
 
 
 def is_of_global(name: str) -> bool:

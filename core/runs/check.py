@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from hetfl.config import read_run_file, resolve
-from hetfl.errors import UsageError
+from hetfl.errors import UsageError, foreign
 from hetfl.runs.checkpoint import Checkpoints
 from hetfl.runs.folder import WEIGHTS, RunFolder, csv_text
 from hetfl.runs.runner import CHECKPOINTS
@@ -29,10 +28,11 @@ def check_folder(path: Path) -> Iterator[tuple[str, str]]:
     if whole is not None:
         faults = store.journal.faults(whole.mark)
         yield from ((name, f"{fault}; hfl resume takes its copy, which is whole") for name, fault in faults.items())
-        rounds = list(whole.rounds)
-        tables = {"metrics.csv": [row for row, _ in rounds], "clients.csv": [row for _, people in rounds for row in people]}
-        for name, rows in tables.items() if rounds else ():
-            yield name, table_fault(folder, name, rows)
+        with foreign(f"the journal in '{path}'"):
+            rounds = list(whole.rounds)
+            tables = {"metrics.csv": [row for row, _ in rounds], "clients.csv": [row for _, people in rounds for row in people]}
+            found = [(name, table_fault(folder, name, rows)) for name, rows in tables.items() if rounds]
+        yield from found
     if folder.holds("summary.json") and not json_fault(folder, "summary.json"):
         yield WEIGHTS, folder.weights_fault()
 
@@ -47,9 +47,9 @@ def config_fault(path: Path) -> str:
 
 def json_fault(folder: RunFolder, name: str) -> str:
     try:
-        json.loads(folder.bytes_of(name))
-    except ValueError:
-        return "is no JSON"
+        folder.read(name)
+    except UsageError:
+        return "is no JSON of a run"
     return ""
 
 

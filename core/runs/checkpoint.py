@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hetfl.errors import RunError
+from safetensors import SafetensorError
+
+from hetfl.errors import FOREIGN, RunError
 from hetfl.files import reason, sync_folder, write_file
 from hetfl.models.state import State, pack_tensors, unpack_tensors
 from hetfl.runs.journal import Journal, Mark, Round
@@ -159,12 +161,16 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Snapshot:
         body = manifest(path)
-        tensors = {name: unpack_tensors(self._get(file, "tensors")) for name, file in body["tensors"].items()}
-        facts = {name: json.loads(self._get(file, "facts")) for name, file in body["facts"].items()}
-        mark = Mark(body["journal"]["bytes"], body["journal"]["sha256"])
+        try:
+            tensors = {name: unpack_tensors(self._get(file, "tensors")) for name, file in body["tensors"].items()}
+            facts = {name: json.loads(self._get(file, "facts")) for name, file in body["facts"].items()}
+            mark = Mark(int(body["journal"]["bytes"]), str(body["journal"]["sha256"]))
+            round = int(body["round"])
+        except (*FOREIGN, SafetensorError) as error:
+            raise BrokenError("it is not one of this version of hetfl") from error
         if self.journal.find(mark) is None:
             raise BrokenError("neither copy of the rows of its rounds is what was written")
-        return Snapshot(int(body["round"]), tensors, facts, mark, Rounds(self.journal, mark))
+        return Snapshot(round, tensors, facts, mark, Rounds(self.journal, mark))
 
     def _get(self, name: str, kind: str) -> bytes:
         """A part, from its copy where it is damaged itself: it is then mended."""
@@ -195,7 +201,7 @@ def manifest(path: Path) -> dict[str, Any]:
         body: dict[str, Any] = whole["body"]
         if whole["sha256"] == digest(text(body)):
             return body
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *FOREIGN) as error:
         raise BrokenError("its list of parts cannot be read") from error
     raise BrokenError("its list of parts is not what was written")
 
@@ -209,7 +215,7 @@ def named_parts(path: Path) -> set[str]:
     """The files that a checkpoint needs; none where it is damaged."""
     try:
         return parts(manifest(path))
-    except BrokenError:
+    except (BrokenError, *FOREIGN):
         return set()
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import tomllib
@@ -66,6 +67,10 @@ class RunFolder:
         target = self.path.resolve()
         if not is_run_folder(target):
             raise UsageError(f"'{self.path}' holds no run of hetfl, so --overwrite does not replace it")
+        if strangers := list_strangers(target):
+            raise UsageError(
+                f"'{self.path}' holds '{strangers[0]}', which no run leaves, so --overwrite does not replace it: move that first"
+            )
         if Path.cwd().is_relative_to(target):
             raise UsageError(f"--overwrite cannot replace '{self.path}': it is the current folder")
         self.lock()
@@ -93,6 +98,8 @@ class RunFolder:
             self._lock.acquire()
         except Timeout as error:
             raise FolderInUseError(f"'{self.path}' is being run by another process") from error
+        except OSError as error:
+            raise UsageError(f"'{self.path / LOCK}' cannot be locked: {reason(error)}") from error
 
     def release(self) -> None:
         """Lets others have the folder; a run that it was to replace and did not, since it never began, is back in its place."""
@@ -146,19 +153,24 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=1) + "\n")
 
     def read(self, name: str) -> Any:
-        """A JSON file of this run. Raises UsageError when there is none."""
+        """A JSON file of this run, an object. Raises UsageError when there is none."""
         try:
-            return json.loads(self.bytes_of(name))
+            found = json.loads(self.bytes_of(name))
         except FileNotFoundError as error:
             what = "has not ended yet" if self.holds("config.toml") else "is no run folder of hetfl"
             raise UsageError(f"'{self.path}' {what}: it holds no {name}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"'{self.path / name}' is not what a run leaves: it holds no object")
+        return found
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """The lines of a table of this run or matrix. Raises UsageError when there is none."""
         try:
             return list(csv.DictReader(io.StringIO(self.bytes_of(name).decode())))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UsageError(f"'{self.path / name}' cannot be read: {error}") from error
         except FileNotFoundError as error:
             raise UsageError(f"'{self.path}' is no run folder or matrix of hetfl: it holds no {name}") from error
 
@@ -244,7 +256,21 @@ def is_run_folder(path: Path) -> bool:
         return False
 
 
-CONTROL = dict.fromkeys([*(n for n in range(32) if n not in (9, 10)), *range(127, 160)])  # characters, for str.translate
+OWN = re.compile(  # what runs, matrices and their pictures, reports and trackers leave in a run folder
+    r"config\.toml|(run|summary|refused|federation|keys)\.json|(partition|metrics|clients)\.csv|weights\.safetensors|traceback\.txt"
+    r"|(curves(-seconds|-joules)?|partition)\.(png|svg|pdf)|report\.html|events\.jsonl|checkpoints|memory|app|flower|tensorboard"
+    r"|wandb|\.lock|\.hetfl|\..*\.part"
+)
+
+
+def list_strangers(path: Path) -> list[str]:
+    """The names in a run folder of what somebody else has put there."""
+    return sorted(file.name for file in path.iterdir() if not OWN.fullmatch(file.name))
+
+
+CONTROL = dict.fromkeys(  # characters, for str.translate; the last ones turn the direction of writing
+    [*(n for n in range(32) if n not in (9, 10)), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
 
 
 def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -263,6 +289,9 @@ def widen_table(old: Path, new: Path, columns: Sequence[str], more: Sequence[Map
         file.write(csv_text(columns, more))
 
 
+FORMULA = tuple("=+-@\t\n\uff1d\uff0b\uff0d\uff20")  # with which a cell begins that a spreadsheet may compute
+
+
 def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """`rows` as CSV; texts without control characters, and with a ' before what a spreadsheet would take for a formula."""
     text = io.StringIO()
@@ -275,4 +304,4 @@ def plain_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     clean = value.translate(CONTROL)
-    return f"'{clean}" if clean.startswith(("=", "+", "-", "@", "\t")) else clean
+    return f"'{clean}" if clean.startswith(FORMULA) else clean

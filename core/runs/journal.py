@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetfl.errors import RunError
 from hetfl.files import append_file, write_file
 from hetfl.rounds.rows import Row
 
@@ -73,13 +74,16 @@ class Journal:
         return "" if hash_prefix(path, mark.length).hexdigest() == mark.sha256 else "is not what was written"
 
     def read(self, mark: Mark) -> Iterator[Round]:
-        """The rounds as far as `mark`, one by one."""
+        """The rounds as far as `mark`, one by one. Raises RunError for what is none."""
         path = self.find(mark) if mark.length else None
         if path is None:
             return
         with open(path, "rb") as file:
             while file.tell() < mark.length:
-                row, people = json.loads(file.readline())
+                try:
+                    row, people = json.loads(file.readline())
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise RunError(f"a line of '{path}' is no round of a run") from error
                 yield row, people
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from hetfl.config import RunOptions, format_run_file
 from hetfl.engines.select import EngineContext
-from hetfl.errors import RunError, UsageError
+from hetfl.errors import RunError, UsageError, foreign
 from hetfl.rounds.history import History
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
@@ -83,8 +83,9 @@ def resume_run(options: RunOptions, folder: RunFolder, callback: Callback, force
     """
     snapshot = load_snapshot(options, folder, callback)
     changed = refuse_changed(snapshot, options, folder, force)
-    for row, _ in snapshot.rounds if snapshot else ():
-        callback.done(row)
+    with foreign(f"the journal in '{folder.path}'"):
+        for row, _ in snapshot.rounds if snapshot else ():
+            callback.done(row)
     return run(options, folder, callback, snapshot, changed=changed)
 
 

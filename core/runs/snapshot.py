@@ -15,7 +15,9 @@ from torch import Tensor
 
 from hetfl.aggregation.updates import Update
 from hetfl.config import RunOptions, format_run_file, resolve
-from hetfl.errors import RunError
+from hetfl.errors import RunError, foreign
+from hetfl.hooks.answers import say_key
+from hetfl.hooks.base import Plugin
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
@@ -39,7 +41,7 @@ def capture(experiment: Experiment) -> Snapshot:
     tensors = {"pretrained": experiment.pretrained, "server": server.state, "control": run.control, "initial": run.initial}
     tensors["secret"] = {"key": torch.frombuffer(bytearray(server.key), dtype=torch.uint8)}
     tensors |= {f"branch/{name}": flatten_patches(patches) for name, patches in server.branches.items()}
-    tensors |= {f"plugin/{key}": plugin.state_dict() for key, plugin in experiment.plugins.plugins.items()}
+    tensors |= {f"plugin/{key}": ask_state(key, plugin) for key, plugin in experiment.plugins.plugins.items()}
     tensors |= {f"extras/{client}": extras for client, extras in run.extras.items() if extras}
     for client, late in run.underway.items():
         tensors |= {f"underway/{client}": flatten_patches(late.update.patches), f"underway extras/{client}": late.update.extras}
@@ -50,13 +52,13 @@ def capture(experiment: Experiment) -> Snapshot:
 
 def describe_changes(snapshot: Snapshot, options: RunOptions) -> list[str]:
     """What is not as it was when the run began and changes its result: options, and the packages that compute."""
-    then, now = snapshot.facts["run"]["options"], identity(options)
-    changed = [
-        f"{name} is {now.get(name)!r}, it was {then.get(name)!r}" for name in {**then, **now} if then.get(name) != now.get(name)
-    ]
-    versions = {name: version(name) for name in BITS}
-    was = snapshot.facts["run"]["versions"]
-    return changed + [f"{name} is {versions[name]}, it was {was[name]}" for name in BITS if versions[name] != was[name]]
+    now, versions = identity(options), {name: version(name) for name in BITS}
+    with foreign(f"the checkpoint after round {snapshot.round}"):
+        then, was = snapshot.facts["run"]["options"], snapshot.facts["run"]["versions"]
+        changed = [
+            f"{name} is {now.get(name)!r}, it was {then.get(name)!r}" for name in {**then, **now} if then.get(name) != now.get(name)
+        ]
+        return changed + [f"{name} is {versions[name]}, it was {was[name]}" for name in BITS if versions[name] != was[name]]
 
 
 def identity(options: RunOptions) -> dict[str, Any]:
@@ -78,13 +80,19 @@ def facts(experiment: Experiment) -> dict[str, Any]:
             for client, late in run.underway.items()
         },
         "data": experiment.federation.fingerprint, "base": server.builder.base_hash,
-        "versions": {name: version(name) for name in BITS},
+        "versions": {name: version(name) for name in BITS}, "cpu": torch.backends.cpu.get_cpu_capability(),
         "options": identity(resolve(tomllib.loads(format_run_file(experiment.options, experiment.plugins.options())))),
     }  # fmt: skip
 
 
 def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     """Makes the run what it was at `snapshot`. Raises RunError where the data or the plugins are others."""
+    with foreign(f"the checkpoint after round {snapshot.round}"):
+        fill(experiment, snapshot)
+
+
+def fill(experiment: Experiment, snapshot: Snapshot) -> None:
+    """Does the work of `restore`."""
     run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
     if known["data"] != experiment.federation.fingerprint:
         raise RunError("the data are not those that this run began with, so it cannot go on")
@@ -92,12 +100,19 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
         raise RunError("the frozen base of the model is not the one that this run began with, so it cannot go on")
     if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
         raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")
+    if snapshot.tensors["server"].keys() != experiment.initial.keys():
+        raise RunError("the model is not the one that this run began with, so it cannot go on")
     server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
     server.key = bytes(snapshot.tensors["secret"]["key"].tolist())
     server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
     taken, server.steps_saved, server.epochs_saved = known["steps"]
     server.taken = Counter(dict(taken))
     server.notes, run.unsaid = known["notes"], known["unsaid"]
+    if known["cpu"] != (cpu := torch.backends.cpu.get_cpu_capability()):
+        server.notes.append(
+            f"went on after round {snapshot.round} with other instructions of the CPU ({cpu}, they were {known['cpu']}): last "
+            "digits differ from those of a run that was not stopped"
+        )
     run.extras = {int(client): extras for client, extras in of_kind(snapshot.tensors, "extras").items()}
     run.state_versions = {int(client): number for client, number in known["state versions"].items()}
     run.last_round = {int(client): number for client, number in known["last round"].items()}
@@ -112,8 +127,7 @@ def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     run.underway = {int(key): restore_underway(key, given, snapshot.tensors) for key, given in known["under way"].items()}
     run.metric_names = run.history.metrics.union(*(late.row.metrics for late in run.underway.values())) - RESERVED
     for key, plugin in experiment.plugins.plugins.items():
-        if state := snapshot.tensors[f"plugin/{key}"]:
-            plugin.load_state_dict(state)
+        give_state(key, plugin, snapshot.tensors[f"plugin/{key}"])
     states: dict[int, dict[str, State]] = {}
     for key, tensors in of_kind(snapshot.tensors, "client").items():
         owner, name = key.split("/", 1)
@@ -126,6 +140,23 @@ def restore_underway(client: str, known: Sequence[Any], tensors: Mapping[str, St
     weight, round, arrives, row, moved, more = known
     update = Update(int(client), unflatten_patches(tensors[f"underway/{client}"]), weight, tensors[f"underway extras/{client}"])
     return Underway(update, round, arrives, ClientRow(**row), frozenset(moved), more)
+
+
+def ask_state(key: str, plugin: Plugin) -> State:
+    """What a plugin needs to go on. Raises RunError, which names it, for what is not named tensors."""
+    state = plugin.state_dict()
+    if isinstance(state, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        return dict(state)
+    raise RunError(f"{say_key(key)} answered what is not tensors by name (state_dict)")
+
+
+def give_state(key: str, plugin: Plugin, state: State) -> None:
+    """Has a plugin go on from what it said, where that is anything. Raises RunError, which names it, where it cannot."""
+    try:
+        if state:
+            plugin.load_state_dict(state)
+    except Exception as error:
+        raise RunError(f"{say_key(key)} failed in load_state_dict: {type(error).__name__}: {error}") from error
 
 
 def flatten_patches(patches: Patches) -> State:

@@ -24,6 +24,8 @@ WRONG = {
     "run --client-gpus 0.5 --ray-address 10.0.0.9:1": "--ray-address is for --engine ray, not local",
     "run --client-gpus 0.5 --engine processes": "--client-gpus is for --engine ray, not processes",
     "run --workers 0": "--workers: should be greater than or equal to 1",
+    "run --workers 1000000": "--workers: should be less than or equal to 4096",
+    "run --batch-size 1000000000000000000000": "--batch-size: should be less than or equal to 2147483648",
     "run --partition shards": "'pathological', 'shard', 'quantity'",
     "run --on-client-error ignore": "should be 'skip', 'retry' or 'fail'",
     "run --timeout -5": "--timeout: should be greater than 0",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 
 import pytest
 
+from hetfl.cli import run
 from hetfl.cli.main import main
 from hetfl.config import read_run_file, resolve
 from hetfl.errors import RunError, UsageError
@@ -112,6 +114,16 @@ def test_another_version_is_another_run(stopped, monkeypatch):
         runner.resume_run(options, RunFolder(stopped / "part"), NoCallback())
 
 
+def test_other_instructions_of_the_cpu_are_noted(stopped, stops, monkeypatch):
+    from hetfl.runs import snapshot
+
+    monkeypatch.setattr(snapshot.torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
+    stops.go_on(stopped / "part")
+    assert any(
+        "other instructions of the CPU (NEON, they were" in n for n in RunFolder(stopped / "part").read("summary.json")["notes"]
+    )
+
+
 def test_what_changes_no_result_may_be_changed(stopped, stops):
     edit(stopped / "part", "workers = 2", "workers = 1\ntimeout = 600.0")
     stops.go_on(stopped / "part")
@@ -132,6 +144,23 @@ def test_random_damage_never_goes_unseen(stopped):
         assert found.round < whole.round or json.dumps(found.facts) == json.dumps(whole.facts)
         shutil.rmtree(part / "checkpoints")
         (stopped / "kept").rename(part / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_were_damaged_at_random_goes_on_to_the_same_bits_or_is_refused(stopped, stops, capsys, monkeypatch):
+    """None begins anew. `HETFL_DAMAGES` says how many are tried."""
+    monkeypatch.setattr(run, "draw_pictures", lambda folder: None)
+    draws, part = random.Random(0), stopped / "part"
+    files = sorted(file for file in part.rglob("*") if file.is_file() and file.stat().st_size)
+    for number in range(int(os.environ.get("HETFL_DAMAGES", "8"))):
+        work, file = stopped / f"work{number}", draws.choice(files).relative_to(part)
+        shutil.copytree(part, work)
+        data = bytearray((work / file).read_bytes())
+        data[draws.randrange(len(data))] ^= draws.randrange(1, 256)
+        (work / file).write_bytes(data)
+        code, said = hfl(capsys, "resume", work)
+        assert "begins anew" not in said, file
+        assert (code == 2 and file.name == "config.toml") or (code == 0 and stops.equal(stopped / "whole", work)), (file, said)
 
 
 def test_a_checkpoint_of_other_plugins_is_refused_in_a_sentence(stopped):

@@ -8,7 +8,7 @@ import pytest
 
 from hetfl.cli.main import main
 from hetfl.errors import UsageError
-from hetfl.runs.folder import MARK, RunFolder, is_run_folder
+from hetfl.runs.folder import MARK, RunFolder, is_run_folder, list_strangers
 
 TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
         "--model", "mlp"]  # fmt: skip
@@ -48,6 +48,20 @@ def test_runs_of_before_the_mark_are_known_by_their_versions(tmp_path):
     assert not is_run_folder(tmp_path)
     (tmp_path / MARK).write_text("")
     assert is_run_folder(tmp_path)
+
+
+def test_what_somebody_put_into_a_run_folder_is_not_deleted_with_it(tmp_path, capsys):
+    old = begun(tmp_path / "r")
+    (old / ".git").mkdir()
+    assert hfl("run", *TINY, "--out", old, "--overwrite") == 2
+    assert "holds '.git', which no run leaves" in " ".join(capsys.readouterr().err.split())
+    assert (old / "summary.json").read_text() == "precious"
+
+
+def test_what_a_run_leaves_is_known(tmp_path):
+    assert hfl("run", *TINY, "--fleet", "fedgmr", "--out", tmp_path / "r") == 0
+    assert hfl("report", tmp_path / "r") == 0
+    assert list_strangers(tmp_path / "r") == []
 
 
 @pytest.mark.parametrize(
