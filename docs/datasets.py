@@ -12,7 +12,7 @@ COLUMNS = ("name", "where from", "input, label", "shape", "classes", "model", "p
 
 
 def line(name: str, known: DatasetInfo) -> str:
-    where = f"Hub `{known.hub}`" if known.hub else "embedded" if name == "digits" else f"a folder ({known.layout})"
+    where = f"Hub `{known.hub}`" if known.hub else "embedded" if name in ("digits", "dialects") else f"a folder ({known.layout})"
     shape = "x".join(map(str, known.shape)) or "text"
     cells = [f"`{name}`", where, f"`{known.input}`, `{known.label}`", shape, str(known.classes), f"`{known.model}`"]
     return "| " + " | ".join([*cells, preprocessing(known), f"`{known.owner}`" if known.owner else "-", known.note]) + " |"
@@ -20,7 +20,7 @@ def line(name: str, known: DatasetInfo) -> str:
 
 def preprocessing(known: DatasetInfo) -> str:
     if known.text:
-        return "words hashed to ids"
+        return "words hashed to ids" if known.hub else "token ids"
     if not known.mean:
         return "train split's own mean and std of each channel"
     values = [", ".join(f"{v:g}" for v in part) for part in (known.mean, known.std)]
@@ -43,7 +43,8 @@ files; fashion-mnist and cinic10 are not tried. Decoded data and partitions are 
 """
 
 REST = """
-`--model` defaults to the table's model; for other data to `encoder` (text), `fedconv-cnn` (one channel), `resnet18` (more) or
+`--model` defaults to the table's model; for other data to `encoder` (text; `decoder` under `--task lm`), `fedconv-cnn` (one
+channel), `resnet18` (more) or
 `mlp` (vectors).
 
 ## Preprocessing
@@ -51,12 +52,14 @@ REST = """
 Everything that was found is spelt out in the run folder's `config.toml`, and a run of that file does the same again:
 
 - **Columns**: images, arrays of numbers or text; the label is a ClassLabel, or a column of whole numbers or strings named
-  label, labels, y or target. Where that leaves a choice, `--input-column`, `--label-column` and `--id-column` decide.
+  label, labels, y or target; other numbers are learned as [other tasks](tasks.md). Where that leaves a
+  choice, `--input-column`, `--label-column` and `--id-column` decide.
 - **Images and arrays** become float32 of shape (channels, ...): (raw value - mean) / std of each channel, by the table's
   constants or else the train split's own mean and standard deviation; `--mean` and `--std` (of raw values) set them. Arrays of
   two dimensions get one channel, so a window of 100 steps of 6 sensors is (1, 100, 6); `cnn1d` and `lstm` read its rows as time.
 - **Text** is lower-cased and split into words and marks, each hashed (CRC-32) to an id in [2, `--vocab`); 1 starts every text, 0
-  pads it to `--tokens`. Nothing is downloaded and nothing learned from clients; two words may share an id.
+  pads it to `--tokens`; or a [tokenizer](tasks.md#models-from-a-local-folder) does it.
+  Nothing is downloaded and nothing learned from clients; two words may share an id.
 - **Augmentation**, of the clients' own pictures while they train: `--augment crop` moves a picture by up to `--crop-padding` pixels
   (4), black where nothing is left; `flip` mirrors every other one; `usual` is `crop,flip` for cifar10, cifar100 and cinic10 and
   nothing for the rest. Draws come from each client's stream, so that neither workers nor vmap groups change them. What the server

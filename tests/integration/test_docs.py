@@ -134,6 +134,12 @@ def test_the_apis_blocks_run_as_printed():
         exec(compile(block, "api.md", "exec"), names)
 
 
+def test_the_blocks_about_tasks_run_as_printed():
+    names = {"__name__": "tasks"}
+    for block in python_blocks("tasks.md"):
+        exec(compile(block, "tasks.md", "exec"), names)
+
+
 def test_hooks_md_shows_the_whole_toolbox():
     text = (DOCS / "hooks.md").read_text()
     for module, (names, purpose) in TOOLBOX.items():
