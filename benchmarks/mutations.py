@@ -591,7 +591,7 @@ MUTATIONS = [
         ("fedsa shares B", "own = {adapter.b for", "own = {adapter.a for"),
     ),
     *of("methods/depth",
-        f"{ROUNDS}/test_depth.py {ROUNDS}/test_exits.py tests/plugins/methods/test_depth.py -k 'fedra or inclusive or depthfl or own'",
+        f"{ROUNDS}/test_depth.py {ROUNDS}/test_exits.py tests/plugins/methods/test_depth.py -k 'not scalefl'",
         ("a budget of depth is the width", "<= client.profile.parameters)", "<= client.profile.width)"),
         ("a share of the depth is rounded down",
          "return unit_count(number, client.profile.width)", "return max(1, int(number * client.profile.width))"),
