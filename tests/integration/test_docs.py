@@ -134,6 +134,7 @@ def test_the_apis_blocks_run_as_printed():
         exec(compile(block, "api.md", "exec"), names)
 
 
+@pytest.mark.slow
 def test_the_blocks_about_tasks_run_as_printed():
     names = {"__name__": "tasks"}
     for block in python_blocks("tasks.md"):
