@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -24,21 +23,24 @@ def tensors(model: nn.Module) -> State:
     return {name: tensor.detach() for name, tensor in named.items() if name in kept}
 
 
+Places = list[tuple[str, str]]
+
+
 def call_with(model: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What `model` answers with the tensors `state` in place of its own, whose names are those of `tensors`.
+    """What `model` answers with the tensors `state` in place of its own, whose names are those of `tensors`."""
+    return call_at(list_places(model), model, state, args, kwargs)
+
+
+def call_at(places: Places, model: nn.Module, state: Mapping[str, Tensor], args: Sequence[Any], kwargs: Any = None) -> Any:
+    """The same with the `places` of its tensors found before; they must still be right.
 
     A module that bears two names is given them once: torch's own tying gives and restores them twice, and so leaves it `state`'s.
     """
-    if model not in _places:
-        _places[model] = list_places(model)
-    given = {place: state[name] for place, name in _places[model] if name in state}
-    return torch.func.functional_call(model, given, args, kwargs, tie_weights=False)
+    given = {place: state[name] for place, name in places if name in state}
+    return torch.func.functional_call(model, given, tuple(args), kwargs, tie_weights=False)
 
 
-_places: WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = WeakKeyDictionary()
-
-
-def list_places(model: nn.Module) -> list[tuple[str, str]]:
+def list_places(model: nn.Module) -> Places:
     """Where tensors stand in the modules of `model`, each module under its first name, and what `tensors` names them."""
     first = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
     return [

@@ -6,12 +6,13 @@ import copy
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hetfl.models.frozen import base_hash, frozen, replacing
-from hetfl.models.state import State, call_with, load_state, tensors
+from hetfl.models.state import Places, State, call_at, list_places, load_state, tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.depth import split_sizes
 from hetfl.submodel.slicing import build_submodel
@@ -46,6 +47,7 @@ class SubmodelBuilder:
         with replacing(model, self._lay_out):
             pass
         self.base, self._cuts = frozen(model), dict[Units, State]()
+        self._places: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
         self._there: dict[int, tuple[Tensor, Tensor]] = {}  # frozen tensors on another device, beside those in main memory
 
     @cached_property
@@ -137,13 +139,19 @@ class SubmodelBuilder:
         """This thread's submodel of `sizes` with the values of `state`."""
         return load_state(self.module(sizes, model), state)
 
+    def _find_places(self, model: nn.Module) -> Places:
+        """Where the tensors of a module of this builder's stand, found once."""
+        if model not in self._places:
+            self._places[model] = list_places(model)
+        return self._places[model]
+
     def logits(self, state: Mapping[str, Tensor], x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """f(x; state) of the submodel of `sizes` in evaluation mode, differentiable in `state`, its tensors."""
         model = self.module(sizes).eval()
         form, weights = fast_layout(model), {name: t.to(x.device) for name, t in state.items()}
         if form != torch.contiguous_format:
             weights |= {name: t.clone(memory_format=form) for name, t in weights.items() if t.ndim == 4}
-        out: Tensor = call_with(model, weights, x)
+        out: Tensor = call_at(self._find_places(model), model, weights, (x,))
         return out
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.data.kinds import TaskKind
-from hetfl.models.state import State, call_with
+from hetfl.models.state import State, call_at, list_places
 from hetfl.training.augmentation import augment
 from hetfl.training.device import autocast
 from hetfl.training.evaluation import Score
@@ -50,7 +50,7 @@ class ModelStack:
 
     def __init__(self, model: nn.Module, states: Sequence[State], trained: bool = True) -> None:
         device = next(model.parameters()).device
-        self.model, self.values = model, stack_states(states, device)
+        self.model, self.values, self._places = model, stack_states(states, device), list_places(model)
         names = [n for n, p in model.named_parameters() if trained and p.requires_grad and n in self.values]
         self.parameters = [self.values[n].requires_grad_() for n in names]
 
@@ -60,7 +60,7 @@ class ModelStack:
         return out
 
     def _call_one(self, values: State, x: Tensor) -> Any:
-        return call_with(self.model, values, x)
+        return call_at(self._places, self.model, values, (x,))
 
     def states(self) -> list[State]:
         """The tensors of each client as they are now, views of the stacked ones."""
