@@ -125,6 +125,10 @@ class RunFolder:
         """Writes rows as CSV; columns in order of appearance."""
         self.write(name, table_text(rows))
 
+    def restart_tables(self) -> None:
+        """The next rows of every table begin it anew."""
+        self._columns.clear()
+
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to a table, which the first call begins anew; new columns come after the others. Raises RunError."""
         columns = self._columns.get(name)

@@ -117,6 +117,7 @@ class RunRecorder:
 
     def begin(self, snapshot: Snapshot | None) -> None:
         """The tables as they are so far, and the state before round 1 or after `snapshot`."""
+        self._folder.restart_tables()
         for row, people in snapshot.rounds if snapshot else ():
             self._tables(row, people)
         if self._every:
