@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ RESERVED = {
 
 MOST_FACTS = 64  # of an aggregation, in a round
 
+OWN_SCORES = re.compile(r"(global|sent|control|client|submodel|personal|pretrained|(mean|worst) level|(level|sent|personal)-[\d.]+)@")
+
 
 def find_facts_fault(facts: Any) -> str | None:
     """Why an aggregation's facts are no columns of metrics.csv beside the run's own, or None."""
@@ -42,7 +45,7 @@ def find_facts_fault(facts: Any) -> str | None:
     for name, value in facts.items():
         if not isinstance(name, str) or not isinstance(value, int | float):
             return f"answered a fact {name!r:.80} of type {type(value).__name__}, which is no number under a name"
-        if name in own or name.startswith(PHASE) or "@" in name:
+        if name in own or name.startswith(PHASE) or OWN_SCORES.match(name):
             return f"answered a fact under the name '{name:.80}', which is a column of the run's own"
     return None
 
