@@ -171,7 +171,7 @@ class ThreadWorkers:
         if job.group:
             try:
                 sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
-                return [*self._runtime.train_group([call.client for call in job.calls], sent)]
+                return [*self._runtime.train_group([c.client for c in job.calls], sent, [c.state for c in job.calls])]
             except Exception:
                 pass
         return [self._answer(call) for call in job.calls]

@@ -47,13 +47,20 @@ class Plugin(BaseModel):
     all have equally many examples, over the clients that cover an entry ("covering") or over all, of whom one that lacks an entry
     votes for its old value ("all"). `trains_global`: whether its rounds make a global model; where they do not, accuracies
     of the global model are not applicable. `expected_failures`: checks of `hfl check` that the plugin
-    cannot pass, each with the reason. `uniform`: a selection that gives every client the same chance.
+    cannot pass, each with the reason. `uniform`: a selection that gives every client the same chance. `plans_by_width`:
+    an extraction whose plan depends on the width and the round alone, whoever the client is, and which keeps nothing of it: levels
+    that nobody had in a round are tested too. `stackable`: clients of one
+    shape may train as one model although the plugin has a `fit`, which changes no more of a task than its `forward` and
+    `penalties`, and the modules of its `model` by forward hooks: all by the shape and the round alone, but for the client's own
+    tensors, which it puts into `task.constants` and reads there.
     `tasks`: the kinds of task (--task) that the plugin is for, all where there is none; `tasks_why` it is for no other.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     mean: ClassVar[Literal["covering", "all"] | None] = None
     uniform: ClassVar[bool] = False
+    plans_by_width: ClassVar[bool] = False
+    stackable: ClassVar[bool] = False
     tasks: ClassVar[Collection[str]] = ()
     tasks_why: ClassVar[str] = ""
     trains_global: ClassVar[bool] = True

@@ -40,7 +40,7 @@ class Defaults:
 
     @hookimpl
     def fit(self, task: Task) -> Reply:
-        return local.fit(task)
+        return (task.train or local.fit)(task)
 
     @hookimpl
     def recover(self, replies: Iterable[ReceivedReply]) -> Iterable[Update]:

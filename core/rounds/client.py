@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
+from hetfl.models.frozen import frozen
 from hetfl.models.normalization import STATIC, drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, move_state, tensors
 from hetfl.profiling.fleets import find_fleet
@@ -142,20 +144,40 @@ class ClientRuntime:
         hand_over(reply.state)
         return reply
 
-    def train_group(self, clients: Sequence[int], sent: Sequence[Instruction]) -> list[Reply]:
-        """Local training of clients with submodels of one shape, as one batched model (vmap)."""
+    def train_group(self, clients: Sequence[int], sent: Sequence[Instruction], kept: Sequence[ClientState]) -> list[Reply]:
+        """Local training of clients with submodels of one shape, as one batched model (vmap); `kept` is what each keeps."""
         started, model = time.perf_counter(), self.builder.module(sent[0].sizes)
         group = [Member(i, s.state, self.federation.clients[i].train) for i, s in zip(clients, sent, strict=True)]
-        trained = vectorized.train(model, group, self.options, sent[0].round, self.graphs if self.device.type == "cuda" else None)
+        tasks = [] if self.plugins.plain_fit else [self._own_task(*each) for each in zip(clients, sent, kept, strict=True)]
+        graphs = self.graphs if self.device.type == "cuda" else None
+
+        def train() -> list[Reply]:
+            trained = vectorized.train(model, group, self.options, sent[0].round, graphs, tasks)
+            return [Reply(t.state, len(m.train), {"loss": t.loss}) for t, m in zip(trained, group, strict=True)]
+
+        replies = vectorized.fit_together(tasks, self.plugins.fit, train) if tasks else train()
         seconds = (time.perf_counter() - started) / len(group)
-        replies = [Reply(t.state, len(m.train), {"loss": t.loss, SECONDS: seconds}) for t, m in zip(trained, group, strict=True)]
+        for reply in replies:
+            reply.metrics[SECONDS] = seconds
         having = [k for k, i in enumerate(clients) if len(self.federation.clients[i].test)]
         if having:
-            states = [self._as_tested(clients[k], sent[k].round, trained[k].state, sent[k].sizes) for k in having]
+            states = [self._as_tested(clients[k], sent[k].round, replies[k].state, sent[k].sizes) for k in having]
             tests = [self.federation.clients[clients[k]].test for k in having]
             for k, score in zip(having, stacking.evaluate(model, states, tests, self.options.eval_batch_size), strict=True):
                 replies[k].metrics |= own_metrics(score)
-        return [self._send_home(reply) for reply in replies]
+        replies = [self._send_home(reply) for reply in replies]
+        if tasks:
+            existing = [self._existing(s, r) for s, r in zip(sent, replies, strict=True)]
+            replies = [self._encode(*each) for each in zip(tasks, sent, replies, existing, strict=True)]
+            for state, task in zip(kept, tasks, strict=True):
+                keep(state, "memory", task.client_state)
+        return replies
+
+    def _own_task(self, client: int, sent: Instruction, state: ClientState) -> Task:
+        """A client's task with a module that none of its group shares."""
+        task = self._task(client, sent, state)
+        task.model = copy.deepcopy(task.model, {id(t): t for t in frozen(task.model).values()})
+        return task
 
     def statistics(self, client: int, sent: Instruction, state: ClientState) -> Reply:
         """Normalisation statistics of the sent model on this client's examples (spec heterofl 2.4)."""

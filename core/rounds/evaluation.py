@@ -8,13 +8,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from hetfl.hooks.values import Client
 from hetfl.models.state import State
+from hetfl.profiling.node import Profile
 from hetfl.rounds.assignment import renew_assignments
 from hetfl.rounds.evaluator import EvalJob
 from hetfl.rounds.messages import Assignment, Instruction, exchange
 from hetfl.rounds.norm_statistics import needs_own_statistics, own_statistics
 from hetfl.rounds.state import RoundState
 from hetfl.submodel.plan import Plan
+
+NOBODY = -1  # the id of a client that there is not
 
 SCORES = {"accuracy", "loss", "examples"}  # what a client may say of an evaluation
 
@@ -57,7 +61,22 @@ def list_jobs(now: RoundState, sent: Mapping[int, Assignment]) -> dict[str, Eval
             found[f"personal-{level}@test"] = EvalJob(fresh.source, plan)
         elif not before.personal:
             found[f"sent-{level}@test"] = part(before.source, plan)
+    for level, plan in plan_absent_levels(now).items():
+        found[f"level-{level}@test"] = part(now.aggregated, plan)
     return dict(sorted(found.items(), key=lambda item: order_of(item[0])))
+
+
+def plan_absent_levels(now: RoundState) -> dict[str, Plan]:
+    """Plans of the levels that devices of this run may have and nobody had in this round, where they depend on the width alone."""
+    run = now.run
+    extraction = next(plugin for key, plugin in run.plugins.plugins.items() if key.startswith("extract."))
+    if not (now.assignments and extraction.plans_by_width):
+        return {}
+    profiles = [Profile(min(1.0, width / run.options.global_width)) for width in run.plugins.declared_widths or ()]
+    had = {a.client.profile.level for a in now.assignments.values()}
+    absent = {p.level: Client(NOBODY, p) for p in profiles if p.level not in had}
+    plans = run.plugins.extract(run.server, list(absent.values()), now.number) if absent else []
+    return {level: plan for level, plan in zip(absent, plans, strict=True) if plan is not None and plan.model is None}
 
 
 def order_of(name: str) -> tuple[bool, float]:

@@ -91,11 +91,13 @@ def needs_own_statistics(plan: Plan) -> bool:
 
 def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
     """`source`, with statistics of the very submodel that `plan` takes of it where `needs_own_statistics`, pooled over the clients
-    of the round that have this plan. This is for evaluation, so it is not counted as bytes."""
+    of the round that have this plan, or over all where nobody has. This is for evaluation, so it is not counted as bytes."""
     if not needs_own_statistics(plan):
         return source
     with now.timed("statistics"):
-        asked = {i: passing(now, a, source) for i, a in now.assignments.items() if a.plan is plan}
+        able = {i: replace(a, plan=plan) for i, a in now.assignments.items() if a.plan.model is None}
+        having = {i: a for i, a in now.assignments.items() if a.plan is plan} or able
+        asked = {i: passing(now, a, source) for i, a in having.items()}
         return pool_statistics(collect_statistics(now, asked), source)
 
 

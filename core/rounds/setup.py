@@ -16,6 +16,7 @@ from hetfl.data import loading as data
 from hetfl.data.dataset import FederatedDataset
 from hetfl.errors import NotApplicable, UsageError
 from hetfl.hooks import loading
+from hetfl.hooks.answers import say_key
 from hetfl.hooks.manager import PluginManager
 from hetfl.models import factory, normalization, zoo
 from hetfl.models.adapters import add_adapters, parse_adapter
@@ -138,8 +139,9 @@ def choose_group_size(setup: Setup) -> tuple[int, str | None]:
     options, builder, test = setup.options, setup.builder, setup.federation.test
     if options.engine != "local":
         return 1, f"the engine '{options.engine}' has each client by itself"
-    if not setup.plugins.plain_fit:
-        return 1, "a plugin takes part in local training"
+    fitting = {key: p for key, p in setup.plugins.plugins.items() if hasattr(p, "fit") and "fit" not in p.inactive_hooks}
+    if alone := [key for key, plugin in fitting.items() if not plugin.stackable]:
+        return 1, f"{say_key(alone[0])} takes part in local training, and does not say that it is stackable"
     size = vectorized.group_size(builder.model, options, setup.federation.shape, builder.widths.draws)
     if size < 2:
         return 1, "the model draws random numbers, is recurrent or has a base in bfloat16"

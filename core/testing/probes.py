@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from hetfl.hooks.loading import load_plugins
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Coverage
 from hetfl.rounds.client import ClientRuntime
-from hetfl.rounds.messages import Answer, ClientState, Content, Engine, Failure, Kind
+from hetfl.rounds.messages import Answer, ClientState, Content, Engine, Failure, Instruction, Kind
 from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import cells
 from hetfl.training.task import Reply, Task
@@ -86,6 +86,30 @@ def federate(made: Experiment) -> Engine:
     parts = made.options, made.federation, load_plugins(made.given), made.server.builder, made.state.meter
     workers = ThreadWorkers(ClientRuntime(*parts, pack), made.server.pool.workers)
     return Encoded(LocalEngine(workers, made.state.clients, made.server.pool))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRuntime(ClientRuntime):
+    """Notes why clients of a group did not train as one."""
+
+    faults: list[str] = field(default_factory=list)
+
+    def train_group(
+        self, clients: Sequence[int], sent: Sequence[Instruction], kept: Sequence[ClientState]
+    ) -> list[Reply]:  # fmt: skip
+        try:
+            return super().train_group(clients, sent, kept)
+        except Exception as error:
+            self.faults.append(f"{type(error).__name__}: {error}")
+            raise
+
+
+def group_clients(made: Experiment, faults: list[str]) -> Engine:
+    """An engine whose clients train as one where they may; why they did not goes to `faults`."""
+    if made.group_size < 2:
+        faults.append(" ".join(made.server.notes))
+    runtime = GroupRuntime(made.options, made.federation, made.plugins, made.server.builder, made.state.meter, faults=faults)
+    return LocalEngine(ThreadWorkers(runtime, made.server.pool.workers, made.group_size), made.state.clients, made.server.pool)
 
 
 class Witness(Plugin):

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hetfl import registry
 from hetfl.hooks.base import Plugin
@@ -23,7 +26,7 @@ from hetfl.runs.folder import RunFolder
 from hetfl.runs.result import Run
 from hetfl.testing.bronze import expect_same
 from hetfl.testing.checks import Tier, check
-from hetfl.testing.probes import federate
+from hetfl.testing.probes import federate, group_clients
 from hetfl.testing.subject import NotChecked, Oracle, Outcome, Subject, outcome
 
 
@@ -101,6 +104,21 @@ def engines_change_nothing(subject: Subject) -> None:
     """Clients in processes of their own: the same bits."""
     there = Subject(subject.role, find_elsewhere(subject), {**subject.options, **settings(subject)})
     expect_same(there.play(2), there.play(2, engine="processes"), "on the engines local and processes")
+
+
+@check(Tier.SILVER, "extract", "aggregate", "wrap")
+def stacks_as_it_says(subject: Subject) -> None:
+    """Where it says that clients may train as one model (`stackable`), each comes to what it comes to alone, up to rounding."""
+    if not subject.kind.stackable:
+        raise NotChecked("it does not say that clients may train as one (stackable)")
+    faults: list[str] = []
+    alone = subject.play(2, alpha=0.3, partition="dirichlet", levels="1,0.5,0.5")
+    together = subject.play(
+        2, partial(group_clients, faults=faults), alpha=0.3, partition="dirichlet", levels="1,0.5,0.5", vmap="on"
+    )
+    assert not faults, f"its clients did not train as one: {faults[0]}"
+    apart = [name for name, t in alone.state.items() if not torch.allclose(together.state[name], t, rtol=1e-2, atol=1e-3)]
+    assert not apart, f"trained as one, the model differs in {apart[0]}"
 
 
 def find_elsewhere(subject: Subject) -> str:

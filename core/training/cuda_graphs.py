@@ -20,7 +20,7 @@ from hetfl.data.kinds import TaskKind
 from hetfl.models.frozen import frozen
 from hetfl.models.state import State
 from hetfl.training.local import learning_rate
-from hetfl.training.stacking import EagerStep, copy_into
+from hetfl.training.stacking import EagerStep, ModelStack, copy_into
 
 KEPT = 16  # steps (of a model, a number of clients and a learning rate) that wait in a pool to be used again
 
@@ -45,7 +45,7 @@ class GraphedSteps:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with on_stream(self.stream):
             own = copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train()
-            self._step = EagerStep(own, states, options, round, kind, in_place=True)
+            self._step = EagerStep(ModelStack(own, states), options, round, kind, in_place=True)
         self.stack, self._width = self._step.stack, 0
         self._graphs: dict[int, GraphStep] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.data.kinds import TaskKind
-from hetfl.models.state import State, call_at, list_places
+from hetfl.models.state import State, call_at, list_places, tensors
 from hetfl.training.augmentation import augment
 from hetfl.training.device import autocast
 from hetfl.training.evaluation import Score
 from hetfl.training.local import make_optimizer_for
+from hetfl.training.task import Task
 
 
 def stack_states(states: Sequence[State], device: torch.device) -> State:
@@ -42,7 +43,7 @@ def join_rows(states: Sequence[State], name: str, device: torch.device) -> Tenso
     first = states[0][name].detach()
     if all(state is states[0] for state in states):
         return first.to(device).expand(len(states), *first.shape)
-    return torch.stack([state[name].detach() for state in states]).to(device)
+    return torch.stack([state[name].detach() for state in states]).contiguous().to(device)  # vmap pools channels last one by one
 
 
 class ModelStack:
@@ -62,22 +63,75 @@ class ModelStack:
     def _call_one(self, values: State, x: Tensor) -> Any:
         return call_at(self._places, self.model, values, (x,))
 
+    def penalties(self) -> Tensor | None:
+        """What is added to each client's loss (clients,), or None."""
+        return None
+
     def states(self) -> list[State]:
         """The tensors of each client as they are now, views of the stacked ones."""
         rows = zip(*(tensor.detach().unbind(0) for tensor in self.values.values()), strict=True)
         return [dict(zip(self.values, row, strict=True)) for row in rows]
 
 
+class TaskStack(ModelStack):
+    """The tasks of several clients as one: the first one's forward pass and penalties, on each client's tensors and constants.
+
+    Raises ValueError where a task has more of its own than that.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        if any(task.masks or task.loss != task.kind.loss for task in tasks):
+            raise ValueError("clients whose tasks have masks or a loss of their own do not train as one")
+        self._task = tasks[0]
+        super().__init__(self._task.model.train(), [tensors(task.model) for task in tasks])
+        self._constants = stack_states([task.constants for task in tasks], next(self.model.parameters()).device)
+        penalties = self._task.penalties
+        self._forward = Part(self.model, self._task.forward)
+        self._penalties = Part(self.model, lambda model: torch.stack([penalty(model) for penalty in penalties]).sum())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._compute(self._forward, x)
+        return out
+
+    def penalties(self) -> Tensor | None:
+        if not self._task.penalties:
+            return None
+        total: Tensor = self._compute(self._penalties)
+        return total
+
+    def _compute(self, part: Part, *inputs: Tensor) -> Any:
+        """What `part` computes for each client, with its tensors in the model and its constants in the task."""
+        own, places = self._task.constants, [(f"model.{place}", name) for place, name in self._places]
+
+        def compute_one(values: State, constants: State, *inputs: Tensor) -> Any:
+            self._task.constants = constants
+            return call_at(places, part, values, inputs)
+
+        try:
+            return torch.func.vmap(compute_one)(self.values, self._constants, *inputs)
+        finally:
+            self._task.constants = own
+
+
+class Part(nn.Module):
+    """`compute(model, *inputs)` as a module that has `model` as a part: functional_call then reaches whatever is done with it."""
+
+    def __init__(self, model: nn.Module, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self._compute = model, compute
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._compute(self.model, *inputs)
+
+
 class EagerStep:
-    """One step of local training of clients that have `states` of `model`: forward, backward, each client's clipping, optimiser.
+    """One step of local training of the clients of `stack`: forward, backward, each client's clipping, optimiser.
 
     With `in_place`, gradients keep their storage from step to step and the optimiser's step can be recorded (CUDA graphs).
     """
 
-    def __init__(
-        self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, kind: TaskKind, in_place: bool = False
-    ) -> None:  # fmt: skip
-        self.stack, self.in_place, self._options, self._autocast = ModelStack(model, states), in_place, options, autocast(options)
+    def __init__(self, stack: ModelStack, options: RunOptions, round: int, kind: TaskKind, in_place: bool = False) -> None:
+        self.stack, self.in_place, self._options, self._autocast = stack, in_place, options, autocast(options)
         self._kind = kind
         self.optimizer = make_optimizer_for(self.stack.parameters, options, round)
         if in_place:
@@ -89,7 +143,9 @@ class EagerStep:
         self.optimizer.zero_grad(set_to_none=not self.in_place)
         with self._autocast:
             each = self._kind.losses(self.stack(x).flatten(0, 1), y.flatten(0, 1)).view(weights.shape)
+            penalties = self.stack.penalties()
         losses = (each * self._kind.weigh(weights, y)).sum(1)
+        losses = losses if penalties is None else losses + penalties
         losses.sum().backward()
         if self._options.clip:
             self._clip(self._options.clip)

@@ -42,6 +42,9 @@ class Task:
     draws               whether the forward pass draws random numbers (dropout), which then come from `stream`
     forward, loss       `loss(forward(model, x), y)` is the loss on a batch x (N, *shape), y (N, …): that of `kind` to begin with
     penalties           functions of the model that are added to the loss
+    constants           the client's own tensors that `forward` and `penalties` read here when they are called: those of one task
+                        may stand for a group of clients, each with tensors of its own (`Plugin.stackable`)
+    train               what trains the task where no plugin does; None: the core's own training
     """
 
     client: int
@@ -60,6 +63,8 @@ class Task:
     forward: Callable[[nn.Module, Tensor], Any] = call_model
     loss: Callable[[Any, Tensor], Tensor] = CLASSIFY.loss
     penalties: list[Callable[[nn.Module], Tensor]] = field(default_factory=list)
+    constants: State = field(default_factory=dict)
+    train: Callable[[Task], Reply] | None = None
 
     @property
     def kind(self) -> TaskKind:

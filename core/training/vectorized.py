@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ from hetfl.models.state import State, tensors
 from hetfl.rng import stream
 from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
 from hetfl.training.local import batch_rows
-from hetfl.training.stacking import EagerStep, ModelStack, align_batches, run_steps
+from hetfl.training.stacking import EagerStep, ModelStack, TaskStack, align_batches, run_steps
+from hetfl.training.task import Reply, Task
 
 SMALL = 32_768  # parameters up to which stacking pays on CPU (docs/performance.md)
 
@@ -29,7 +30,7 @@ ENTRIES = 1 << 20  # parameters of a group on CPU, all clients together
 
 MOST = 32  # clients in a group
 
-POSITIONS = 4096  # batch x input positions up to which convolutions are stacked on CPU
+POSITIONS = 8192  # batch x input positions up to which convolutions are stacked on CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +88,13 @@ def find_stacking_error(model: nn.Module, x: Tensor) -> str | None:
 
 
 def train(
-    model: nn.Module, members: Sequence[Member], options: RunOptions, round: int, graphs: GraphPool | None = None
-) -> list[MemberResult]:
-    """Plain local training of all members, each as if by itself up to rounding; the same optimiser steps all of them.
+    model: nn.Module, members: Sequence[Member], options: RunOptions, round: int, graphs: GraphPool | None = None,
+    tasks: Sequence[Task] = (),
+) -> list[MemberResult]:  # fmt: skip
+    """Local training of all members, each as if by itself up to rounding; the same optimiser steps all of them.
 
-    With `graphs` every tensor stays where it is, so that a GPU can record the step; results are on the model's device.
+    It is plain, or with `tasks`, one for each member, as plugins have made them. With `graphs` every tensor stays where it is, so
+    that a GPU can record the step; results are on the model's device.
     """
     device, kind = next(model.parameters()).device, members[0].train.kind
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
@@ -99,10 +102,33 @@ def train(
     widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
-        if graphs is None:
-            step = EagerStep(model.train(), states, options, round, kind)
+        if tasks or graphs is None:
+            step = EagerStep(TaskStack(tasks) if tasks else ModelStack(model.train(), states), options, round, kind)
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest, kind))
         draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []
         ended = run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws)
     return [MemberResult(*ended.get(k, (m.state, 0.0))) for k, m in enumerate(members)]
+
+
+def fit_together(tasks: Sequence[Task], fit: Callable[[Task], Reply], train: Callable[[], Sequence[Reply]]) -> list[Reply]:
+    """The reply of `fit` to each task: every plugin sees its client's task before any is trained, and its reply when all are.
+
+    What trains a task within `fit` begins the next one's `fit`; within the last one's, `train` gives the replies of all.
+    """
+    trained, found = list[Reply](), dict[int, Reply]()
+
+    def go_on(k: int) -> None:
+        if k == len(tasks):
+            trained.extend(train())
+            return
+
+        def train_task(_: Task) -> Reply:
+            go_on(k + 1)
+            return trained[k]
+
+        tasks[k].train = train_task
+        found[k] = fit(tasks[k])
+
+    go_on(0)
+    return [found[k] for k in range(len(tasks))]

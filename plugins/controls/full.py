@@ -11,6 +11,7 @@ from hetfl import Client, Plan, Plugin, Server, hookimpl, prefix
 class Full(Plugin):
     """The whole model for every client, whatever its profile says."""
 
+    plans_by_width: ClassVar[bool] = True
     expected_failures: ClassVar[dict[str, str]] = {"respects_the_budget": "it is what others are measured by: nobody is spared"}
 
     @hookimpl

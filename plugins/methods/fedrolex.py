@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hetfl import Client, Field, Plan, Plugin, Server, hookimpl, window
 
 
 class FedRolex(Plugin):
     """Every client gets the window of its width; all windows of a round start at the same channel."""
+
+    plans_by_width: ClassVar[bool] = True
 
     step: int = Field(1, ge=1, description="channels that the window moves each round")
     direction: Literal["forward", "backward"] = Field("forward", description="as in the paper's figure, or as in its code")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 
 class FjORD(Plugin):
     """The leading channels; each training batch runs a random narrower prefix of them, so that units are ordered by importance."""
+
+    plans_by_width: ClassVar[bool] = True
 
     ratios: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0), description="widths that a batch may run, up to the client's own")
     distill: bool = Field(False, description="teach the narrower model with the client's widest one, which then trains too")

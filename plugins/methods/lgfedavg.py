@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -14,6 +15,8 @@ class LGFedAvg(Plugin):
 
     As in the paper's text, lower layers are local and upper ones global; the official code does the opposite for its CNN.
     """
+
+    plans_by_width: ClassVar[bool] = True
 
     layers: int = Field(2, ge=0, description="how many of the last layers with weights are shared (global)")
 

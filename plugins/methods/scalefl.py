@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
@@ -26,6 +26,7 @@ class ScaleFL(Plugin):
     A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
     """
 
+    plans_by_width: ClassVar[bool] = True
     tasks = ("classify", "regress", "multilabel")
     tasks_why = "an exit answers for the mean over an example's positions, not for each token"
 

@@ -15,6 +15,7 @@ from hetfl import ExtraSpec, Field, Plugin, Reply, Server, Task, Update, hookimp
 class MaskLoss(Plugin):
     """In training, the logits of classes that a client does not hold are 0; their rows of the head are merged without it."""
 
+    stackable: ClassVar[bool] = True
     tasks = ("classify",)
     tasks_why = "clients lack no classes where an example has not one of them"
     extras_up: ClassVar[dict[str, ExtraSpec]] = {"labels": ExtraSpec(1 << 20, torch.bool, 1)}
@@ -28,7 +29,8 @@ class MaskLoss(Plugin):
     @hookimpl(wrapper=True, trylast=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         held, forward = task.data.held_classes, task.forward
-        task.forward = lambda model, x: mask_logits(forward(model, x), held)
+        task.constants["held"] = held
+        task.forward = lambda model, x: mask_logits(forward(model, x), task.constants["held"])
         reply = yield
         if self.head_rows:
             reply.extras["labels"] = held

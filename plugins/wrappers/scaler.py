@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 class Scaler(Plugin):
     """x / s at the input of every norm, or after each hidden layer of a model without norms; s: the share of units a client has."""
+
+    stackable: ClassVar[bool] = True
 
     @hookimpl(wrapper=True, trylast=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from pydantic import PrivateAttr
@@ -174,6 +175,18 @@ class SharesMemory(Leading):
     def fit(self, task):
         reply = yield
         return replace(reply, examples=1 + len(self._round) * (task.client + 1))
+
+
+class OwnForward(Plugin):
+    """Says that clients may train as one, but its forward pass has a client's own tensor from elsewhere than its constants."""
+
+    stackable: ClassVar[bool] = True
+
+    @hookimpl(wrapper=True)
+    def fit(self, task):
+        scale = torch.tensor(1.0 + task.client)
+        task.forward = lambda model, x: scale * model(x)
+        return (yield)
 
 
 class ReadsProcess(Leading):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
+import pytest
+import torch
+
+from hetfl import registry
+from hetfl.hooks.loading import load_class
 from hetfl.hooks.server import Server
+from hetfl.hooks.values import Client
+from hetfl.profiling.node import Profile
 from hetfl.rounds import evaluator as exams
 from hetfl.rounds.loop import run_round
 from hetfl.training import evaluation
@@ -63,3 +70,47 @@ def test_the_control_takes_as_many_steps_of_as_many_examples_as_the_method(simul
     assert spent == [(16, 9), (64, 7)]
     assert sorted((batch, steps) for purpose, batch, steps in seen if purpose == "control") == spent
     assert made.state.rows[0]["server steps"] == 16
+
+
+STATIC = {"model": "cnn", "model_args": {"widths": [8, 8]}, "norm_policy": "static"}
+
+REDRAWN = {"aggregate": "overlap", "levels": "1,0.5,0.25,0.125", "set": {"levels": {"tiers": 1}}, "clients": 4, "fraction": 0.5}
+
+
+@pytest.mark.parametrize(("extract", "more"), [("heterofl", {}), ("fedrolex", {}), ("heterofl", STATIC)])
+def test_levels_that_nobody_had_in_a_round_are_tested_as_their_plans_part(simulate, extract, more):
+    made = simulate(steps=0, **REDRAWN, **more, extract=extract, rounds=2)
+    server, missing = made.server, 0
+    for number in (1, 2):
+        row = run_round(made.state, number, made.engine).row
+        had = {row["level"] for row in made.state.client_rows if row["round"] == number}
+        assert {name for name in row.results if re.fullmatch(r"level-[0-9.]+@test", name)} == {
+            f"level-{level}@test" for level in ("1", "0.5", "0.25", "0.125")
+        }
+        for level in {"1", "0.5", "0.25", "0.125"} - had:
+            missing += 1
+            plan = made.plugins.extract(server, [Client(0, Profile(float(level)))], number)[0]
+            if not more:
+                score = server.score(plan.take(server.state), made.federation.test, plan.sizes)
+                assert row.results[f"level-{level}@test"] == score.accuracy
+            assert f"sent-{level}@test" not in row.results
+    assert missing
+
+
+def test_only_plans_by_width_are_made_for_levels_that_nobody_had(simulate):
+    made = simulate(steps=0, **REDRAWN, extract="feddropout", rounds=1)
+    row = run_round(made.state, 1, made.engine).row
+    had = {row["level"] for row in made.state.client_rows}
+    assert {name.split("@")[0] for name in row.results if re.fullmatch(r"level-[0-9.]+@test", name)} == {f"level-{n}" for n in had}
+
+
+@pytest.mark.parametrize("name", [e.name for e in registry.builtins() if e.role == "extract" and load_class(e).plans_by_width])
+def test_a_plan_by_width_is_anybodys(simulate, name):
+    made = simulate(
+        steps=0, extract=name, aggregate="overlap", **({"model": "fedconv-cnn", "model_args": {}} if name == "scalefl" else {})
+    )
+    for width in (1.0, 0.5):
+        plans = [made.plugins.extract(made.server, [Client(i, Profile(width))], 2)[0] for i in (-1, 0, 2)]
+        assert all(plan.sizes == plans[0].sizes for plan in plans)
+        taken = [plan.take(made.server.state) for plan in plans]
+        assert all(torch.equal(state[n], t) for state in taken for n, t in taken[0].items())

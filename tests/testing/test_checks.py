@@ -10,6 +10,7 @@ from helpers import faulty
 from helpers.cli import hfl
 from hetfl import registry
 from hetfl.errors import UsageError
+from hetfl.plugins.wrappers.maskloss import MaskLoss
 from hetfl.testing import ExtractChecks
 from hetfl.testing.checks import CHECKS, Tier, checks_of
 from hetfl.testing.report import Report, Result, check_plugin
@@ -32,11 +33,12 @@ BUGS = {
     "answers_a_width": ("profile", faulty.Wide, "asked again"),
     "state_round_trips": ("extract", faulty.Forgets, "went through state_dict"),
     "resumes": ("extract", faulty.Forgets, "stopped and resumed"),
+    "stacks_as_it_says": ("wrap", faulty.OwnForward, "trained as one, the model differs in"),
     "federation_changes_nothing": ("extract", faulty.SharesMemory, "with the clients on nodes"),
     "engines_change_nothing": ("extract", faulty.ReadsProcess, "on the engines local and processes"),
 }
 
-RIGHT = {"extract": faulty.Leading, "aggregate": "overlap", "profile": "levels"}
+RIGHT = {"extract": faulty.Leading, "aggregate": "overlap", "profile": "levels", "wrap": MaskLoss}
 
 
 @pytest.fixture

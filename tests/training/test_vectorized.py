@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hetfl import Plugin, hookimpl
 from hetfl.config import resolve
 from hetfl.data.dataset import Examples
 from hetfl.models.state import copy_state, load_state, tensors
 from hetfl.models.zoo import ZOO
 from hetfl.rng import stream
+from hetfl.rounds.loop import run_round
+from hetfl.runs.given import Given
 from hetfl.submodel.builder import to_fast_layout
 from hetfl.training import evaluation, local, stacking, vectorized
 from hetfl.training.cuda_graphs import GraphPool
@@ -96,9 +101,82 @@ def test_vmap_groups_change_a_run_by_rounding_alone_and_never_with_the_workers(s
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-3)
 
 
+class Near(Plugin):
+    """A third party's: mu / 2 |w - what was sent|^2 is added to the loss (FedProx)."""
+
+    stackable: ClassVar[bool] = True
+
+    @hookimpl(wrapper=True)
+    def fit(self, task):
+        task.constants |= {f"near/{name}": p.detach().clone() for name, p in task.model.named_parameters()}
+        task.penalties.append(
+            lambda model: 5 * sum((p - task.constants[f"near/{n}"]).square().sum() for n, p in model.named_parameters())
+        )
+        reply = yield
+        reply.metrics["seen"] = float(task.client)
+        return reply
+
+
+def groups(made):
+    """The number of clients of each group that trained as one, whatever became of it."""
+    runtime, found = made.engine._workers._runtime, []
+    train = type(runtime).train_group
+
+    def note(clients, *rest):
+        replies = train(runtime, clients, *rest)
+        found.append(len(clients))
+        return replies
+
+    object.__setattr__(runtime, "train_group", note)
+    return found
+
+
+NORMED = {"model": "cnn", "model_args": {"widths": [4, 8]}, "norm_policy": "static", "partition": "iid", "clients": 6, "limit": 246}
+
+
+@pytest.mark.parametrize("values", [
+    {"wrap": ["scaler", "maskloss"], "alpha": 0.1},
+    {"wrap": ["scaler", "maskloss"], **NORMED},
+    {"wrap": ["topk", Near]},
+], ids=["maskloss and padding", "scaled norms", "a penalty and a codec"])  # fmt: skip
+def test_clients_under_stackable_wraps_train_as_one(simulate, values):
+    given = Given()
+    runs = {"off": None, "on": None}
+    for vmap in runs:
+        made = simulate(steps=0, **{**RUN, **given.names(values)}, vmap=vmap, workers=2)
+        seen = groups(made)
+        for round in (1, 2):
+            run_round(made.state, round, made.engine)
+        runs[vmap] = made
+    clients = runs["on"].state.clients
+    assert (runs["on"].group_size > 1, sum(seen)) == (True, 2 * clients)
+    for name, tensor in runs["off"].server.state.items():
+        assert torch.allclose(runs["on"].server.state[name], tensor, rtol=1e-2, atol=2e-3), name
+    for a, b in zip(runs["off"].state.client_rows, runs["on"].state.client_rows, strict=True):
+        assert {k: v for k, v in a.items() if k in ("client", "bytes up", "seen")} == {
+            k: v for k, v in b.items() if k in ("client", "bytes up", "seen")
+        }
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2, abs=1e-3)
+
+
+def test_a_task_with_a_loss_of_its_own_trains_by_itself(simulate):
+    class Odd(Near):
+        @hookimpl(wrapper=True)
+        def fit(self, task):
+            task.loss = lambda out, y: 0 * out.sum()
+            return (yield)
+
+    given = Given()
+    made = simulate(steps=0, **{**RUN, "rounds": 1}, **given.names({"wrap": [Odd]}), vmap="on")
+    seen = groups(made)
+    run_round(made.state, 1, made.engine)
+    assert seen == []
+    assert [row["loss"] for row in made.state.client_rows] == [0.0] * RUN["clients"]
+
+
 @pytest.mark.parametrize(("values", "why"), [
-    ({"extract": "fiarse", "aggregate": "overlap"}, "a plugin takes part in local training"),
-    ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers or is recurrent"),
+    ({"extract": "fiarse", "aggregate": "overlap"}, "extract plugin 'fiarse' takes part in local training"),
+    ({"extract": "full", "aggregate": "overlap", "dataset": "digits", "model": "lstm"}, "draws random numbers, is recurrent"),
 ])  # fmt: skip
 def test_who_cannot_train_in_vmap_groups_is_told_why(simulate, values, why):
     made = simulate(steps=0, vmap="on", **({"model_args": {}, "levels": "1"} if "model" in values else {}), **values)

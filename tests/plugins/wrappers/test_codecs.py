@@ -192,7 +192,7 @@ def test_an_update_that_cannot_be_decoded_leaves_its_client_out(monkeypatch, nam
         return reply
 
     monkeypatch.setattr(ClientRuntime, "train", answer)
-    made = ready(1, extract="full", wrap=(wrap,))
+    made = ready(1, extract="full", wrap=(wrap,), vmap="off")
     faults = {row["client"]: row["fault"] for row in made.state.client_rows if "fault" in row}
     assert faults.keys() == {1}
     assert said in faults[1]
