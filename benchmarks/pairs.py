@@ -1,0 +1,166 @@
+"""The tables of docs/pairs.md, which pair leads for all sizes of device: `python benchmarks/pairs.py --out m`.
+
+Every pair takes the same number of steps on the server's data in a round (STEPS at most, for tuning may end early), whoever takes
+them: the extraction, the aggregation, or the run's fine-tuning. What is in --out already is not run again. `--look` is what the
+candidates were chosen by: digits, with a quarter of the TRAINING examples in the place of the test split. --page puts the tables
+into a page of docs/ and every run into docs/results/pairs.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hetfl import Plugin, Reply, Task, hookimpl
+from hetfl.config import DataOptions
+from hetfl.data.loading import load
+from hetfl.plugins.methods.fjord import FjORD
+from hetfl.runs.cell import Row, Trial
+from hetfl.runs.sweep import plan_trials, read_result, run_trials
+
+STEPS = 40  # on server data a round, of 64 examples
+
+BASE: dict[str, Any] = {
+    "levels": "1:2,0.75:3,0.5:3,0.25:2", "clients": 10, "epochs": 1, "rounds": 10, "eval_every": 2, "server_batch_size": 64,
+}  # fmt: skip
+
+SETS: dict[str, dict[str, Any]] = {
+    "digits": {"dataset": "digits"},
+    "mnist": {"dataset": "mnist", "limit": 1000},
+    "ag_news": {
+        "dataset": "ag_news", "limit": 2000, "tokens": 24, "vocab": 2048, "optimizer": "adam", "lr": 0.002,
+        "model_args": {"width": 32, "layers": 1, "dropout": 0.0},
+    },
+    "sp_sw_har": {"dataset": "sp_sw_har", "limit": 1000, "model_args": {"widths": [16, 32, 32]}},
+}  # fmt: skip
+
+TUNED = {"server_finetune_steps": STEPS}
+
+
+class Ordered(Plugin):
+    """FjORD's training on the clients, under another extraction."""
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        return (yield from FjORD().fit(task))
+
+
+def kld(levels: str, steps: int = STEPS, **more: Any) -> dict[str, Any]:
+    return {"set": {"kld": {"levels": levels, "steps": steps, **more}}}
+
+
+def fedconv(steps: int, tuning: int, levels: str = "global", **more: Any) -> dict[str, Any]:
+    """FedConv's filters of three size classes take `steps` each."""
+    return {"set": {"fedconv": {"steps": steps, "first_steps": steps}, "kld": {"levels": levels, "steps": tuning}}, **more}
+
+
+PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "`fedconv` x `kld`": ("fedconv", "kld", fedconv(8, 16)),
+    "`fjord` x `kld` (`fleet`, `lr=0.03`)": ("fjord", "kld", kld("fleet", lr=0.03)),
+    "`fedrolex` x `kld` (`fleet`)": ("fedrolex", "kld", kld("fleet")),
+    "`fjord` x `overlap`, fine-tuned": ("fjord", "overlap", TUNED),
+    "`heterofl` x `overlap`, fine-tuned": ("heterofl", "overlap", TUNED),
+}
+
+LOOK: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **PAIRS,
+    "`fedconv` x `kld`, 4 + 28": ("fedconv", "kld", fedconv(4, 28)),
+    "`fedconv` x `kld`, clients as `fjord`": ("fedconv", "kld", fedconv(8, 16, wrap=("pairs:Ordered",))),
+    "`fjord` x `kld` (`fleet`)": ("fjord", "kld", kld("fleet")),
+    "`fjord` x `kld` (`fleet`, `distill=1`)": ("fjord", "kld", kld("fleet", distill=1.0)),
+    "`fjord` x `overlap`, no server steps": ("fjord", "overlap", {}),
+}
+
+COLUMNS = ("mean level@test", "worst level@test", "global@test", "control@test")
+
+
+def plan_runs(
+    pairs: Mapping[str, tuple[str, str, dict[str, Any]]], base: Mapping[str, Any], alpha: float, seed: int
+) -> list[tuple[str, Trial]]:
+    """The run of every pair at `alpha` with the pair's name; the seed is the partition's too."""
+    common = {**BASE, **base, "alpha": alpha, "partition_seed": seed}
+    return [(name, *plan_trials({**common, **more}, [(e, a)], {}, [seed])) for name, (e, a, more) in pairs.items()]
+
+
+def hold_back(dataset: str, folder: Path) -> dict[str, Any]:
+    """The options of a data set that is the training examples of `dataset` alone, a quarter of them as its test split."""
+    import numpy as np
+
+    examples = load(DataOptions(dataset=dataset, server_data=0, own_test=0)).clients[0].train
+    rows = np.random.default_rng(0).permutation(len(examples.y))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows[len(rows) // 4 :]), ("test", rows[: len(rows) // 4])):
+        np.savez(folder / f"{name}.npz", x=examples.x.numpy()[part], y=examples.y.numpy()[part])
+    return {"dataset": str(folder), "model": "fedconv-cnn"}
+
+
+def text(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds, in per cent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}" if values else "-"
+
+
+def values(rows: Sequence[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name) is not None]
+
+
+def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
+    """The lines of the table of a data set at `alpha`, the best mean level first; where all pairs have as many seeds, the best of each
+    column in bold."""
+    found = [row for row in rows if (row["data set"], row["alpha"], row["status"]) == (dataset, alpha, "ok")]
+    ours = {name: [row for row in found if row["name"] == name] for name in dict.fromkeys(row["name"] for row in found)}
+    means = {name: {c: statistics.fmean(values(runs, c)) for c in COLUMNS if values(runs, c)} for name, runs in ours.items()}
+    fair = len({len(runs) for runs in ours.values()}) == 1 and len(ours) >= len(PAIRS)
+    best = {} if not fair else {c: max((m[c] for m in means.values() if c in m), default=0.0) for c in COLUMNS[:3]}
+    lines = ["| pair | mean level | worst level | global | its control | seeds |", "|---|---|---|---|---|---|"]
+    for name, runs in sorted(ours.items(), key=lambda pair: -means[pair[0]][COLUMNS[0]]):
+        cells = [text(values(runs, c)) for c in COLUMNS]
+        marked = [f"**{cell}**" if c in best and means[name][c] == best[c] else cell for c, cell in zip(COLUMNS, cells, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(marked) + f" | {len(runs)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--alphas", default="0.1,10000")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--look", action="store_true", help="the candidates, on digits' training examples, with two other seeds")
+    parser.add_argument("--known", action="store_true", help="run nothing: the tables of what is in --out")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="the page whose lines between <!-- pairs --> and <!-- end pairs --> are made")
+    given = parser.parse_args()
+    alphas = [float(a) for a in given.alphas.split(",")]
+    sets = {"digits": hold_back("digits", given.out / "digits")} if given.look else {n: SETS[n] for n in given.sets.split(",")}
+    pairs, seeds = (LOOK, range(10, 12)) if given.look else (PAIRS, range(given.seeds))
+    runs = [(n, a, *run) for a in alphas for s in seeds for n, base in sets.items() for run in plan_runs(pairs, base, a, s)]
+    names = {trial.key: {"data set": n, "alpha": a, "name": name} for n, a, name, trial in runs}
+    (given.out / "cells").mkdir(parents=True, exist_ok=True)
+    trials = [run[3] for run in runs]
+    known = [found for trial in trials if (found := read_result(given.out, trial)) is not None]
+    rows = [{**r.row, **names[r.trial.key]} for r in (known if given.known else run_trials(trials, given.out, given.jobs))]
+    done = [(a, n) for a in alphas for n in sets if any((r["data set"], r["alpha"]) == (n, a) for r in rows)]
+    tables = [line for a, n in done for line in (f"{n}, alpha {a:g}:", "", *table(rows, n, a), "")]
+    print("\n".join(tables))
+    if given.page:
+        before, _, rest = given.page.read_text().partition("<!-- pairs -->\n")
+        after = rest.partition("<!-- end pairs -->")[2]
+        given.page.write_text(before + "<!-- pairs -->\n" + "\n".join(tables) + "<!-- end pairs -->" + after)
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        with open(given.page.parent / "results" / "pairs.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    for row in (r for r in rows if r["status"] != "ok"):
+        print(f"{row['name']}, {row['data set']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
+    print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
+
+
+if __name__ == "__main__":
+    main()
