@@ -84,7 +84,7 @@ def plan_runs(
 ) -> list[tuple[str, Trial]]:
     """The run of every pair at `alpha` with the pair's name; the seed is the partition's too."""
     common = {**BASE, **base, "alpha": alpha, "partition_seed": seed}
-    return [(name, *plan_trials({**common, **more}, [(e, a)], {}, [seed])) for name, (e, a, more) in pairs.items()]
+    return [(name, plan_trials({**common, **more}, [(e, a)], {}, [seed])[0]) for name, (e, a, more) in pairs.items()]
 
 
 def hold_back(dataset: str, folder: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Inner(Outer):
 def test_wraps_stand_outside_in_and_the_extraction_innermost(monkeypatch):
     from hetfl.training import local as train
 
-    task = SimpleNamespace(log=[], round=1, client=0)
+    task = SimpleNamespace(log=[], round=1, client=0, train=None)
     monkeypatch.setattr(train, "fit", lambda task: Reply({}, 1))
     roles = PluginManager({"extract.core": Core(), "wrap.outer": Outer(), "wrap.inner": Inner()})
     roles.fit(task)
