@@ -110,8 +110,10 @@ def values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
-    """The lines of the table of a data set at `alpha`, the best mean level first; where all pairs have as many seeds, the best of each
-    column in bold."""
+    """The lines of the table of a data set at `alpha`, the best mean level first.
+
+    Where all pairs have as many seeds, the best of each column is bold.
+    """
     found = [row for row in rows if (row["data set"], row["alpha"], row["status"]) == (dataset, alpha, "ok")]
     ours = {name: [row for row in found if row["name"] == name] for name in dict.fromkeys(row["name"] for row in found)}
     means = {name: {c: statistics.fmean(values(runs, c)) for c in COLUMNS if values(runs, c)} for name, runs in ours.items()}
@@ -120,7 +122,8 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
     lines = ["| pair | mean level | worst level | global | its control | seeds |", "|---|---|---|---|---|---|"]
     for name, runs in sorted(ours.items(), key=lambda pair: -means[pair[0]][COLUMNS[0]]):
         cells = [text(values(runs, c)) for c in COLUMNS]
-        marked = [f"**{cell}**" if c in best and means[name][c] == best[c] else cell for c, cell in zip(COLUMNS, cells, strict=True)]
+        leads = [c in best and means[name][c] == best[c] for c in COLUMNS]
+        marked = [f"**{cell}**" if first else cell for cell, first in zip(cells, leads, strict=True)]
         lines.append(f"| {name} | " + " | ".join(marked) + f" | {len(runs)} |")
     return lines
 
