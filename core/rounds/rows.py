@@ -34,7 +34,9 @@ RESERVED = {
 
 MOST_FACTS = 64  # of an aggregation, in a round
 
-OWN_SCORES = re.compile(r"(global|sent|control|client|submodel|personal|pretrained|(mean|worst) level|(level|sent|personal)-[\d.]+)@")
+OWN_SCORES = re.compile(
+    r"(global|sent|control|client|submodel|personal|pretrained|(mean|worst) level|(level|sent|personal)-[\d.]+)@"
+)
 
 
 def find_facts_fault(facts: Any) -> str | None:

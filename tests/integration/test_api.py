@@ -303,7 +303,7 @@ def test_pictures_of_pillow_become_channels_first():
         (3, "the train data are a int"),
         ({"tain": numbers()}, "did you mean 'train'"),
         ({"test": numbers()}, "need a train split"),
-        ((torch.zeros(3, 2), torch.zeros(3)), "labels must be whole numbers or names"),
+        ((torch.zeros(3, 2), [0, None, 1]), "labels must be whole numbers or names"),
         ((torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)), "3 inputs and 4 labels"),
         ((torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "(N, …) is needed"),
         ((torch.full((3, 2), torch.nan), [0, 1, 0]), "not finite"),

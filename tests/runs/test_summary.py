@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hetfl
 from hetfl.cli.report import render_page
+from hetfl.data.kinds import CLASSIFY
 from hetfl.runs import report, summary
 
 SMALL = {"model": "mlp", "rounds": 3, "epochs": 1, "pretrain_steps": 10, "clients": 3, "limit": 200, "progress": False}
@@ -14,14 +15,14 @@ def rows(ours, control):
 
 
 def test_the_comparison_with_the_control_says_what_is_compared_and_how_far_it_may_be_off():
-    (text,) = summary.compare_to_control(rows([0.5, 0.66, 0.68, 0.69], [0.6, 0.669, 0.668, 0.67]), 360)
+    (text,) = summary.compare_to_control(rows([0.5, 0.66, 0.68, 0.69], [0.6, 0.669, 0.668, 0.67]), 360, CLASSIFY)
     assert text.startswith(
         "global@test 67.7% (66.0% to 69.0%) against control@test 66.9% (66.8% to 67.0%), means over the last 3 evaluated rounds: "
         "the difference of +0.8 points does not exceed the 7.0 that 360 test examples leave open (two standard errors)"
     )
-    assert not summary.compare_to_control(rows([0.76], [0.66]), 360)
-    assert not summary.compare_to_control(rows([0.677], [0.669]), 100_000)
-    assert "of -6.0 points" in summary.compare_to_control(rows([0.6], [0.66]), 100_000)[0]
+    assert not summary.compare_to_control(rows([0.76], [0.66]), 360, CLASSIFY)
+    assert not summary.compare_to_control(rows([0.677], [0.669]), 100_000, CLASSIFY)
+    assert "of -6.0 points" in summary.compare_to_control(rows([0.6], [0.66]), 100_000, CLASSIFY)[0]
 
 
 def test_what_was_measured_once_has_no_mean_of_three_rounds():

@@ -9,6 +9,7 @@ import torch
 
 from helpers.oracles import T, close, over, update
 from helpers.states import same
+from hetfl.data.kinds import CLASSIFY
 from hetfl.plugins.aggregations.kld import KLD
 
 
@@ -30,7 +31,7 @@ def test_divergences_of_parameters_and_of_outputs():
     kl = lambda p, q: (p.softmax(0) * (p.softmax(0) / q.softmax(0)).log()).sum()  # noqa: E731
     found = KLD(kld_on="parameters")._divergence(SimpleNamespace(state={"v": old}), {"v": new}, T([]), T([]))
     assert close(found.detach(), kl(new, old).detach())
-    found = KLD(kld_on="outputs")._divergence(None, {}, new[None], old.log_softmax(0)[None])
+    found = KLD(kld_on="outputs")._divergence(SimpleNamespace(kind=CLASSIFY), {}, new[None], old.log_softmax(0)[None])
     assert close(found.detach(), kl(old, new).detach())
 
 

@@ -215,7 +215,7 @@ def test_clients_prune_themselves_and_stay_pruned(simulate):
     sizes = [plan.plan.sizes for plan in made.last.assignments.values()]
     ranks = [size for s in sizes for name, size in s.items() if "lora_A" in name]
     assert min(ranks) == 2, "nobody pruned in round 1"
-    kept = capture(made, {}).tensors["plugin/extract.loraranks"]
+    kept = capture(made).tensors["plugin/extract.loraranks"]
     other = type(made.plugins.plugins["extract.loraranks"])(prune=0.5)
     other.load_state_dict(kept)
     assert other._ranks == made.plugins.plugins["extract.loraranks"]._ranks != {}

@@ -11,6 +11,7 @@ import torch
 from helpers.runs import run
 from helpers.states import same
 from hetfl.config import resolve
+from hetfl.data.kinds import CLASSIFY
 from hetfl.plugins.aggregations.kld import KLD
 from hetfl.plugins.methods.fedconv.filters import Filters
 from hetfl.plugins.methods.fedconv.strategy import FedConv
@@ -123,7 +124,7 @@ def test_compressors_stop_early_and_are_judged_by_the_held_out_examples(simulate
 
     def distance(x):
         small, whole = made.server.logits(half.take(made.server.state), x, half.sizes), made.server.logits(made.server.state, x)
-        return float(options.loss(small, whole))
+        return float(options.loss(CLASSIFY, small, whole))
 
     tune_x, held_x = made.server.public.tune.all()[0], made.server.public.holdout.all()[0]
     assert judged == pytest.approx([distance(held_x)], rel=1e-4)
