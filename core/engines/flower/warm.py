@@ -115,9 +115,12 @@ def serve(listener: socket.socket) -> Request:
                 watched.register(link, selectors.EVENT_READ, child)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, child)
             elif key.fileobj is child.link:
+                if child.link.fileno() < 0:  # its child ended too, and was looked at first
+                    continue
                 watched.unregister(child.link)
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+                for kill in (os.killpg, os.kill):  # it has no group of its own in its first moments
+                    with suppress(ProcessLookupError):
+                        kill(child.pid, signal.SIGKILL)
             else:
                 watched.unregister(key.fileobj)
                 os.close(key.fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ def program():
         time.sleep(60)
     return 3
 
+setsid = os.setsid
+os.setsid = lambda: time.sleep(60) if "slow" in sys.argv[2:] else setsid()
 warm.import_everything, warm.load_program = lambda: None, lambda name: program
 warm.main(sys.argv[1])
 """
@@ -66,6 +69,38 @@ def test_a_stub_is_the_program_and_neither_outlives_the_other(tmp_path):
         server.kill()
         wait_for(lambda: not is_there(two))
         assert begun[2].wait(20) == 1
+    finally:
+        for each in begun:
+            each.kill()
+            each.communicate()
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("words", [(), ("slow",)])
+def test_a_stub_that_is_killed_as_its_child_ends_or_begins_leaves_the_others_alone(tmp_path, words):
+    stub = warm.write_stubs(tmp_path, tmp_path) / "flwr"
+    begun = [server := subprocess.Popen([sys.executable, "-c", CODE, str(tmp_path), *words])]
+    try:
+        wait_for((tmp_path / warm.SOCKET).exists)
+        time.sleep(0.05)
+        quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "GIVEN": "yes"}}
+        for count in (1, 2):
+            begun.append(subprocess.Popen([stub, "wait"], **quiet))
+            wait_for(lambda count=count: len(children(server.pid)) == count)
+        first, other = children(server.pid)
+        if not words:
+            server.send_signal(signal.SIGSTOP)
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: not is_there(first))
+        begun[1].kill()
+        begun[1].wait()
+        server.send_signal(signal.SIGCONT)
+        wait_for(lambda: first not in children(server.pid))
+        assert words or subprocess.run([stub], check=False, **quiet).returncode == 3
+        assert is_there(other)
     finally:
         for each in begun:
             each.kill()
