@@ -64,7 +64,7 @@ class LocalFederation:
         self.env["PATH"] = os.pathsep.join(found)  # Flower's programs start one another by name
         try:
             if self._programs != BIN:
-                self._start("warm", sys.executable, "-m", warm.__name__, str(self._home))
+                self._start("warm", sys.executable, "-P", "-m", warm.__name__, str(self._home))  # imports nothing from here
             self._superlink()
             for node in range(self._nodes):
                 self.register(f"node{node}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
+from hetfl.engines.flower import warm
 from hetfl.engines.flower.superlink import LocalFederation
 from hetfl.errors import RunError
 
@@ -33,3 +38,21 @@ def test_a_command_of_flowers_that_fails_leaves_its_words_in_a_file(tmp_path, mo
     with pytest.raises(RunError, match=r"^flwr supernode register failed; what it said is in '.*flwr.log'$"):
         made.flwr("supernode", "register", "key")
     assert (tmp_path / "flwr.log").read_text() == "torn box\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stubs are for Linux")
+def test_the_process_that_is_forked_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "selectors.py").write_text("raise SystemExit('not the one of Python')\n")
+    commands, home = {}, tmp_path / "home"
+    monkeypatch.setattr(LocalFederation, "_superlink", lambda self: None)
+    monkeypatch.setattr(LocalFederation, "_start", lambda self, name, *words: commands.update({name: words}))
+    with LocalFederation(home, 0, tls=False):
+        process = subprocess.Popen(commands["warm"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 20
+        while process.poll() is None and not (home / warm.SOCKET).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert (home / warm.SOCKET).exists()
+    finally:
+        process.kill()
+        process.wait()
