@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 
 from flwr.app import Message
@@ -24,6 +24,7 @@ class Fetcher:
         self._grid = grid
         self._fetches: list[tuple[Future[list[Message]], Sequence[str]]] = []
         self._found: dict[str, Message] = {}
+        self._forgotten: set[str] = set()  # of those under way
 
     def look(self, ids: Sequence[str]) -> list[Message]:
         """The replies to the messages `ids` that are here by now."""
@@ -35,7 +36,14 @@ class Fetcher:
         for fetch, _ in (ended := [pair for pair in self._fetches if pair[0].done()]):
             self._found |= {reply.metadata.reply_to_message_id: reply for reply in fetch.result()}
         self._fetches = [pair for pair in self._fetches if pair not in ended]
+        self.forget(self._forgotten)
         return [self._found.pop(id) for id in ids if id in self._found]
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Keeps no reply to the messages `ids`, for which nobody will look."""
+        wanted = {*ids}
+        self._forgotten = wanted.intersection(id for _, group in self._fetches for id in group) | (self._forgotten - wanted)
+        self._found = {id: reply for id, reply in self._found.items() if id not in wanted}
 
     def _fetch(self, ids: Sequence[str]) -> Future[list[Message]]:
         """What the grid has of the replies, in a thread that does not keep this process from ending."""

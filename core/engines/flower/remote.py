@@ -192,6 +192,7 @@ class FlowerEngine:
                 self._note_profile(reply.metadata.src_node_id, reply)
                 yield call.client, self._read(reply, call.content)
         late = [id for id, call in outbox.calls.items() if time.monotonic() > call.until]
+        self._fetcher.forget(late)
         for call in map(outbox.calls.pop, late):
             yield call.client, Failure(f"it gave no answer within {self._timeout or PATIENCE:g} s")
 

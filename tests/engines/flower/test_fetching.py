@@ -41,6 +41,20 @@ def test_a_reply_that_cannot_be_fetched_keeps_no_other_waiting(monkeypatch):
     assert look("torn") == ["torn"]
 
 
+def test_a_reply_for_which_nobody_looks_any_more_is_not_kept(monkeypatch):
+    monkeypatch.setattr(fetching, "LOOK", 0.05)
+    grid = Torn()
+    fetcher = fetching.Fetcher(grid)
+    assert not fetcher.look(["torn"])
+    fetcher.forget(["torn", "never seen"])
+    assert not fetcher.look(["later"])
+    grid.given_up.set()
+    fetching.wait([fetch for fetch, _ in fetcher._fetches], 20)
+    assert len(fetcher.look(["other"])) == 1
+    assert not fetcher._found
+    assert not fetcher._forgotten
+
+
 def test_what_the_grid_raises_is_raised():
     fetcher = fetching.Fetcher(SimpleNamespace(pull_messages=lambda ids: 1 / 0))
     with pytest.raises(ZeroDivisionError):
