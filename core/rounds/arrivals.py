@@ -65,9 +65,10 @@ def receive_answers(now: RoundState) -> dict[int, tuple[RoundState, ReceivedRepl
             del run.at_work[client]
             if then is not now:
                 now.assignments[client] = then.assignments[client]
-                now.row.clients[client] = replace(then.row.clients[client], round=now.number)
             if reply is not None:
                 found[client] = then, reply
+            elif then is not now:
+                say_late_fault(now, then, client)
     return dict(sorted(found.items()))
 
 
@@ -94,12 +95,19 @@ def is_due(now: RoundState, count: int) -> bool:
     return count >= options.min_clients and time.perf_counter() - now.began[0] >= (options.deadline or 0.0)
 
 
+def say_late_fault(now: RoundState, then: RoundState, client: int) -> None:
+    """Has the line of a client that is left out of round `then` stand in the round that notices it."""
+    now.row.clients[client] = replace(then.row.clients[client], round=now.number)
+
+
 def recover_late(now: RoundState, then: RoundState, reply: ReceivedReply) -> Iterator[Update]:
     """The update of a reply to round `then` as it is merged now; none where it cannot be recovered."""
     for update in recover_updates(then, [reply]):
         late = send_off(then, update, 0.0, then.coverage.pop() if then.coverage else None)
         now.coverage += [Coverage.of(late.update, late.more)] if now.run.plugins.finalizes else []
         yield bring_in(now, late)
+    if reply.client.id not in now.row.clients:
+        say_late_fault(now, then, reply.client.id)
 
 
 def leave_at_work(now: RoundState) -> None:

@@ -12,6 +12,7 @@ from helpers.flower import Nodes
 from hetfl.config import format_run_file, resolve
 from hetfl.engines.select import EngineContext
 from hetfl.errors import UsageError
+from hetfl.hooks.manager import PluginManager
 from hetfl.rounds import loop
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
@@ -130,6 +131,20 @@ def test_who_fails_is_asked_once_more_under_retry_and_a_late_failure_is_said_in_
     late = ran(tmp_path / "late", held={0: 1}, failing=[0], rounds=2, **ASYNC)
     assert [(row["round"], row["client"]) for row in late.state.client_rows if "boom" in row.get("fault", "")] == [(2, 0)]
     assert [row["left out"] for row in late.state.rows] == [0, 1]
+
+
+def test_a_late_reply_that_cannot_be_recovered_is_said_in_the_round_it_comes_in(tmp_path, monkeypatch):
+    recover = PluginManager.recover
+
+    def fail(self, server, replies, number):
+        for reply in replies:
+            assert reply.client.id, "not this one"
+            yield from recover(self, server, iter([reply]), number)
+
+    monkeypatch.setattr(PluginManager, "recover", fail)
+    made = ran(tmp_path, held={0: 1}, rounds=2, **ASYNC)
+    assert [(row["round"], row["client"]) for row in made.state.client_rows if "not this one" in row.get("fault", "")] == [(2, 0)]
+    assert [row["left out"] for row in made.state.rows] == [0, 1]
 
 
 @pytest.mark.parametrize(
