@@ -140,7 +140,7 @@ class RunFolder:
                 with replace_file(self.path / name) as draft:
                     widen_table(self.path / name, draft, wider, rows)
             else:
-                with open(self.path / name, "a", newline="") as file:
+                with open(self.path / name, "a", encoding="utf-8", newline="") as file:
                     file.write(csv_text(columns, rows))
         except OSError as error:
             raise RunError(f"'{self.path / name}' cannot be written: {reason(error)}") from error
@@ -285,7 +285,7 @@ def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def widen_table(old: Path, new: Path, columns: Sequence[str], more: Sequence[Mapping[str, Any]]) -> None:
     """Writes a table with further `columns`, which the lines of the `old` one leave empty, and with `more` rows."""
-    with open(old, newline="") as source, open(new, "w", newline="") as file:
+    with open(old, encoding="utf-8", newline="") as source, open(new, "w", encoding="utf-8", newline="") as file:
         lines, writer = csv.reader(source), csv.writer(file, lineterminator="\n")
         next(lines, None)
         file.write(csv_text(columns, [dict(zip(columns, columns, strict=True))]))

@@ -14,6 +14,17 @@ def test_rows_are_appended_until_a_column_is_new(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "round\n1\n"
 
 
+def test_tables_are_in_utf8_whatever_the_locale_says(tmp_path, monkeypatch):
+    def narrow(path, *words, encoding="ascii", **options):
+        return open(path, *words, encoding=encoding, **options)
+
+    monkeypatch.setattr("hetfl.runs.folder.open", narrow, raising=False)
+    folder = RunFolder(tmp_path)
+    for row in ({"a": "é"}, {"a": "ü"}, {"a": "ü", "b": "ß"}):
+        folder.append("t.csv", [row])
+    assert (tmp_path / "t.csv").read_text(encoding="utf-8") == "a,b\né,\nü,\nü,ß\n"
+
+
 def test_texts_in_tables_are_no_formulas_and_have_no_control_characters():
     rows = [{"=1+1": "@SUM(A1)", "b": -3.5, "c": "-cmd|x", "d": "a\x1b[31m\x9b\nb"}]
     text = csv_text(list(rows[0]), [dict(zip(rows[0], rows[0], strict=True)), *rows])
