@@ -272,8 +272,10 @@ def list_strangers(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if not OWN.fullmatch(file.name))
 
 
-CONTROL = dict.fromkeys(  # characters, for str.translate; the last ones turn the direction of writing
-    [*(n for n in range(32) if n not in (9, 10)), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+CONTROL = dict.fromkeys(  # for str.translate: characters of control, that turn the direction of writing, and halves of characters
+    n
+    for part in (range(9), range(11, 32), range(127, 160), range(0x202A, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000))
+    for n in part
 )
 
 

@@ -18,7 +18,7 @@ from hetfl.config import RunOptions, format_flag, resolve
 TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
         "--model", "mlp"]  # fmt: skip
 
-NASTY = "cannot open [/data/x] [red]:smile: \x1b[31m\x1b]0;title\x07 \x9b2J\u202e[/]"
+NASTY = "cannot open \udcfc[/data/x] [red]:smile: \x1b[31m\x1b]0;title\x07 \x9b2J\u202e[/]"
 
 SHOWN = "cannot open [/data/x] [red]:smile: ]0;title 2J[/]"
 

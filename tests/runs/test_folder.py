@@ -29,4 +29,5 @@ def test_texts_in_tables_are_no_formulas_and_have_no_control_characters():
     rows = [{"=1+1": "@SUM(A1)", "b": -3.5, "c": "-cmd|x", "d": "a\x1b[31m\x9b\nb"}]
     text = csv_text(list(rows[0]), [dict(zip(rows[0], rows[0], strict=True)), *rows])
     assert csv_text(["a"], [{"a": "\n=1+1"}, {"a": "\uff1d1"}, {"a": "\u202egnp.exe"}]) == "\"'\n=1+1\"\n'\uff1d1\ngnp.exe\n"
+    assert csv_text(["a"], [{"a": "no file 'b\udcfc.npz'"}]).encode() == b"no file 'b.npz'\n"
     assert text == "'=1+1,b,c,d\n'@SUM(A1),-3.5,'-cmd|x,\"a[31m\nb\"\n"
