@@ -78,7 +78,8 @@ def refuse_not_allowed(options: RunOptions, allowed: Sequence[str], home: Path) 
 def is_allowed(model: str, allowed: Sequence[str], home: Path) -> bool:
     """Whether a node builds the model `model`: of the zoo, within the app itself, or allowed by its module or library."""
     module, colon, _ = model.partition(":")
-    inside = (home / Path(*module.split("."))).with_suffix(".py").exists()
+    path = home / Path(*module.split("."))
+    inside = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
     return not colon or inside or module in allowed or module.split(".")[0] in allowed or model in allowed
 
 

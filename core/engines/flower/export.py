@@ -87,7 +87,12 @@ def project_file(options: RunOptions) -> dict[str, Any]:
 
 
 def copy_module(path: Path, package: Path) -> None:
-    """Copies the file or folder of a module into the app's package, whose folder is on the path of both halves."""
+    """Copies the file or folder of a module into the app's package, whose folder is on the path of both halves.
+
+    Raises UsageError for one that would take the place of a half.
+    """
+    if path.stem in HALVES:
+        raise UsageError(f"'{path}' is named as a file of the app itself ({', '.join(HALVES)}): give it another name")
     if path.is_dir():
         shutil.copytree(path, package / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     else:

@@ -7,7 +7,7 @@ import pytest
 from helpers.runs import THREE_NODES
 from hetfl.config import read_run_file, resolve
 from hetfl.engines.flower.client_app import is_allowed, refuse_not_allowed
-from hetfl.engines.flower.export import export
+from hetfl.engines.flower.export import copy_module, export
 from hetfl.errors import UsageError
 
 
@@ -33,9 +33,19 @@ def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
         "with what it imports from beside"
     )
     assert is_allowed("mynet:make", [], folder / "hetfl_app")
+    (folder / "hetfl_app" / "mypackage").mkdir()
+    assert not is_allowed("mypackage:make", [], folder / "hetfl_app")
+    (folder / "hetfl_app" / "mypackage" / "__init__.py").touch()
+    assert is_allowed("mypackage:make", [], folder / "hetfl_app")
     assert not is_allowed("os:system", [], folder / "hetfl_app")
     assert not is_allowed("timm:resnet18", [], folder / "hetfl_app")
     assert is_allowed("timm:resnet18", ["timm"], folder / "hetfl_app")
     assert is_allowed("resnet18", [], folder / "hetfl_app")
     with pytest.raises(UsageError, match="does not allow the model"):
         refuse_not_allowed(resolve({"model": "elsewhere:make"}), [], folder / "hetfl_app")
+
+
+def test_a_module_named_as_a_half_of_the_app_is_refused(tmp_path):
+    (tmp_path / "client_app.py").write_text("class Net: ...\n")
+    with pytest.raises(UsageError, match=r"client_app.py' is named as a file of the app itself \(server_app, client_app\)"):
+        copy_module(tmp_path / "client_app.py", tmp_path / "app")
