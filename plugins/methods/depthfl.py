@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,8 @@ class DepthFL(Plugin):
     A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
     """
 
+    tasks = ("classify", "regress", "multilabel")
+    tasks_why = "an exit answers for the mean over an example's positions, not for each token"
     expected_failures: ClassVar[dict[str, str]] = {
         "respects_the_budget": "who can afford no exit gets the first one, with all that lies before it"
     }
@@ -45,7 +47,8 @@ class DepthFL(Plugin):
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         depth, weight = int(task.model.depth), self.distill * ramp_up(task.round - 1, self.rise * task.options.rounds)  # type: ignore[arg-type]
-        task.loss = lambda z, y: mutual_loss(z.chunk(depth, 1), y, weight)
+        kind = task.kind
+        task.loss = lambda z, y: mutual_loss(z.chunk(depth, 1), y, weight, kind.loss, kind.divergence)
         with all_exits(task.model):
             return (yield)
 
@@ -55,10 +58,16 @@ def ramp_up(done: int, rounds: float) -> float:
     return math.exp(-5 * (1 - min(done / rounds, 1.0)) ** 2) if rounds else 1.0
 
 
-def mutual_loss(exits: Sequence[Tensor], y: Tensor, weight: float) -> Tensor:
-    """sum_i (CE(z_i, y) + weight / (l - 1) sum_{j != i} KL(z_j || z_i)), no gradient into the teacher z_j; z_i (N, classes)."""
+def mutual_loss(
+    exits: Sequence[Tensor], y: Tensor, weight: float,
+    supervise: Callable[..., Tensor] = F.cross_entropy, diverge: Callable[..., Tensor] = kl_divergence,
+) -> Tensor:  # fmt: skip
+    """sum_i (CE(z_i, y) + weight / (l - 1) sum_{j != i} KL(z_j || z_i)), no gradient into the teacher z_j; z_i (N, outputs).
+
+    `supervise` and `diverge` are CE and KL of classes, the task kind's own of other targets.
+    """
     total = torch.zeros((), device=y.device)
     for i, z in enumerate(exits):
-        others = [kl_divergence(z, teacher.detach()) for j, teacher in enumerate(exits) if j != i]
-        total = total + F.cross_entropy(z, y) + (weight * torch.stack(others).mean() if others else 0.0)
+        others = [diverge(z, teacher.detach()) for j, teacher in enumerate(exits) if j != i]
+        total = total + supervise(z, y) + (weight * torch.stack(others).mean() if others else 0.0)
     return total
