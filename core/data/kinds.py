@@ -219,8 +219,9 @@ class Regress(Numbers):
         return self.loss(out, teacher)
 
     def find_scale(self, y: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        mean, std = y.double().mean(0).tolist(), y.double().std(0, correction=0).tolist()
-        return tuple(float(f"{m:.6g}") for m in mean), tuple(float(f"{s:.6g}") or 1.0 for s in std)
+        means, stds = y.double().mean(0).tolist(), y.double().std(0, correction=0).tolist()
+        std = [float(f"{s:.6g}") if s > 1e-7 * abs(m) else 1.0 for m, s in zip(means, stds, strict=True)]  # float32 knows no less
+        return tuple(round(m, 6 - math.floor(math.log10(s))) for m, s in zip(means, std, strict=True)), tuple(std)
 
     def group(self, y: Tensor, names: Sequence[str]) -> tuple[list[str], Tensor]:
         """Tenths by the first target."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hetfl.config import DataOptions, resolve
 from hetfl.data.dataset import Examples
 from hetfl.data.kinds import CLASSIFY, IGNORED, KINDS, find_kind, next_tokens
+from hetfl.data.targets import scale_targets
 from hetfl.models.sequences import Decoder
 from hetfl.models.state import tensors
 from hetfl.training import stacking, vectorized
@@ -78,6 +79,13 @@ def test_numbers_are_scored_by_the_variance_that_is_explained():
     assert (right.tolist(), of.tolist()) == ([0.5, 1.0], [1.0, 1.0])
     assert kind.details(0.25) == {"RMSE": 0.5}
     assert kind.divergence(out, y, 3.0).item() == 0.25
+
+
+def test_numbers_far_from_0_are_normalised_by_their_own_mean():
+    y = torch.stack([torch.arange(100.0) / 100 + 12345.678, torch.full((100,), 0.1234567)], 1)
+    z = scale_targets(y, *find_kind("regress").find_scale(y))
+    assert z.mean(0).abs().max() < 0.01
+    assert z[:, 0].std(correction=0) == pytest.approx(1.0, abs=0.01)
 
 
 def test_labels_are_scored_by_micro_f1():
