@@ -50,7 +50,7 @@ class Meter:
                 module = self.builder.build(dict(sizes) if sizes is not None else None, model)
                 with all_exits(module):
                     how = self._options.batch_size, self._optimizer, self._kind
-                    self._costs[key] = measure_cost(module, self._x, self._y, *how)
+                    self._costs[key] = measure_cost(module, self._x, repeat_targets(module, self._y), *how)
         return self._costs[key]
 
     def step_seconds(self, make_step: MakeStep, data: Examples, ratio: float, repeats: int = 3) -> float:
@@ -61,6 +61,12 @@ class Meter:
 
     def _sizes(self, ratio: float) -> dict[str, int]:
         return {name: len(units) for name, units in self.builder.widths.prefix(ratio).items()}
+
+
+def repeat_targets(model: nn.Module, y: Tensor) -> Tensor:
+    """`y` for the answers of all exits of `model` side by side: classes (N,) as they are, numbers (N, outputs) for each exit."""
+    exits = int(model.depth) if getattr(model, "every", False) else 1  # type: ignore[arg-type]
+    return y if y.ndim == 1 else y.repeat(1, exits)
 
 
 def time_step(step: Step, x: Tensor, y: Tensor, repeats: int = 3) -> float:

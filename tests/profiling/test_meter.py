@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from hetfl.config import resolve
+from hetfl.data.dataset import Examples
+from hetfl.data.kinds import find_kind
+from hetfl.models.early_exit import add_exits
 from hetfl.models.state import tensors
 from hetfl.profiling import meter
+from hetfl.submodel.builder import SubmodelBuilder
+from hetfl.submodel.widths import Widths
 from hetfl.training.local import make_step
 
 
@@ -30,6 +35,15 @@ def test_a_timed_step_is_one_of_local_training(optimizer):
         nn.utils.clip_grad_norm_(again.parameters(), 0.5)
         by_hand.step()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tensors(model).values(), tensors(again).values(), strict=True))
+
+
+@pytest.mark.parametrize(("task", "y"), [("classify", torch.tensor([0, 1])), ("multilabel", torch.eye(3)[:2])])
+def test_a_model_with_exits_is_measured_with_all_of_them_whatever_its_targets(task, y):
+    x = torch.randn(2, 4)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    builder = SubmodelBuilder(add_exits(net, x, 3, 2, 0), Widths((), {}, {}))
+    found = meter.Meter(resolve({}), builder, Examples(x, y, torch.arange(2), find_kind(task))).cost(None)
+    assert found.macs == 4 * 5 + 2 * 5 * 5 + 2 * 5 * 3
 
 
 def test_a_step_has_ended_when_its_device_has(monkeypatch):
