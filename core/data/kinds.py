@@ -203,8 +203,8 @@ class Numbers(TaskKind):
 
 
 class Regress(Numbers):
-    """Numbers, normalised by the mean and deviation of the training split's. Mean squared error; R2, the share of the training
-    split's variance that is explained: 1 minus the loss. RMSE is in standard deviations."""
+    """Numbers, normalised by the mean and deviation of those that are trained on. Mean squared error; R2, the share of their
+    variance that is explained: 1 minus the loss. RMSE is in standard deviations."""
 
     name, metric, least = "regress", "R2", -math.inf
 

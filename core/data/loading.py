@@ -88,7 +88,7 @@ def _build_dataset(
     kind = find_kind(facts.get("task", CLASSIFY.name))
     if options.task not in (None, kind.name):
         raise UsageError(f"the examples of {source.name} have classes and nothing else, so --task {options.task} is not possible")
-    found |= {"task": kind.name, **_choose_scale(options, kind, tensors["y"])}
+    found |= {"task": kind.name, **_choose_scale(options, kind, tensors["y"][torch.cat([*split.train, split.tune, split.holdout])])}
     pick = _make_picker(tensors["x"], tensors["y"], used, found)
     pick_test = _make_picker(tensors["test.x"], tensors["test.y"], [split.test], found) if has_test else pick
     examples = len(tensors["y"]) - (0 if has_test else len(split.test))
@@ -132,7 +132,10 @@ def _make_picker(x: Tensor, y: Tensor, used: list[Tensor], found: dict[str, Any]
 
 
 def _choose_scale(options: DataOptions, kind: TaskKind, y: Tensor) -> dict[str, tuple[float, ...]]:
-    """Mean and std of each target, where its kind is normalised: as given, else the train split's own. Raises UsageError."""
+    """Mean and std of each target, where its kind is normalised: as given, else those of y, the targets of what is trained on.
+
+    Raises UsageError.
+    """
     mean, std = kind.find_scale(y)
     for name, given in (("target-mean", options.target_mean), ("target-std", options.target_std)):
         if given and len(given) != len(mean):

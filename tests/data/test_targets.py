@@ -136,3 +136,11 @@ def test_regress_is_normalised_by_what_is_given():
     assert found.test.all()[1].max() < -4
     with pytest.raises(UsageError, match="target-mean has 2 values"):
         load((torch.randn(40, 3), RAW), target_mean=(1.0, 2.0))
+
+
+def test_regress_is_normalised_by_what_is_trained_on_alone():
+    found = load((torch.randn(200, 3), torch.randn(200).exp()), server_data=20, own_test=0.3)
+    trained = torch.cat([part.all()[1] for part in (*(c.train for c in found.clients), found.public.tune, found.public.holdout)])
+    assert len(trained) < 130
+    assert trained.mean().abs() < 1e-4
+    assert trained.std(correction=0) == pytest.approx(1.0, abs=1e-4)
