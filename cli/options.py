@@ -17,7 +17,8 @@ from hetfl import config, presets, registry
 from hetfl.config import DataOptions, RunOptions, ServerOptions, TrainOptions, format_flag
 from hetfl.errors import UsageError
 
-LISTS = ("wrap", "lr_milestones", "mean", "std", "augment")  # options that may be given several times or with commas
+# Options that may be given several times or with commas.
+LISTS = tuple(name for name, field in RunOptions.model_fields.items() if get_origin(field.annotation) is tuple)
 
 PAIRS = ("set", "model_args")  # options name=value that may be given several times
 

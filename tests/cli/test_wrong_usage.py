@@ -133,3 +133,9 @@ def test_every_command_is_used_wrongly():
 
     names = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert names - {"plugins"} <= {words.split()[0] for words in WRONG}
+
+
+def test_a_list_of_one_value_or_of_several_is_read_whatever_option_it_is(capsys):
+    words = ["--task", "regress", "--limit", 100, "--target-mean", 4.5, "--target-std", "2,3", "--out", "unused"]
+    code, _, error = hfl(capsys, "run", *words)
+    assert (code, error) == (2, "hfl: --target-std has 2 values, but task regress has 1 targets to normalise here")
