@@ -39,7 +39,7 @@ class DataOptions(Options):
     mean: tuple[float, ...] = Field((), description="mean of each channel's raw values (default: the data set's)")
     std: tuple[float, ...] = Field((), description="standard deviation of each channel's raw values (default: the data set's)")
     target_mean: tuple[float, ...] = Field((), description="regress: mean of each target (default: of those trained on)")
-    target_std: tuple[float, ...] = Field((), description="regress: standard deviation of each target (default: of those trained on)")
+    target_std: tuple[float, ...] = Field((), description="regress: standard deviation of each target (default: likewise)")
     tokens: int = Field(64, ge=2, description="text: tokens an example keeps, the start token included")
     vocab: int = Field(8192, ge=3, description="text: number of token ids that words are hashed to")
     tokenizer: Path | None = Field(

@@ -33,7 +33,7 @@ RESERVED = {
 }  # fmt: skip
 
 MOST_FACTS = 64  # of an aggregation, in a round
-SCORE = re.compile("personal-[a-z]+@own")  # a fact that is a score of what clients keep; levels, which the run names so, are numbers
+SCORE = re.compile("personal-[a-z]+@own")  # a fact: a score of what clients keep; of levels, numbers, the run has them
 
 
 def find_facts_fault(facts: Any) -> str | None:
