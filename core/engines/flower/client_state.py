@@ -8,7 +8,7 @@ from hetfl.files import write_file
 from hetfl.models.state import join_states, pack_tensors, split_states, unpack_tensors
 from hetfl.rounds.messages import ClientState
 
-VERSIONS = 4  # that stay, beside the one in use
+VERSIONS = 4  # that stay of the rounds up to now, and up to each checkpoint, beside the one in use
 
 
 class StateLostError(Exception):
@@ -16,10 +16,13 @@ class StateLostError(Exception):
 
 
 class ClientStateStore:
-    """The state of one client in `folder`: files named after the round that left them."""
+    """The state of one client in `folder`: files named after the round that left them.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    `every` and `keep`: of how many rounds the server has a checkpoint (0: none), and how many of these it may go back to.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        self._folder, self._every, self._keep = folder, every, keep
 
     def load(self, round: int) -> ClientState:
         """What the client kept after `round` (0: nothing). Raises StateLostError."""
@@ -35,6 +38,8 @@ class ClientStateStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_file(self._folder / f"{round:06d}.safetensors", pack_tensors(join_states(state)))
         versions = {int(path.stem): path for path in self._folder.glob("*.safetensors")}
-        older = sorted(number for number in versions if number < round)
-        for number in versions.keys() - {round, before, *older[-VERSIONS:]}:
+        last = (round - 1) // self._every if self._every else 0
+        marks = [round - 1, *(number * self._every for number in range(last, max(last - self._keep, 0), -1))]
+        wanted = {number for mark in marks for number in sorted(n for n in versions if n <= mark)[-VERSIONS:]}
+        for number in versions.keys() - {round, before, *wanted}:
             versions[number].unlink(missing_ok=True)

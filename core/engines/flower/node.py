@@ -80,7 +80,7 @@ def answer_on_node(kind: Kind, content: Content, runtime: ClientRuntime, folder:
     """The client's answer, with the state that the server counts on; what training leaves is kept on this disk."""
     if not isinstance(content, Instruction):
         return runtime.answer(kind, client, content, {})
-    store = ClientStateStore(folder / str(client))
+    store = ClientStateStore(folder / str(client), runtime.options.checkpoint_every, runtime.options.keep_checkpoints)
     state = store.load(content.state_version)
     found = runtime.answer(kind, client, content, state)
     if kind == "train":
