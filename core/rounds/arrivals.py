@@ -60,6 +60,7 @@ def receive_answers(now: RoundState) -> dict[int, tuple[RoundState, ReceivedRepl
             reply = check_reply(then, client, run.mail.pop(client))
             if reply is None and run.options.on_client_error == "retry" and client not in again:
                 again.add(client)
+                del then.row.clients[client]  # it is at work, and not left out
                 engine.send("train", {client: instruct(then, then.assignments[client])})
                 continue
             del run.at_work[client]

@@ -128,6 +128,9 @@ def test_who_fails_is_asked_once_more_under_retry_and_a_late_failure_is_said_in_
     again = ran(tmp_path / "again", failing=[1], rounds=1, on_client_error="retry", **{**ASYNC, "buffer": 3})
     assert all(torch.equal(t, again.server.state[name]) for name, t in whole.server.state.items())
     assert [client for kind, client in again.grid.sent if kind == "train"] == [0, 1, 2, 1]
+    away = ran(tmp_path / "away", failing=[1], rounds=1, on_client_error="retry", **ASYNC)
+    assert [row["client"] for row in away.state.client_rows] == [0, 2], "who is asked again is at work, and not left out"
+    assert (away.state.rows[0]["left out"], away.state.rows[0]["under way"]) == (0, 1)
     late = ran(tmp_path / "late", held={0: 1}, failing=[0], rounds=2, **ASYNC)
     assert [(row["round"], row["client"]) for row in late.state.client_rows if "boom" in row.get("fault", "")] == [(2, 0)]
     assert [row["left out"] for row in late.state.rows] == [0, 1]
