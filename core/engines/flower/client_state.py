@@ -16,7 +16,7 @@ class StateLostError(Exception):
 
 
 class ClientStateStore:
-    """The state of one client in `folder`: files named after the round that left them.
+    """The state of one client in `folder`: files named after the round that left them, for their owner's eyes alone.
 
     `every` and `keep`: of how many rounds the server has a checkpoint (0: none), and how many of these it may go back to.
     """
@@ -36,7 +36,7 @@ class ClientStateStore:
     def save(self, round: int, before: int, state: ClientState) -> None:
         """Keeps what the client has after `round`; `before` is the round whose state it began with."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_file(self._folder / f"{round:06d}.safetensors", pack_tensors(join_states(state)))
+        write_file(self._folder / f"{round:06d}.safetensors", pack_tensors(join_states(state)), private=True)
         versions = {int(path.stem): path for path in self._folder.glob("*.safetensors")}
         last = (round - 1) // self._every if self._every else 0
         marks = [round - 1, *(number * self._every for number in range(last, max(last - self._keep, 0), -1))]
