@@ -17,7 +17,7 @@ from torch import nn
 from hetfl.data.catalog import GIVEN
 from hetfl.data.inputs import Inputs, default_model
 from hetfl.errors import UsageError, nearest, unknown
-from hetfl.models.folders import Logits, load_folder
+from hetfl.models.folders import AHEAD, Logits, load_folder
 from hetfl.models.state import pack_tensors, tensors
 from hetfl.models.zoo import ZOO
 from hetfl.rng import seed_of
@@ -198,7 +198,7 @@ def find_transformers(model: str) -> Factory:
             config(num_labels=num_labels, **select_known(config, num_channels=num_channels, image_size=image_size), **args)
         )
     return lambda num_labels, vocab_size, inputs, **args: getattr(hub, f"AutoModelFor{inputs.kind.head}").from_config(
-        config(num_labels=num_labels, vocab_size=vocab_size, pad_token_id=0, **args)
+        config(num_labels=num_labels, vocab_size=vocab_size, pad_token_id=0, **({**AHEAD, **args} if inputs.kind.tokens else args))
     )
 
 

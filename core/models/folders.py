@@ -19,6 +19,8 @@ PREFIX = "hf:"
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
+AHEAD = {"is_decoder": True}  # of a configuration: a language model whose folder is of an encoder is not to see what it predicts
+
 NEW = ("pooler",)  # parts of a model's body that a folder may lack: they belong to a task, as heads do
 
 
@@ -82,7 +84,7 @@ def load_folder(folder: str, inputs: Inputs, args: dict[str, Any]) -> nn.Module:
     if not text:
         head = head.replace("Sequence", "Image")
     refuse_unfit(folder, config, inputs)
-    how = {"num_labels": inputs.classes} if not inputs.kind.tokens else {}
+    how = AHEAD if inputs.kind.tokens else {"num_labels": inputs.classes}
     config.update({**how, **({"pad_token_id": inputs.pad} if text else {}), **args})
     auto = getattr(hub, f"AutoModelFor{head}")
     kept = hub.logging.get_verbosity()

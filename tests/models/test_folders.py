@@ -137,6 +137,16 @@ def test_a_gpt_is_cut_along_its_widths(gpt):
     assert trace(model, inputs.batch()).elastic() == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_language_model_sees_no_token_that_it_predicts_whatever_it_is_made_of(bert, gpt):
+    sizes = {name: size for name, size in BODY.items() if name != "max_position_embeddings"}
+    for name, args, vocab in ((f"hf:{bert[0]}", {}, bert[1]), (f"hf:{gpt}", {}, 60), ("transformers:bert", sizes, 60)):
+        inputs = Inputs((8,), vocab, vocab, KINDS["lm"])
+        model, ids = build_model(name, args, inputs, 0).eval(), inputs.batch().clamp(min=5)
+        other = ids.index_fill(1, torch.tensor([7]), 5)
+        with torch.no_grad():
+            assert torch.allclose(model(ids)[:, :7], model(other)[:, :7], atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"adapter": "lora:rank=4,target=attention", "extract": "loraranks"}])
 def test_a_bert_learns_to_classify(bert, options):
     import datasets
