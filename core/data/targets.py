@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetfl.data.cache import Stored
 from hetfl.data.kinds import TaskKind
+from hetfl.errors import UsageError
 
 Numbers = Mapping[str, tuple[Tensor, Tensor | None]]  # by part ("", "test."): inputs x (N, …), and numbers y (N, …) where there are
 
@@ -32,6 +33,10 @@ def describe_targets(
     they have some beside their targets. Raises UsageError for numbers that are none of the kind.
     """
     found = {f"{part}y": kind.read_targets(where, x, y) for part, (x, y) in parts.items()}
+    if len(numbers := {y.shape[-1] for y in found.values()}) > 1:
+        raise UsageError(
+            f"train and test targets of {where} differ in number: {' and '.join(map(str, sorted(numbers)))} an example"
+        )
     groups, of = labels or kind.group(found["y"], names)
     facts: dict[str, Any] = {"task": kind.name, "classes": groups}
     if kind.tokens:

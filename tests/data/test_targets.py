@@ -144,3 +144,10 @@ def test_regress_is_normalised_by_what_is_trained_on_alone():
     assert len(trained) < 130
     assert trained.mean().abs() < 1e-4
     assert trained.std(correction=0) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("targets", [torch.randn(40, 3), LABELS.repeat(1, 2)[:, :3]])
+def test_train_and_test_have_as_many_targets(targets):
+    x = torch.randn(40, 3)
+    with pytest.raises(UsageError, match=r"train and test targets of .* differ in number: 1 and 3 an example"):
+        load({"train": (x, targets), "test": (x, targets[:, :1])})
