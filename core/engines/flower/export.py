@@ -44,7 +44,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
     choose_fleet(options.model_copy(update={"engine": "flower"}))
     common = setup.build_setup(options, NoCallback())
     options = common.options.model_copy(update={"vmap": "off", "engine": "flower", "out": None})
-    package = folder / PACKAGE
+    modules, package = choose_modules(options), folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "LICENSE").write_text("An experiment of whoever exported it; hetfl itself is under the Apache License 2.0.\n")
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project_file(options)))
@@ -54,7 +54,7 @@ def export(options: RunOptions, folder: Path, mods: Sequence[str] = ()) -> Path:
         (package / f"{half}.py").write_text(HALF.format(half=half, module=module))
     (package / RUN).write_text(format_run_file(options, common.plugins.options()))
     (package / OUTLINE).write_text(json.dumps(describe_run(common, mods)))
-    for path in find_own_modules(options):
+    for path in modules:
         copy_module(path, package)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MOST:
@@ -86,13 +86,16 @@ def project_file(options: RunOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def copy_module(path: Path, package: Path) -> None:
-    """Copies the file or folder of a module into the app's package, whose folder is on the path of both halves.
-
-    Raises UsageError for one that would take the place of a half.
-    """
-    if path.stem in HALVES:
+def choose_modules(options: RunOptions) -> list[Path]:
+    """The user's own modules that the app takes along. Raises UsageError for one that would take the place of a half."""
+    modules = find_own_modules(options)
+    for path in (path for path in modules if path.stem in HALVES):
         raise UsageError(f"'{path}' is named as a file of the app itself ({', '.join(HALVES)}): give it another name")
+    return modules
+
+
+def copy_module(path: Path, package: Path) -> None:
+    """Copies the file or folder of a module into the app's package, whose folder is on the path of both halves."""
     if path.is_dir():
         shutil.copytree(path, package / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     else:

@@ -7,7 +7,7 @@ import pytest
 from helpers.runs import THREE_NODES
 from hetfl.config import read_run_file, resolve
 from hetfl.engines.flower.client_app import is_allowed, refuse_not_allowed
-from hetfl.engines.flower.export import copy_module, export
+from hetfl.engines.flower.export import export
 from hetfl.errors import UsageError
 
 
@@ -45,7 +45,8 @@ def test_a_users_own_model_travels_inside_the_app(tmp_path, monkeypatch):
         refuse_not_allowed(resolve({"model": "elsewhere:make"}), [], folder / "hetfl_app")
 
 
-def test_a_module_named_as_a_half_of_the_app_is_refused(tmp_path):
-    (tmp_path / "client_app.py").write_text("class Net: ...\n")
+def test_a_module_named_as_a_half_of_the_app_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("hetfl.engines.flower.export.find_own_modules", lambda options: [tmp_path / "client_app.py"])
     with pytest.raises(UsageError, match=r"client_app.py' is named as a file of the app itself \(server_app, client_app\)"):
-        copy_module(tmp_path / "client_app.py", tmp_path / "app")
+        export(resolve({**THREE_NODES, "extract": "heterofl"}), tmp_path / "app")
+    assert not (tmp_path / "app").exists()
