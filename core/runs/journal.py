@@ -69,6 +69,8 @@ class Journal:
     def _fault(self, path: Path, mark: Mark) -> str:
         if not mark.length:
             return ""
+        if path.is_symlink():
+            return "is a link, through which nothing is written"
         if not path.is_file():
             return "is missing"
         return "" if hash_prefix(path, mark.length).hexdigest() == mark.sha256 else "is not what was written"

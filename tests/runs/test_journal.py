@@ -83,3 +83,17 @@ def test_a_run_that_went_on_has_the_summary_of_one_that_was_not_stopped(stopped,
         for level in summary["levels"]:
             del level["seconds"]
     assert whole == part
+
+
+def test_a_file_that_is_a_link_is_written_anew_and_what_it_leads_to_stays(tmp_path):
+    first = Journal(tmp_path).add([({"round": 1}, [])])
+    other = tmp_path / "of another run"
+    other.write_bytes((tmp_path / NAMES[0]).read_bytes() + b"more\n")
+    (tmp_path / NAMES[1]).unlink()
+    (tmp_path / NAMES[1]).symlink_to(other)
+    journal = Journal(tmp_path)
+    assert journal.faults(first) == {NAMES[1]: "is a link, through which nothing is written"}
+    journal.cut(first)
+    journal.add([({"round": 2}, [])])
+    assert other.read_bytes().endswith(b"more\n")
+    assert (tmp_path / NAMES[1]).read_bytes() == (tmp_path / NAMES[0]).read_bytes()
