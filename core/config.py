@@ -179,8 +179,8 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     wait: float = Field(
         120.0,
         gt=0,
-        description="seconds to wait: on Flower for all clients to join before round 1, on Ray in any round for a node that takes "
-        "a client (local and processes wait for nobody)",
+        description="seconds to wait: on Flower for all clients to join before round 1, and for one where none is left, on Ray in "
+        "any round for a node that takes a client (local and processes wait for nobody)",
     )
     timeout: float | None = Field(None, gt=0, description="seconds that a client may take for an answer (default: any time)")
     on_client_error: Literal["skip", "retry", "fail"] = Field(

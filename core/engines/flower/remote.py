@@ -84,11 +84,15 @@ class FlowerEngine:
     def attach(self, grid: Grid) -> None:
         """Takes the grid that Flower gives, and waits until its clients are there. Raises RunError where none comes."""
         self._use(grid)
-        until = time.monotonic() + self._wait
-        while len(self._find_nodes()) < self._clients and (self._greeted or time.monotonic() < until):
-            time.sleep(LEAST_PAUSE)
-        if not self._find_nodes():
+        if not self._await_nodes(self._clients):
             raise RunError(f"no node has joined within {self._wait:g} s{''.join(f'; {n}' for n in self.notices)}")
+
+    def _await_nodes(self, count: int) -> dict[int, int]:
+        """The nodes that are connected, once there are so many or the wait is over."""
+        until = time.monotonic() + self._wait
+        while len(nodes := self._find_nodes()) < count and (self._greeted or time.monotonic() < until):
+            time.sleep(LEAST_PAUSE)
+        return nodes
 
     def _use(self, grid: Grid) -> None:
         """Takes a grid."""
@@ -169,9 +173,15 @@ class FlowerEngine:
         yield from self._collect(self._sent)
 
     def _send(self, outbox: Outbox, kind: Kind, contents: Mapping[int, Content]) -> list[tuple[int, Answer]]:
-        """Sends the messages; returns the answers that are known without one."""
+        """Sends the messages; returns the answers that are known without one.
+
+        Raises RunError where no node is there and none comes back: all rounds that are left would be over at once, without anybody.
+        """
         assert self._grid is not None
-        nodes, until = self._find_nodes(), time.monotonic() + (self._timeout or PATIENCE)
+        nodes = self._find_nodes() or self._await_nodes(1)
+        if not nodes:
+            raise RunError(f"no node is connected any more, and none came back within {self._wait:g} s; go on with hfl resume")
+        until = time.monotonic() + (self._timeout or PATIENCE)
         known: dict[int, Answer] = {i: Failure("its node is not connected") for i in contents if i not in nodes}
         if kind == "profile":
             said = {i: self._profiles.get(nodes[i]) for i in contents if i in nodes}

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from helpers.flower import message_for
 from hetfl.engines.flower import superlink
 from hetfl.engines.flower.records import RecordCodec
-from hetfl.engines.flower.remote import FlowerEngine
+from hetfl.engines.flower.remote import FlowerEngine, Outbox
 from hetfl.engines.select import read_keys
-from hetfl.errors import UsageError
+from hetfl.errors import RunError, UsageError
 
 
 def pair():
@@ -66,6 +66,29 @@ def test_a_second_node_of_the_same_client_is_not_heard_and_said_once(engine):
     assert grid.asked == [11, 12, 13]
     del grid.nodes[12]
     assert one._find_nodes() == {0: 11, 1: 13}, "a node that was started anew takes over once the old one is gone"
+
+
+def test_a_round_waits_where_every_node_is_gone(engine):
+    grid = Nodes({})
+    made, looks = engine(grid), []
+
+    def look():
+        looks.append(1)
+        if len(looks) > 3:
+            grid.nodes[7] = (1, b"")
+        return Nodes.get_nodes(grid)
+
+    grid.get_nodes = look
+    found = dict(made._send(Outbox(), "profile", {0: 1, 1: 1}))
+    assert "not connected" in str(found[0])
+    assert 1 not in found, "the node that came was asked"
+
+
+def test_a_run_ends_where_nobody_comes_back(engine):
+    made = engine(Nodes({}))
+    made._wait = 0.01
+    with pytest.raises(RunError, match="no node is connected any more, and none came back"):
+        list(made.ask("train", {0: SimpleNamespace(round=1)}))
 
 
 def test_an_impostor_with_a_key_of_its_own_is_not_heard_even_where_it_comes_first(engine):
