@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,7 @@ class TaskKind:
     by_class: ClassVar[bool] = False
     least: ClassVar[float] = 0.0  # of a score
     tokens: ClassVar[bool] = False  # whether what is predicted is tokens of the example
+    detail: ClassVar[str] = ""  # one of DETAILS: what is told beside a score and its loss
 
     def answer_shape(self, shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
         """The shape of what a model with so many outputs answers to one example of `shape`."""
@@ -61,8 +63,9 @@ class TaskKind:
         """Weights (clients, N) of examples, which sum to 1 over a client's batch, as those of their losses in its mean."""
         return weights
 
-    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What is right of each answer, and of how much (N,): the score of many is the sum of the one over that of the other."""
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is right of each answer, of how much, and what the example counts (N,): the score of many is the sum of the first
+        over that of the second."""
         raise NotImplementedError
 
     def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -93,9 +96,9 @@ class TaskKind:
         """The variance of a score on so many examples; None where it is not known."""
         return score * (1 - score) / examples
 
-    def details(self, loss: float) -> dict[str, float]:
-        """What is told beside a score and its loss, by its name among DETAILS."""
-        return {}
+    def find_detail(self, loss: float) -> float:
+        """What is told beside a score and its loss, under the name `detail`."""
+        raise NotImplementedError
 
     def describe(self, outputs: int) -> str:
         """What is to be answered, in words."""
@@ -107,17 +110,13 @@ class Classify(TaskKind):
 
     name, metric, by_class = "classify", "accuracy", True
 
-    def losses(self, out: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(out, y, reduction="none")
+    losses = staticmethod(partial(F.cross_entropy, reduction="none"))
+    loss = staticmethod(partial(F.cross_entropy))
+    total_loss = staticmethod(partial(F.cross_entropy, reduction="sum"))
 
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(out, y)
-
-    def total_loss(self, out: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(out, y, reduction="sum")
-
-    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (out.argmax(1) == y).float(), self.units(y)
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ones = self.units(y)
+        return (out.argmax(1) == y).float(), ones, ones
 
     def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         return kl_divergence(out, teacher, temperature)
@@ -139,7 +138,7 @@ class LanguageModel(TaskKind):
     """The next token of each: y int64 (N, T), IGNORED where there is none, answers (N, T, vocab). Cross entropy and accuracy over
     the tokens of all examples alike; perplexity."""
 
-    name, metric, head, tokens = "lm", "token accuracy", "CausalLM", True
+    name, metric, head, tokens, detail = "lm", "token accuracy", "CausalLM", True, "perplexity"
 
     def answer_shape(self, shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
         return (shape[0], outputs)
@@ -158,8 +157,9 @@ class LanguageModel(TaskKind):
         counts = weights * self.units(y)
         return counts / counts.sum(1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
 
-    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return ((out.argmax(-1) == y) & (y != IGNORED)).sum(1).float(), self.units(y)
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counts = self.units(y)
+        return ((out.argmax(-1) == y) & (y != IGNORED)).sum(1).float(), counts, counts
 
     def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         """KL at every position, predicted or not, for answers do not say which are."""
@@ -183,8 +183,8 @@ class LanguageModel(TaskKind):
     def blind(self, outputs: int) -> tuple[float | None, float]:
         return 1 / outputs, math.log(outputs)
 
-    def details(self, loss: float) -> dict[str, float]:
-        return {"perplexity": math.exp(min(loss, 700.0))}
+    def find_detail(self, loss: float) -> float:
+        return math.exp(min(loss, 700.0))
 
     def describe(self, outputs: int) -> str:
         return f"the next of {outputs:,} tokens"
@@ -206,13 +206,14 @@ class Regress(Numbers):
     """Numbers, normalised by the mean and deviation of those that are trained on. Mean squared error; R2, the share of their
     variance that is explained: 1 minus the loss. RMSE is in standard deviations."""
 
-    name, metric, least = "regress", "R2", -math.inf
+    name, metric, least, detail = "regress", "R2", -math.inf, "RMSE"
 
     def losses(self, out: Tensor, y: Tensor) -> Tensor:
         return (out - y).square().mean(1)
 
-    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - self.losses(out, y), self.units(y)
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ones = self.units(y)
+        return 1 - self.losses(out, y), ones, ones
 
     def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         """The mean squared difference, whatever the temperature."""
@@ -235,8 +236,8 @@ class Regress(Numbers):
     def spread(self, score: float, examples: int) -> float | None:
         return None
 
-    def details(self, loss: float) -> dict[str, float]:
-        return {"RMSE": math.sqrt(loss)}
+    def find_detail(self, loss: float) -> float:
+        return math.sqrt(loss)
 
     def describe(self, outputs: int) -> str:
         return f"{outputs} number{'s' if outputs > 1 else ''} to predict"
@@ -251,9 +252,9 @@ class MultiLabel(Numbers):
     def losses(self, out: Tensor, y: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(out, y, reduction="none").mean(1)
 
-    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def grade(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         answered = (out > 0).float()
-        return 2 * (answered * y).sum(1), answered.sum(1) + y.sum(1)
+        return 2 * (answered * y).sum(1), answered.sum(1) + y.sum(1), self.units(y)
 
     def divergence(self, out: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         """KL of each label's two answers at temperature T, the mean over labels."""

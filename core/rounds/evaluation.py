@@ -31,12 +31,14 @@ def evaluate_round(now: RoundState) -> None:
         train_control(now)
         return
     renew_assignments(now)
+    kind = run.server.kind
     for name, score in run.evaluator.score(list_jobs(now, sent), now.take, partial(train_control, now)).items():
         now.row.results |= {name: score.accuracy, f"{name} loss": score.loss}
-        now.row.results |= {f"{name} {detail}": value for detail, value in run.server.kind.details(score.loss).items()}
+        if kind.detail:
+            now.row.results[f"{name} {kind.detail}"] = kind.find_detail(score.loss)
     now.row.add_levels()
     evaluate_on_clients(now)
-    if last and run.server.kind.by_class:
+    if last and kind.by_class:
         evaluate_masked(now)
 
 

@@ -96,7 +96,8 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
             pass
         if run.plugins.finalizes:
             merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
-        run.plugins.refuse(find_facts_fault(merged.facts), "aggregate", "aggregate", now.number)
+        if merged.facts != {}:
+            run.plugins.refuse(find_facts_fault(merged.facts), "aggregate", "aggregate", now.number)
     except TooFewReplies as few:
         if now.assignments or few.count:
             wanted = f"{few.count} of the {run.options.min_clients} valid replies that a round needs (--min-clients)"
@@ -133,13 +134,13 @@ def report_round(now: RoundState) -> None:
     accuracies = [c.metrics[OWN_ACCURACY] for c in row.clients.values() if OWN_ACCURACY in c.metrics]
     row.add_mean_and_decile("client@own", accuracies)
     row.seconds = time.perf_counter() - now.began[0]
-    people = [c.columns() for c in row.clients.values()]
-    for text in [*dict.fromkeys(map(str, [*now.engine.notices, *run.server.alarms])), *run.watch.look(row.columns(), people)]:
+    columns, people = row.columns(), [c.columns() for c in row.clients.values()]
+    for text in [*dict.fromkeys(map(str, [*now.engine.notices, *run.server.alarms])), *run.watch.look(columns, people)]:
         now.alarm(text)
     run.server.alarms.clear()
     now.engine.notices.clear()
     keep_notes(run)
-    run.rows.append(row.columns())
+    run.rows.append(row.columns() if row.alarms else columns)
     run.client_rows += people
     run.history.add(run.rows[-1], people)
     run.callback.done(run.rows[-1])

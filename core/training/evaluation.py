@@ -48,8 +48,8 @@ def score_batches(model: nn.Module, data: Examples, batches: Iterable[Tensor], c
             out, y = model(data.x[rows]), data.y[rows]
             if classes is not None:
                 out = out.masked_fill(~classes.to(out.device), 0.0)
-            right, of = kind.grade(out, y)
-            sums = torch.stack([t.double() for t in (right.sum(), of.sum(), kind.total_loss(out, y), kind.units(y).sum())])
+            right, of, units = kind.grade(out, y)
+            sums = torch.stack([t.double() for t in (right.sum(), of.sum(), kind.total_loss(out, y), units.sum())])
             scores.append(BatchScore(len(rows), *sums.tolist()))
     return scores
 

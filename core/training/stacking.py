@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.data.kinds import TaskKind
-from hetfl.models.state import State, call_at, list_places, tensors
+from hetfl.models.state import State, list_places, tensors
 from hetfl.training.augmentation import augment
 from hetfl.training.device import autocast
 from hetfl.training.evaluation import Score
@@ -51,7 +51,8 @@ class ModelStack:
 
     def __init__(self, model: nn.Module, states: Sequence[State], trained: bool = True) -> None:
         device = next(model.parameters()).device
-        self.model, self.values, self._places = model, stack_states(states, device), list_places(model)
+        self.model, self.values = model, stack_states(states, device)
+        self._places = [(place, name) for place, name in list_places(model) if name in self.values]
         names = [n for n, p in model.named_parameters() if trained and p.requires_grad and n in self.values]
         self.parameters = [self.values[n].requires_grad_() for n in names]
 
@@ -61,7 +62,11 @@ class ModelStack:
         return out
 
     def _call_one(self, values: State, x: Tensor) -> Any:
-        return call_at(self._places, self.model, values, (x,))
+        return torch.func.functional_call(self.model, self._place(values), (x,), tie_weights=False)
+
+    def _place(self, values: State, prefix: str = "") -> State:
+        """One client's tensors by where they stand in a module that has the model as `prefix` (see `call_with`)."""
+        return {prefix + place: values[name] for place, name in self._places}
 
     def penalties(self) -> Tensor | None:
         """What is added to each client's loss (clients,), or None."""
@@ -101,11 +106,11 @@ class TaskStack(ModelStack):
 
     def _compute(self, part: Part, *inputs: Tensor) -> Any:
         """What `part` computes for each client, with its tensors in the model and its constants in the task."""
-        own, places = self._task.constants, [(f"model.{place}", name) for place, name in self._places]
+        own = self._task.constants
 
         def compute_one(values: State, constants: State, *inputs: Tensor) -> Any:
             self._task.constants = constants
-            return call_at(places, part, values, inputs)
+            return torch.func.functional_call(part, self._place(values, "model."), inputs, tie_weights=False)
 
         try:
             return torch.func.vmap(compute_one)(self.values, self._constants, *inputs)
@@ -144,7 +149,8 @@ class EagerStep:
         with self._autocast:
             each = self._kind.losses(self.stack(x).flatten(0, 1), y.flatten(0, 1)).view(weights.shape)
             penalties = self.stack.penalties()
-        losses = (each * self._kind.weigh(weights, y)).sum(1)
+        weights = self._kind.weigh(weights, y) if self._kind.tokens else weights
+        losses = (each * weights).sum(1)
         losses = losses if penalties is None else losses + penalties
         losses.sum().backward()
         if self._options.clip:
@@ -247,9 +253,8 @@ def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples]
         for step in align_batches(orders, mean=False):
             x, y = step.gather(data[0])
             out, flat = stack(x).flatten(0, 1), y.flatten(0, 1)
-            counts = kind.units(flat)
-            graded = (*kind.grade(out, flat), kind.losses(out, flat) * counts, counts)
-            for total, values in zip((right, of, loss, units), graded, strict=True):
+            graded = kind.grade(out, flat)
+            for total, values in zip((right, of, units, loss), (*graded, kind.losses(out, flat) * graded[2]), strict=True):
                 total += (values.view(step.weights.shape).cpu() * step.weights).sum(1)
     sums = zip(*(t.tolist() for t in (right, of, loss, units)), orders, strict=True)
     return [Score(r / max(o, 1), t / max(n, 1), sum(map(len, order))) for r, o, t, n, order in sums]

@@ -64,7 +64,7 @@ def test_a_language_models_mean_is_over_tokens_and_not_over_examples():
     found = evaluate(model, Examples(X, y, torch.arange(3), kind), 2)
     assert found.loss == pytest.approx(sum(plain) / 5)
     assert found.accuracy == pytest.approx(sum(int(out[n, t].argmax() == y[n, t]) for n, t in chosen) / 5)
-    assert kind.details(found.loss)["perplexity"] == pytest.approx(math.exp(sum(plain) / 5))
+    assert kind.find_detail(found.loss) == pytest.approx(math.exp(sum(plain) / 5))
     nothing = torch.full_like(y, IGNORED)
     assert kind.loss(out, nothing).item() == 0.0, "a batch of prompts alone must not be a division by zero"
 
@@ -75,9 +75,9 @@ def test_numbers_are_scored_by_the_variance_that_is_explained():
     assert (mean, std) == ((2.0, 0.0), (1.0, 1.0))
     out = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
     assert kind.loss(out, y).item() == 0.25
-    right, of = kind.grade(out, y)
+    right, of, _ = kind.grade(out, y)
     assert (right.tolist(), of.tolist()) == ([0.5, 1.0], [1.0, 1.0])
-    assert kind.details(0.25) == {"RMSE": 0.5}
+    assert (kind.detail, kind.find_detail(0.25)) == ("RMSE", 0.5)
     assert kind.divergence(out, y, 3.0).item() == 0.25
 
 
@@ -91,7 +91,7 @@ def test_numbers_far_from_0_are_normalised_by_their_own_mean():
 def test_labels_are_scored_by_micro_f1():
     kind, y = find_kind("multilabel"), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 0]])
     out = torch.tensor([[2.0, 2, -1], [-1, -1, -1], [3, 3, -3]])
-    right, of = kind.grade(out, y)  # true positives 3, answered 4, set 4
+    right, of, _ = kind.grade(out, y)  # true positives 3, answered 4, set 4
     assert right.sum() / of.sum() == 2 * 3 / (4 + 4)
     assert kind.loss(out, y).item() == pytest.approx(F.binary_cross_entropy_with_logits(out, y).item())
     p, q = (torch.tensor(z).sigmoid().item() for z in (0.5, -1.0))
