@@ -206,6 +206,11 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     heads: Literal["width", "whole"] = Field("width", description="what is cut of attention: every head's width, or whole heads")
     set: dict[str, Any] = Field({}, description="options of the chosen plugins, plugin.option=value")
 
+    @property
+    def merges_real_arrivals(self) -> bool:
+        """Whether, on a federation, replies are merged as they really arrive: without a fleet there is no simulated time."""
+        return self.schedule != "sync" and self.fleet is None
+
     @field_validator("out", mode="before")
     @classmethod
     def _no_empty_path(cls, out: Any) -> Any:

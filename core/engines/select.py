@@ -57,8 +57,7 @@ def make_engine(runtime: ClientRuntime, pool: Pool, group_size: int, config: str
     from hetfl.engines.flower.remote import FlowerEngine
 
     keys = {} if context.client_states is None else read_keys(context.client_states.parent / KEYS)
-    really_arriving = options.schedule != "sync" and options.fleet is None
-    engine = FlowerEngine(clients, options.timeout, options.wait, keys, context.first, really_arriving)
+    engine = FlowerEngine(clients, options.timeout, options.wait, keys, context.first, options.merges_real_arrivals)
     engine.attach(context.grid)
     return engine
 

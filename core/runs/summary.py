@@ -50,7 +50,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        **({"arrivals": REAL} if options.schedule != "sync" and options.fleet is None else {}),
+        **({"arrivals": REAL} if options.merges_real_arrivals else {}),
         **preset_origin(experiment.given), **object_facts(experiment.given),
         "seed": experiment.options.seed, "partition seed": experiment.options.partition_seed,
         "partition fingerprint": federation.fingerprint, "initial weights sha256": digest_tensors(experiment.initial, shapes=False),
