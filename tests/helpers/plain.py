@@ -165,3 +165,12 @@ def agree(ours, theirs, within=1e-5):
     assert ours.keys() == theirs.keys()
     apart = {n: float((ours[n] - theirs[n]).abs().max()) for n in ours}
     assert max(apart.values()) <= within, apart
+
+
+def least_skewed(cost, budget):
+    """(depth of 3, width): within a tenth of the budget by `cost(depth, width)`, with the least |depth - width| (spec scalefl 1 d)."""
+    if budget >= 1:
+        return 3, 1.0
+    tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
+    near = [(abs(depth / 3 - width), depth, width) for depth, width in tried if abs(cost(depth, width) / budget - 1) <= 0.1]
+    return min(near)[1:]

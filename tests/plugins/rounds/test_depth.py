@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.plain import UNEQUAL, Federation, descend, mean
+from helpers.plain import UNEQUAL, Federation, descend, least_skewed, mean
 from helpers.residual import BLOCKS, RESIDUAL, forward, keep, pad
 from hetfl import NotApplicable
 from hetfl.rounds.loop import run_round
@@ -149,11 +149,7 @@ def split(state, budget):
         kept = sum(narrow(n, t, width).numel() for n, t in keep(state, BLOCKS[:depth]).items())
         return kept / sum(t.numel() for t in state.values())
 
-    if budget >= 1:
-        return 3, 1.0
-    tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
-    near = [(abs(depth / 3 - width), depth, width) for depth, width in tried if abs(cost(depth, width) / budget - 1) <= 0.1]
-    return min(near)[1:]
+    return least_skewed(cost, budget)
 
 
 def test_what_a_client_keeps_of_a_block_outlasts_the_rounds_without_it(simulate):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.plain import HIDDEN, UNEQUAL, Federation, descend, kl, mean
+from helpers.plain import HIDDEN, UNEQUAL, Federation, descend, kl, least_skewed, mean
 
 WIDTHS = (1.0, 0.7, 0.5)
 
@@ -31,11 +31,7 @@ def split(state, budget):
         kept = sum(block(state[n], dims, width).numel() for n, dims in names_of(depth).items())
         return kept / sum(t.numel() for t in state.values())
 
-    if budget >= 1:
-        return 3, 1.0
-    tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
-    near = [(abs(depth / 3 - width), depth, width) for depth, width in tried if abs(cost(depth, width) / budget - 1) <= 0.1]
-    return min(near)[1:]
+    return least_skewed(cost, budget)
 
 
 def at(dims, width):
