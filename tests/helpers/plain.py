@@ -168,7 +168,7 @@ def agree(ours, theirs, within=1e-5):
 
 
 def least_skewed(cost, budget):
-    """(depth of 3, width): within a tenth of the budget by `cost(depth, width)`, with the least |depth - width| (spec scalefl 1 d)."""
+    """(depth of 3, width) within a tenth of the budget by `cost`, with the least |depth - width| (spec scalefl 1 d)."""
     if budget >= 1:
         return 3, 1.0
     tried = [(depth, k / 128) for depth in (1, 2, 3) for k in range(1, 129)] + [(depth, depth / 3) for depth in (1, 2, 3)]
