@@ -51,4 +51,4 @@ def test_the_floor_trains_the_submodels_that_hetfl_trains(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_round_is_read_in_few_files():
     said = subprocess.run([sys.executable, ROOT / "benchmarks" / "crossings.py"], capture_output=True, text=True, check=True).stdout
-    assert int(said.splitlines()[-1].split()[0]) <= 131, said
+    assert int(said.splitlines()[-1].split()[0]) <= 118, said

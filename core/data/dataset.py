@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,6 +99,16 @@ class FederatedDataset:
         clients = tuple(replace(c, train=move(c.train), test=move(c.test)) for c in self.clients)
         public = self.public and ServerData(move(self.public.tune), move(self.public.holdout))
         return replace(self, clients=clients, public=public, test=move(self.test))
+
+    @cached_property
+    def train_sizes(self) -> list[int]:
+        """How many examples each client trains on."""
+        return [len(client.train) for client in self.clients]
+
+    @cached_property
+    def test_sizes(self) -> list[int]:
+        """How many of its own each client is tested on."""
+        return [len(client.test) for client in self.clients]
 
     @property
     def kind(self) -> TaskKind:

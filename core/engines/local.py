@@ -123,7 +123,7 @@ class ThreadWorkers:
     def __init__(self, runtime: ClientRuntime, workers: int, group_size: int = 1) -> None:
         self._runtime, self._workers, self._group_size = runtime, workers, group_size
         self._slight = SLIGHT if runtime.options.timeout is None else 0.0  # a client that may be given up has a job of its own
-        self._examples = [len(client.train) for client in runtime.federation.clients]
+        self._examples = runtime.federation.train_sizes
         # of submodels by their sizes: tensors, and whether they may be padded
         self._forms: dict[tuple[tuple[str, int], ...], tuple[frozenset[str], bool]] = {}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.errors import RunError, UsageError
 from hetfl.hooks import answers, hookspecs
-from hetfl.hooks.base import Plugin
+from hetfl.hooks.base import HOOKS, Plugin
 from hetfl.hooks.defaults import Defaults
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client, Coverage, Exchange, ExtraSpec, ReceivedReply
@@ -58,6 +58,11 @@ class PluginManager:
     def _answers(self, hook: str, *roles: str) -> bool:
         """Whether a plugin, and not just the core, answers `hook`."""
         return any(impl.plugin_name != "core" for impl in self._ask(hook, *roles).get_hookimpls())
+
+    @cached_property
+    def answered(self) -> frozenset[str]:
+        """The hooks that a plugin, and not just the core, answers: what nobody answers, the round need not ask."""
+        return frozenset(hook for hook in HOOKS if self._answers(hook))
 
     def explain(self, error: BaseException, hook: str, round: int = 0, client: int | None = None) -> str | None:
         """The sentence for what a plugin raised, with its role, the hook, round and client; None where no plugin raised it."""
@@ -143,22 +148,13 @@ class PluginManager:
             return model
         return self._expect(nn.Module, adapted, "adapt_model")
 
-    @cached_property
-    def adapts_model(self) -> bool:
-        """Whether a plugin changes the model before the run."""
-        return self._answers("adapt_model")
-
     def base_state(self, server: Server, client: Client) -> State:
-        if not self._answers("base_state", "aggregate"):
-            return server.state
         with self._naming("base_state", client=client.id):
             answer = self._ask("base_state", "aggregate")(server=server, client=client)
         return self._expect(dict, answer, "base_state", "aggregate", client=client.id)
 
     def exchange(self, server: Server, client: Client, names: Collection[str]) -> Exchange:
         """What travels under all chosen plugins."""
-        if not self._answers("exchange"):
-            return Exchange()
         found = Exchange()
         with self._naming("exchange", client=client.id):
             for said in self._manager.hook.exchange(server=server, client=client, names=names):
@@ -166,8 +162,6 @@ class PluginManager:
         return found
 
     def client_extras(self, server: Server, client: Client, plan: Plan, round: int) -> State:
-        if not self._answers("client_extras"):
-            return {}
         with self._naming("client_extras", round, client.id):
             said = self._manager.hook.client_extras(server=server, client=client, plan=plan, round=round)
         found: State = {}
@@ -192,12 +186,7 @@ class PluginManager:
     @cached_property
     def plain_fit(self) -> bool:
         """Whether local training is the core's own, with nothing around it, and what it gives travels as it is."""
-        return not (self._answers("fit") or self.encodes or self.encodes_down)
-
-    @cached_property
-    def encodes(self) -> bool:
-        """Whether a plugin changes how updates travel."""
-        return self._answers("encode")
+        return self.answered.isdisjoint(("fit", "encode", "encode_down"))
 
     def encode(self, task: Task, update: State, sent: State) -> State:
         """`update` as it is to travel."""
@@ -208,11 +197,6 @@ class PluginManager:
         given = {"server": server, "client": client, "sent": sent, "round": round}
         return self._pass_through("decode", "encoded", encoded, self._outwards[::-1], **given)
 
-    @cached_property
-    def encodes_down(self) -> bool:
-        """Whether a plugin changes how what clients are sent travels."""
-        return self._answers("encode_down")
-
     def encode_down(self, server: Server, state: State, round: int) -> State:
         """`state` as it is to travel to clients."""
         return self._pass_through("encode_down", "state", state, self._outwards, server=server, round=round)
@@ -220,11 +204,6 @@ class PluginManager:
     def decode_down(self, encoded: State, like: State, round: int) -> State:
         """What a client has of it."""
         return self._pass_through("decode_down", "encoded", encoded, self._outwards[::-1], like=like, round=round)
-
-    @cached_property
-    def receives(self) -> bool:
-        """Whether a plugin changes how replies count."""
-        return self._answers("receive")
 
     def receive(self, server: Server, received: ReceivedReply, round: int) -> ReceivedReply:
         """The reply as it is to count."""
@@ -281,11 +260,6 @@ class PluginManager:
     def trains_global(self) -> bool:
         """Whether the rounds make a global model."""
         return all(plugin.trains_global for plugin in self.plugins.values())
-
-    @cached_property
-    def finalizes(self) -> bool:
-        """Whether a plugin has a last word on what was merged."""
-        return self._answers("finalize")
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
         """What the plugins' last words make of `merged`, each getting what the one before made."""

@@ -105,7 +105,7 @@ def recover_late(now: RoundState, then: RoundState, reply: ReceivedReply) -> Ite
     """The update of a reply to round `then` as it is merged now; none where it cannot be recovered."""
     for update in recover_updates(then, [reply]):
         late = send_off(then, update, 0.0, then.coverage.pop() if then.coverage else None)
-        now.coverage += [Coverage.of(late.update, late.more)] if now.run.plugins.finalizes else []
+        now.coverage += [Coverage.of(late.update, late.more)] if "finalize" in now.run.plugins.answered else []
         yield bring_in(now, late)
     if reply.client.id not in now.row.clients:
         say_late_fault(now, then, reply.client.id)

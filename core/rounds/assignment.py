@@ -11,7 +11,7 @@ from typing import Any
 from hetfl.config import RunOptions
 from hetfl.errors import NotApplicable, RunError, UsageError
 from hetfl.hooks.server import Server
-from hetfl.hooks.values import Client
+from hetfl.hooks.values import Client, Exchange
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure, exchange
@@ -21,6 +21,7 @@ from hetfl.submodel import encoding
 from hetfl.submodel.plan import WHOLE, Plan, Selection
 
 LEAST_WIDTH = 1e-4  # that a device may claim
+EVERYTHING = Exchange()  # what travels where no plugin says
 
 
 def sample_clients(now: RoundState) -> list[int]:
@@ -31,7 +32,7 @@ def sample_clients(now: RoundState) -> list[int]:
     """
     run, server = now.run, now.run.server
     server.averages = run.plugins.averages
-    busy = run.busy
+    busy = {*run.underway, *run.at_work}
     there = run.clock.find_ready(busy) if run.clock else [client for client in range(run.clients) if client not in busy]
     server.wanted = math.ceil(sample_size(run.clients, run.options.fraction) * run.options.over_select - 1e-9) - len(busy)
     if not there or server.wanted < 1:
@@ -70,7 +71,7 @@ def profile_clients(now: RoundState, chosen: Sequence[int]) -> list[Client]:
         first = now.row.clients[chosen[0]].fault.replace("its profile: ", "", 1)
         raise RunError(f"no client can take part; the profile of client {chosen[0]}: {first}")
     able = [replace(recall_client(run, client), profile=profile) for client, profile in profiles.items()]
-    found = allot_widths(run, able, now.number)
+    found = allot_widths(run, able, now.number) if "allot" in run.plugins.answered else able
     run.server.clients |= {client.id: client for client in found}
     if now.number == 1 and found:
         describe_fleet(now, able)
@@ -124,9 +125,10 @@ def assign_submodels(now: RoundState, clients: Sequence[Client]) -> dict[int, As
     refuse_uncut(run.server, clients, plans)
     refuse_scattered(run.server, plans)
     found = {client.id: assign(now, client, plan) for client, plan in zip(clients, plans, strict=True) if plan is not None}
-    for assignment in found.values():
-        assignment.extras = run.plugins.client_extras(run.server, assignment.client, assignment.plan, now.number)
-    return encode_downloads(now, found) if run.plugins.encodes_down else found
+    if "client_extras" in run.plugins.answered:
+        for assignment in found.values():
+            assignment.extras = run.plugins.client_extras(run.server, assignment.client, assignment.plan, now.number)
+    return encode_downloads(now, found) if "encode_down" in run.plugins.answered else found
 
 
 def encode_downloads(now: RoundState, assignments: dict[int, Assignment]) -> dict[int, Assignment]:
@@ -173,10 +175,10 @@ def extraction_fault(now: RoundState, client: Client) -> str:
 
 def assign(now: RoundState, client: Client, plan: Plan) -> Assignment:
     """The part of the global model, or of the client's own branch, that `plan` takes for this client as it is now."""
-    run = now.run
-    source = run.plugins.base_state(run.server, client)
+    run, answered = now.run, now.run.plugins.answered
+    source = run.plugins.base_state(run.server, client) if "base_state" in answered else run.server.state
     state = now.take(plan, source)
-    agreed = run.plugins.exchange(run.server, client, tuple(state))
+    agreed = run.plugins.exchange(run.server, client, tuple(state)) if "exchange" in answered else EVERYTHING
     sent = {name: t for name, t in state.items() if agreed.down is None or name in agreed.down}
     personal = len(sent) < len(state) or source is not run.server.state
     travels = {name: t for name, t in sent.items() if name not in run.at_home}

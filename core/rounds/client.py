@@ -82,7 +82,7 @@ class ClientRuntime:
         clients, device = len(self.federation.clients), None
         if options.fleet is not None:
             device = find_fleet(options.fleet).device(client, clients, options.seed)
-        work = options.count_work(len(data))
+        work = options.count_work(self.federation.train_sizes[client])
         node = Node(client, clients, round, options.seed, cost, probe, *work, options.global_width, device, options.deadline)
         return self.plugins.profile(node)
 
@@ -92,11 +92,11 @@ class ClientRuntime:
         task = self._task(client, sent, state)
         reply = self.plugins.fit(task)
         reply.metrics[SECONDS] = time.perf_counter() - started
-        own = self.federation.clients[client].test
-        if len(own) and reply.state:
+        if self.federation.test_sizes[client] and reply.state:
             sizes = {**sent.sizes, **{name: len(units) for name, units in reply.kept.items()}} if sent.sizes else sent.sizes
             tested = self._as_tested(client, sent.round, reply.state, sizes, sent.model)
             model = self.builder.load(tested, sizes, sent.model)
+            own = self.federation.clients[client].test
             reply.metrics |= own_metrics(evaluate(model, own, self.options.eval_batch_size))
         if sent.up is not None:
             trained = {**tensors(task.model), **reply.state}
@@ -125,7 +125,7 @@ class ClientRuntime:
 
     def _encode(self, task: Task, sent: Instruction, reply: Reply, masks: Mapping[str, Tensor]) -> Reply:
         """The reply with its tensors' updates as the plugins make them travel; of tensors with a mask, the values that exist."""
-        if not self.plugins.encodes:
+        if "encode" not in self.plugins.answered:
             return reply
         names = [name for name in encoding.list_updated(sent.state) if name in reply.state]
         index = within(self.builder.widths, sent.sizes, reply.kept) if reply.kept and sent.sizes is not None else {}
@@ -153,13 +153,14 @@ class ClientRuntime:
 
         def train() -> list[Reply]:
             trained = vectorized.train(model, group, self.options, sent[0].round, graphs, tasks)
-            return [Reply(t.state, len(m.train), {"loss": t.loss}) for t, m in zip(trained, group, strict=True)]
+            sizes = self.federation.train_sizes
+            return [Reply(t.state, sizes[m.client], {"loss": t.loss}) for t, m in zip(trained, group, strict=True)]
 
         replies = vectorized.fit_together(tasks, self.plugins.fit, train) if tasks else train()
         seconds = (time.perf_counter() - started) / len(group)
         for reply in replies:
             reply.metrics[SECONDS] = seconds
-        having = [k for k, i in enumerate(clients) if len(self.federation.clients[i].test)]
+        having = [k for k, i in enumerate(clients) if self.federation.test_sizes[i]]
         if having:
             states = [self._as_tested(clients[k], sent[k].round, replies[k].state, sent[k].sizes) for k in having]
             tests = [self.federation.clients[clients[k]].test for k in having]
@@ -186,7 +187,7 @@ class ClientRuntime:
     def evaluate(self, client: int, sent: Instruction, state: ClientState) -> dict[str, float]:
         """Accuracy and loss of the sent submodel on this client's own test data; empty where it has none."""
         own, size = self.federation.clients[client], self.options.eval_batch_size
-        if not len(own.test):
+        if not self.federation.test_sizes[client]:
             return {}
         model = self._model(sent, state)
         if sent.local:

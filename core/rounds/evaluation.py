@@ -10,7 +10,6 @@ from typing import Any
 
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
-from hetfl.profiling.node import Profile
 from hetfl.rounds.assignment import renew_assignments
 from hetfl.rounds.evaluator import EvalJob
 from hetfl.rounds.messages import Assignment, Instruction, exchange
@@ -74,9 +73,8 @@ def plan_absent_levels(now: RoundState) -> dict[str, Plan]:
     extraction = next(plugin for key, plugin in run.plugins.plugins.items() if key.startswith("extract."))
     if not (now.assignments and extraction.plans_by_width):
         return {}
-    profiles = [Profile(min(1.0, width / run.options.global_width)) for width in run.plugins.declared_widths or ()]
     had = {a.client.profile.level for a in now.assignments.values()}
-    absent = {p.level: Client(NOBODY, p) for p in profiles if p.level not in had}
+    absent = {level: Client(NOBODY, profile) for level, profile in run.levels.items() if level not in had}
     plans = run.plugins.extract(run.server, list(absent.values()), now.number) if absent else []
     return {level: plan for level, plan in zip(absent, plans, strict=True) if plan is not None and plan.model is None}
 

@@ -94,7 +94,7 @@ def aggregate_updates(now: RoundState, updates: Iterable[Update]) -> Merged | No
         merged = run.plugins.aggregate(run.server, updates, now.number)
         for _ in updates:
             pass
-        if run.plugins.finalizes:
+        if "finalize" in run.plugins.answered:
             merged = run.plugins.finalize(run.server, merged, now.coverage, now.number)
         if merged.facts != {}:
             run.plugins.refuse(find_facts_fault(merged.facts), "aggregate", "aggregate", now.number)

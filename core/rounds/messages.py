@@ -21,7 +21,7 @@ ClientState = dict[str, State]  # "memory": what plugins keep with the client; "
 SENTENCE = re.compile(r"^hetfl\.errors\.\w+: ")  # before what says itself which plugin failed
 
 NO_ANSWER = "it is no answer to what was asked"
-MOST_WORDS = 1 << 20  # bytes of an answer without tensors
+MOST_WORDS = 1 << 20  # bytes of an answer without tensors, or of all that stands in it beside their values
 MOST_TEXT, LONGEST_LINE = 20_000, 500  # characters of a traceback, and of a sentence
 
 
@@ -169,6 +169,6 @@ class Assignment:
         state = {n: t for n, t in self.travels.items() if n not in self.arrived} if encoded else self.travels
         return Instruction(
             round, state, dict(plan.sizes), plan.model, plan.masks, extras, up, local=local, state_version=state_version,
-            most_bytes=MOST_WORDS + (0 if kind == "evaluate" else 2 * encoding.payload_bytes(self.state)),
+            most_bytes=MOST_WORDS + (0 if kind == "evaluate" else 2 * sum(t.nbytes for t in self.state.values())),
             steps=self.steps if train else 0, encoded=encoded, lasting=self.lasting if train else None,
         )  # fmt: skip

@@ -58,7 +58,7 @@ def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterat
 def note_coverage(now: RoundState, update: Update, pending: list[ReceivedReply]) -> None:
     """Notes where an update lies, without its values, and that its reply is dealt with."""
     of_client = next((r for r in pending if r.client.id == update.client), None)
-    if now.run.plugins.finalizes:
+    if "finalize" in now.run.plugins.answered:
         reply = of_client.reply if of_client else None
         more = reply is not None and bool(reply.extras or reply.kept or reply.masks)
         now.coverage.append(Coverage.of(update, more))
@@ -127,7 +127,7 @@ def check_safely(now: RoundState, assignment: Assignment, answer: Any) -> Checke
     try:
         checked = ReplyValidator(run.server, run.plugins, run.at_home, now.number).check(assignment, answer)
         if checked.fault is None:
-            reply = receive_reply(now, checked) if run.plugins.receives else checked.reply
+            reply = receive_reply(now, checked) if "receive" in run.plugins.answered else checked.reply
             change = checked.change if reply is checked.reply else measure_change(reply.state, checked.expected)
             checked.reply, checked.fault = reply, now.limits.fault(reply, change) or names_fault(now, reply)
     except Exception as error:

@@ -47,7 +47,7 @@ def take_arrivals(now: RoundState, updates: Iterable[Update]) -> Iterator[Update
         else:
             late = run.underway.pop(client)
             update, cover = bring_in(now, late), Coverage.of(late.update, late.more)
-        now.coverage += [cover] if cover and run.plugins.finalizes else []
+        now.coverage += [cover] if cover and "finalize" in run.plugins.answered else []
         yield update
     if len(arrived) < run.options.min_clients:
         raise TooFewReplies(len(arrived))

@@ -88,13 +88,13 @@ def build_node_setup(options: RunOptions, federation: FederatedDataset, widths: 
     plugins = loading.load_plugins(options)
     device.prepare_device(options)
     options = resolve_options(options, federation, plugins)
-    with torch.device("meta" if zoo.in_zoo(model_of(options)) and not plugins.adapts_model else "cpu"):
+    with torch.device("meta" if zoo.in_zoo(model_of(options)) and "adapt_model" not in plugins.answered else "cpu"):
         model = build_model(options, federation, model_of(options))
 
     def whole() -> nn.Module:
         return freeze_base(options, adapt_model(options, federation, plugins))
 
-    lean = not (plugins.adapts_model or options.adapter or options.global_width < 1) and is_fully_named(model)
+    lean = not ("adapt_model" in plugins.answered or options.adapter or options.global_width < 1) and is_fully_named(model)
     other = partial(build_model, options, federation)
     builder = SubmodelBuilder(model if lean else whole(), widths, other, options.device, whole if lean else None)
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
@@ -155,7 +155,7 @@ def sums_on_device(setup: Setup) -> bool:
     options, sampled = setup.options, sample_size(len(setup.federation.clients), setup.options.fraction)
     model = sum(t.nbytes for t in tensors(setup.builder.model).values())
     plugins = setup.plugins
-    plain = plugins.averages is not None and not (plugins.encodes or plugins.encodes_down or plugins.finalizes)
+    plain = plugins.averages is not None and plugins.answered.isdisjoint(("encode", "encode_down", "finalize"))
     return options.engine == "local" and plain and device.fits_on_device(options.device, sampled * model)
 
 

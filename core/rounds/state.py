@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from hetfl.aggregation.updates import Update
@@ -18,6 +19,7 @@ from hetfl.hooks.values import Coverage
 from hetfl.models.normalization import STATIC, initial_statistics, running_names
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
+from hetfl.profiling.node import Profile
 from hetfl.rounds.alarms import Watch
 from hetfl.rounds.clock import Clock, Turn
 from hetfl.rounds.evaluator import Evaluator
@@ -93,10 +95,11 @@ class RunState:
         self.static_norms = self.norm_policy in STATIC and bool(self.running_names)
         self.evaluator, self.watch = Evaluator(self.server, self.test), Watch(*self.server.kind.blind(self.server.classes))
 
-    @property
-    def busy(self) -> set[int]:
-        """The clients that have something under way."""
-        return {*self.underway, *self.at_work}
+    @cached_property
+    def levels(self) -> dict[str, Profile]:
+        """What devices of this run may afford, by the names of these levels; empty where the profile plugin does not say."""
+        widths = (min(1.0, width / self.options.global_width) for width in self.plugins.declared_widths or ())
+        return {profile.level: profile for profile in map(Profile, widths)}
 
 
 class RoundState:

@@ -104,7 +104,7 @@ class ReplyValidator:
         """What was sent, as if it had been as narrow as what the client went on to train; or why that cannot be."""
         if not (reply.kept or reply.masks):
             return assignment, None
-        source = self.plugins.base_state(self.server, assignment.client)
+        source = assignment.source
         if reply.kept:
             if fault := kept_fault(reply.kept, assignment.plan.sizes):
                 return assignment, fault

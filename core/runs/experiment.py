@@ -96,7 +96,7 @@ def prepare(
         control=server.state,
         initial=server.state,
         device=options.device if sums_on_device(setup) else "cpu",
-        clock=None if fleet is None else Clock(fleet, options, [len(client.train) for client in federation.clients]),
+        clock=None if fleet is None else Clock(fleet, options, federation.train_sizes),
     )
     config = format_run_file(options, plugins.options())
     engine = make_engine(setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext())

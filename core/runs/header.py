@@ -24,7 +24,7 @@ PICTURE = (1, 3, 4)  # channels that a picture may have
 def describe_setup(setup: Setup) -> list[str]:
     """The run's model, inputs, examples, and who holds them, in a line each."""
     federation, widths, model = setup.federation, setup.builder.widths, setup.builder.model
-    sizes, public = [len(client.train) for client in federation.clients], federation.public
+    sizes, public = federation.train_sizes, federation.public
     classes, kind = (federation.class_counts > 0).sum(1).tolist(), federation.kind
     groups = "classes" if kind.by_class else f"of {len(federation.classes)} groups"
     server = f", {len(public.tune)} + {len(public.holdout)} with the server (to tune on, held out)" if public else ""
@@ -84,7 +84,7 @@ def odd_data(federation: FederatedDataset) -> Iterator[str]:
     if empty and federation.kind.by_class and len(federation.classes) > 1:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         yield f"{len(empty)} of the {len(federation.classes)} classes ({shown}) have no training example with any client"
-    whole = federation.unused + sum(len(c.train) + len(c.test) for c in federation.clients)
+    whole = federation.unused + sum(federation.train_sizes) + sum(federation.test_sizes)
     if federation.unused > LOST * whole:
         yield f"{federation.unused:,} of the clients' {whole:,} training examples are left out by the partition: nobody holds them"
 

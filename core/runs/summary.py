@@ -57,7 +57,7 @@ def run_facts(experiment: Experiment) -> dict[str, Any]:
         **({BASE_HASH: base} if (base := experiment.server.builder.base_hash) else {}),
         "task": federation.kind.name, "classes": list(federation.classes), "outputs": federation.inputs.classes,
         "pad": federation.inputs.pad, "input shape": list(federation.shape),
-        "examples": {"clients": [len(c.train) for c in federation.clients], "own test": [len(c.test) for c in federation.clients],
+        "examples": {"clients": federation.train_sizes, "own test": federation.test_sizes,
                      "tune": len(federation.public.tune) if federation.public else 0,
                      "holdout": len(federation.public.holdout) if federation.public else 0, "test": len(federation.test)},
         "counts": federation.class_counts.tolist(),

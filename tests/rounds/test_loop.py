@@ -16,6 +16,7 @@ from hetfl.aggregation.updates import Merged
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.engines.flower.remote import FlowerEngine
 from hetfl.errors import RunError
+from hetfl.hooks.manager import PluginManager
 from hetfl.rounds import receiving
 from hetfl.rounds.loop import MOST_NOTES, keep_notes, run_round
 from hetfl.rounds.messages import too_long
@@ -82,6 +83,15 @@ def test_a_refused_reply_leaves_nothing_in_its_clients_memory(monkeypatch, extra
     assert all(torch.equal(ours[i][k][n], t) for i, kinds in theirs.items() for k, state in kinds.items() for n, t in state.items())
 
 
+def test_hooks_that_no_plugin_answers_are_not_asked(monkeypatch):
+    made = with_bad(monkeypatch, None)
+    assert made.state.plugins.answered >= {"extract", "aggregate", "profile", "sample", "fit"}
+    for hook in {"allot", "base_state", "exchange", "client_extras", "encode", "encode_down", "receive", "finalize"}:
+        monkeypatch.setattr(PluginManager, hook, lambda *_, hook=hook: pytest.fail(f"{hook} was asked"))
+    now = run_round(made.state, 1, made.engine)
+    assert [row.fault for row in now.row.clients.values()] == [""] * 4
+
+
 def test_an_answer_far_larger_than_what_was_asked_for_is_not_read(monkeypatch):
     assert "2,000,000 bytes, of which 1,048,576 are taken" in too_long(2_000_000, 1).reason
     made = with_bad(monkeypatch, None)
@@ -119,7 +129,7 @@ def test_a_merge_that_is_no_number_is_not_taken(monkeypatch):
     made = with_bad(monkeypatch, None)
     before = made.server.state
     monkeypatch.setattr(made.plugins, "finalize", lambda s, merged, c, r: Merged({n: t * float("nan") for n, t in before.items()}))
-    monkeypatch.setattr(type(made.plugins), "finalizes", property(lambda self: True))
+    monkeypatch.setattr(made.plugins, "answered", made.plugins.answered | {"finalize"})
     run_round(made.state, 1, made.engine)
     assert made.server.state is before
     assert "NaN or infinity" in made.state.rows[0]["alarms"]

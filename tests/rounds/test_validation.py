@@ -13,6 +13,7 @@ from helpers.runs import run
 from hetfl.rounds import receiving, validation
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.loop import run_round
+from hetfl.training.task import Reply
 
 FAULTS = {
     "boom": (boom, "ValueError: boom"),
@@ -82,6 +83,18 @@ def test_a_reply_that_cut_wrongly_is_left_out(simulate, monkeypatch, kept, masks
     (row,) = [r for r in made.state.client_rows if "fault" in r]
     assert row["client"] == 0
     assert re.search(fault, row["fault"])
+
+
+def test_a_reply_that_cut_is_compared_with_what_was_sent_though_the_model_has_moved(simulate):
+    """As of a client that was at work while others were merged."""
+    made = simulate(extract="full", aggregate="overlap", steps=1)
+    sent = next(iter(run_round(made.state, 2, made.engine).assignments.values()))
+    before, mask = sent.state["1.weight"].clone(), sent.state["1.weight"] > 0
+    made.server.state = {name: t + 1 for name, t in made.server.state.items()}
+    reply = Reply({**sent.state, "1.weight": before * mask}, 5, masks={"1.weight": mask})
+    found = validation.ReplyValidator(made.server, made.plugins, (), 2).check(sent, reply)
+    assert torch.equal(found.assignment.state["1.weight"], before * mask)
+    assert found.change.whole == 0.0
 
 
 def test_a_mask_wider_than_sent_is_refused():

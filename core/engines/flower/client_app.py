@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ class SameForAll(Sequence[ClientData]):
 
     def __getitem__(self, client: Any) -> Any:
         return self._own
+
+    def __iter__(self) -> Iterator[ClientData]:
+        return itertools.repeat(self._own, self._clients)
 
 
 def node_data(options: RunOptions, folder: str, client: int, clients: int) -> FederatedDataset:
