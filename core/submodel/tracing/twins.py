@@ -42,24 +42,27 @@ Value = Callable[[], Tensor]
 Cuts = Mapping[int, list[tuple[int, Tensor]]]  # op -> (dim of its first operand, the positions that remain along it)
 
 
+NOTHING: Mapping[str, Value] = MappingProxyType({})
+
+
 class OtherOpsError(Exception):
     """The cut module calls other operations than the full one."""
 
 
 def run_twins(
     widths: Widths, small: nn.Module, model: nn.Module, given: State, inputs: Sequence[Tensor], kept: Kept,
-    masked: Mapping[str, Value] = MappingProxyType({}),
+    masked: Mapping[str, Value] = NOTHING, drawn: Mapping[str, Value] = NOTHING,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The floating-point outputs of `small`, the cut module, and of `model` with the values `given`, both in evaluation mode.
 
-    The values of the tensors that `masked` names are what its functions answer whenever they are used. Raises OtherOpsError, and
-    whatever the cut module raises.
+    The values of the tensors of `model` that `masked` names, and of `small` that `drawn` does, are what their functions answer
+    whenever they are used. Raises OtherOpsError, and whatever the cut module raises.
     """
     cuts = {op: [(d, axis.index(kept).sort().values) for d, axis in dims] for op, dims in widths.reductions.items()}
-    first, own = Recorder(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    first = Recorder(small, drawn)
     with torch.no_grad(), first:
         ours = float_leaves(small.eval()(*inputs))
-    with torch.no_grad(), Replayer(first.calls, cuts, {id(own[name]): value for name, value in masked.items()}):
+    with torch.no_grad(), Replayer(model, masked, first.calls, cuts):
         theirs = float_leaves(call_with(model.eval(), given, *inputs))
     return ours, theirs
 
@@ -69,40 +72,56 @@ def float_leaves(out: Any) -> list[Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-class Recorder(TorchFunctionMode):
-    """Notes every op that runs, with the numbers that it is given."""
+class StandIn(TorchFunctionMode):
+    """Runs every op with what the functions `values` answer in place of the tensors of `model` that they name."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, values: Mapping[str, Value]) -> None:
         super().__init__()
-        self.calls: list[tuple[str, list[Any]]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op_name(func)
-        if name not in COMPUTES:
-            return func(*args, **(kwargs or {}))
-        args, kwargs = set_scale(name, args, kwargs or {})
-        self.calls.append((name, [x if is_number(x) else None for x in tree_leaves((args, kwargs))]))
-        return func(*args, **kwargs)
-
-
-class Replayer(TorchFunctionMode):
-    """Runs the same ops with the numbers of the recorded ones, reductions over channels over those that `cuts` leaves.
-
-    A tensor whose id `masked` has counts as what its function answers.
-    """
-
-    def __init__(self, calls: Sequence[tuple[str, list[Any]]], cuts: Cuts, masked: Mapping[int, Value]) -> None:
-        super().__init__()
-        self.calls, self.cuts, self.masked, self.done = calls, cuts, masked, 0
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.values = {id(own[name]): value for name, value in values.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op_name(func)
         if name in ABOUT:
             return func(*args, **(kwargs or {}))
         args, kwargs = self._stand_in(args, kwargs or {})
-        if name not in COMPUTES:
-            return func(*args, **kwargs)
-        args, kwargs = set_scale(name, args, kwargs or {})
+        return self.compute(name, func, args, kwargs) if name in COMPUTES else func(*args, **kwargs)
+
+    def compute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the op `func`, of this name, answers."""
+        raise NotImplementedError
+
+    def _stand_in(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of an op with what stands for the model's tensors."""
+        leaves, form = tree_flatten((args, kwargs))
+        if not any(id(x) in self.values for x in leaves):
+            return args, kwargs
+        found: tuple[Any, Any] = tree_unflatten([self.values[id(x)]() if id(x) in self.values else x for x in leaves], form)
+        return found
+
+
+class Recorder(StandIn):
+    """Notes every op that runs, with the numbers that it is given."""
+
+    def __init__(self, model: nn.Module, values: Mapping[str, Value]) -> None:
+        super().__init__(model, values)
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def compute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = set_scale(name, args, kwargs)
+        self.calls.append((name, [x if is_number(x) else None for x in tree_leaves((args, kwargs))]))
+        return func(*args, **kwargs)
+
+
+class Replayer(StandIn):
+    """Runs the same ops with the numbers of the recorded ones, reductions over channels over those that `cuts` leaves."""
+
+    def __init__(self, model: nn.Module, values: Mapping[str, Value], calls: Sequence[tuple[str, list[Any]]], cuts: Cuts) -> None:
+        super().__init__(model, values)
+        self.calls, self.cuts, self.done = calls, cuts, 0
+
+    def compute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = set_scale(name, args, kwargs)
         if self.done >= len(self.calls) or self.calls[self.done][0] != name:
             raise OtherOpsError
         self.done += 1
@@ -124,15 +143,6 @@ class Replayer(TorchFunctionMode):
         out = func(*args, **kwargs)
         out = out.nan_to_num(0.0, math.inf, -math.inf) if name in RATIOS else out
         return spread(out, x, cut) if name in FULL else out
-
-    def _stand_in(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of an op with what stands for the model's tensors."""
-        leaves, form = tree_flatten((args, kwargs))
-        if not any(id(x) in self.masked for x in leaves):
-            return args, kwargs
-        given = [self.masked[id(x)]() if id(x) in self.masked else x for x in leaves]
-        found: tuple[Any, Any] = tree_unflatten(given, form)
-        return found
 
 
 def is_number(x: Any) -> bool:

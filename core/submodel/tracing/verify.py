@@ -77,8 +77,8 @@ def compare_cut(
 ) -> tuple[nn.Module, float]:
     """(the model cut to `kept`, the largest difference of its outputs from those of the full one with the other entries zero).
 
-    The weights of both are random, those that are cut drawn when they are used; the difference is relative to 1 + the largest
-    output, infinite where shapes differ or something is not a number. What rightly differs is made equal (`twins`).
+    The weights of both are random, those that are cut or hollow drawn when they are used; the difference is relative to 1 + the
+    largest output, infinite where shapes differ or something is not a number. What rightly differs is made equal (`twins`).
     """
     index, own = widths.index(kept), tensors(model)
     seeds = dict(zip(own, torch.randint(1 << 62, (len(own),), generator=generator).tolist(), strict=True))
@@ -87,16 +87,33 @@ def compare_cut(
         return draw_values(name, own[name], torch.Generator().manual_seed(seeds[name]))
 
     def mask(name: str) -> Tensor:
-        return clear_rest(draw(name), index[name])
+        return clear_rest(draw(name), index.get(name, {}))
 
-    cut = [name for name in own if any(len(at) < own[name].shape[dim] for dim, at in index.get(name, {}).items())]
-    small = build_submodel(widths, model, kept)
+    def cut(name: str) -> Tensor:
+        return take(draw(name), index.get(name, {}))
+
+    hollow = {name for name, tensor in own.items() if is_hollow(tensor)}
+    small = build_submodel(widths, model, kept, {name: cut_hollow(own[name], index.get(name, {})) for name in hollow})
     with torch.no_grad():
         for name, tensor in tensors(small).items():
-            tensor.copy_(take(draw(name), index.get(name, {})))
-    given = {name: draw(name) for name in own if name not in cut}
-    outputs = run_twins(widths, small, model, given, inputs, kept, {name: partial(mask, name) for name in cut})
+            if name not in hollow:
+                tensor.copy_(cut(name))
+    smaller = {name for name in own if any(len(at) < own[name].shape[dim] for dim, at in index.get(name, {}).items())}
+    given = {name: draw(name) for name in own if name not in hollow | smaller}
+    masked = {name: partial(mask, name) for name in hollow | smaller}
+    outputs = run_twins(widths, small, model, given, inputs, kept, masked, {name: partial(cut, name) for name in hollow})
     return small, max((relative_error(a, b) for a, b in zip(*reversed(outputs), strict=True)), default=math.inf)
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether all entries of `tensor` lie in one place of memory (`empty_frozen`)."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def cut_hollow(tensor: Tensor, index: Mapping[int, Tensor]) -> nn.Parameter:
+    """The block of a hollow tensor at `index`, as hollow."""
+    shape = [len(index[dim]) if dim in index else size for dim, size in enumerate(tensor.shape)]
+    return nn.Parameter(tensor.new_zeros(1).expand(shape), requires_grad=False)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

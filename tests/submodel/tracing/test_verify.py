@@ -56,3 +56,7 @@ def test_a_proof_holds_no_second_model_and_needs_no_values_of_a_frozen_one():
         assert (sum(p.untyped_storage().nbytes() for p in model.parameters()) < size / 1000) == hollow
     assert peaks[0] < 2, "copies of the whole model"
     assert peaks[1] < 1.25
+    kept = {g.name: torch.arange(g.size - 1) for g in found.groups}
+    with LiveBytes([]) as alive:
+        compare_cut(found, model, [x], kept, torch.Generator().manual_seed(0))
+    assert alive.peak / size < 0.4, "a frozen model that is cut has no values of its own"
