@@ -98,38 +98,57 @@ def serve(listener: socket.socket) -> Request:
         for key, _ in watched.select():
             child: Child | None = key.data
             if child is None:
-                link, _ = listener.accept()
-                try:
-                    request = read_request(link)
-                except (OSError, ValueError):
-                    link.close()
-                    continue
-                if (pid := os.fork()) == 0:
-                    for held in (link, *(child.link for key in watched.get_map().values() if (child := key.data))):
-                        held.close()
-                    watched.close()
+                if (request := begin_child(watched, listener.accept()[0])) is not None:
                     return request
-                for file in request.files:
-                    os.close(file)
-                child = Child(pid, link)
-                watched.register(link, selectors.EVENT_READ, child)
-                watched.register(os.pidfd_open(pid), selectors.EVENT_READ, child)
             elif key.fileobj is child.link:
-                if child.link.fileno() < 0:  # its child ended too, and was looked at first
-                    continue
-                watched.unregister(child.link)
-                for kill in (os.killpg, os.kill):  # it has no group of its own in its first moments
-                    with suppress(ProcessLookupError):
-                        kill(child.pid, signal.SIGKILL)
+                kill_child(watched, child)
             else:
-                watched.unregister(key.fileobj)
-                os.close(key.fd)
-                code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-                with suppress(KeyError, ValueError):
-                    watched.unregister(child.link)
-                with suppress(OSError):
-                    child.link.send(bytes([code if code >= 0 else 128 - code]))
-                child.link.close()
+                tell_end(watched, key.fd, child)
+
+
+def begin_child(watched: selectors.BaseSelector, link: socket.socket) -> Request | None:
+    """Forks a child for the stub at the other end of `link`, and watches both.
+
+    Returns in the child what it is to be; here None, as it does where the stub does not say what it wants.
+    """
+    try:
+        request = read_request(link)
+    except (OSError, ValueError):
+        link.close()
+        return None
+    if (pid := os.fork()) == 0:
+        for held in (link, *(child.link for key in watched.get_map().values() if (child := key.data))):
+            held.close()
+        watched.close()
+        return request
+    for file in request.files:
+        os.close(file)
+    child = Child(pid, link)
+    watched.register(link, selectors.EVENT_READ, child)
+    watched.register(os.pidfd_open(pid), selectors.EVENT_READ, child)
+    return None
+
+
+def kill_child(watched: selectors.BaseSelector, child: Child) -> None:
+    """Kills a child whose stub has ended, unless it has just ended too, and that was looked at first."""
+    if child.link.fileno() < 0:
+        return
+    watched.unregister(child.link)
+    for kill in (os.killpg, os.kill):  # it has no group of its own in its first moments
+        with suppress(ProcessLookupError):
+            kill(child.pid, signal.SIGKILL)
+
+
+def tell_end(watched: selectors.BaseSelector, process: int, child: Child) -> None:
+    """Tells the stub of a child that has ended, `process` being its pidfd, with which code."""
+    watched.unregister(process)
+    os.close(process)
+    code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+    with suppress(KeyError, ValueError):
+        watched.unregister(child.link)
+    with suppress(OSError):
+        child.link.send(bytes([code if code >= 0 else 128 - code]))
+    child.link.close()
 
 
 def read_request(link: socket.socket) -> Request:
