@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.runs import FOUR_CLIENTS
+from helpers.runs import FOUR_CLIENTS, play
 from hetfl.config import resolve
 from hetfl.engines.pickling import map_packed, pack_based, unpack
 from hetfl.engines.processes import share_base, to_bytes
 from hetfl.models.frozen import base_hash, freeze, frozen
-from hetfl.rounds.loop import run_round
-from hetfl.rounds.reporting import NoCallback
-from hetfl.runs.experiment import prepare
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import Widths
 
@@ -20,12 +17,7 @@ from hetfl.submodel.widths import Widths
 @pytest.mark.slow
 def test_a_process_that_dies_takes_no_more_than_its_client_with_it():
     options = {**FOUR_CLIENTS, "extract": "heterofl", "engine": "processes", "workers": 2, "wrap": ["helpers.deadly:Deadly"]}
-    made = prepare(resolve(options), NoCallback())
-    try:
-        run_round(made.state, 1, made.engine)
-        run_round(made.state, 2, made.engine)
-    finally:
-        made.close()
+    made = play(resolve(options))
     faults = [(row["round"], row["client"], row["fault"]) for row in made.state.client_rows if "fault" in row]
     assert faults == [(1, 1, "the client's process ended before it answered")]
     assert [row["left out"] for row in made.state.rows] == [1, 0]

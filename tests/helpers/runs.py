@@ -71,6 +71,13 @@ FOUR_CLIENTS = {
 }  # fmt: skip
 
 
+SIX_DEVICES = {
+    "dataset": "digits", "limit": 300, "clients": 6, "epochs": 1, "batch_size": 8, "pretrain_steps": 0, "partition": "iid",
+    "server_data": 0, "control": False, "model": "mlp", "model_args": {"hidden": [16, 8]}, "extract": "heterofl",
+    "levels": "1:3,0.5:3", "fleet": "fedgmr",
+}  # fmt: skip
+
+
 THREE_NODES = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "vmap": "off"}
 
 
@@ -78,6 +85,21 @@ STOPPABLE = {
     "limit": 200, "clients": 4, "rounds": 4, "epochs": 1, "pretrain_steps": 20, "levels": "1:2,0.5:2", "fraction": 0.75,
     "workers": 2,
 }  # fmt: skip
+
+
+def play(options, look=lambda made: None, context=None):
+    """All rounds of a run in memory: the experiment, its workers ended, with `rounds`: for each the global model before it, its
+    RoundState, and what `look(experiment)` saw after it."""
+    made = prepare(options, NoCallback(), context)
+    made.rounds = []
+    try:
+        for number in range(1, made.options.rounds + 1):
+            before = made.server.state
+            now = run_round(made.state, number, made.engine)
+            made.rounds.append((before, now, look(made)))
+    finally:
+        made.close()
+    return made
 
 
 def ready(steps=2, **values):

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 
 import hetfl
-from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, tuned
+from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, play, tuned
 from hetfl.config import resolve
 from hetfl.errors import NotApplicable, RunError, UsageError
 from hetfl.models.frozen import base_hash, freeze, frozen
-from hetfl.rounds.loop import run_round, run_rounds
+from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
 from hetfl.rounds.setup import build_model
 from hetfl.runs import runner
@@ -64,11 +64,7 @@ def prepared(values):
 def test_a_stopped_run_goes_on_to_the_same_bits_unless_its_base_is_another(tmp_path, stops):
     first = hetfl.run(extract="heterofl", **{**SMALL, **LORA, "adapter": None}, out=tmp_path / "first")
     values = {**STOPPABLE, **LORA, "extract": "heterofl", "base": tmp_path / "first"}
-    runner.run(resolve(values), RunFolder(tmp_path / "whole").open(), NoCallback())
-    with pytest.raises(stops.Stopped):
-        runner.run(resolve(values), RunFolder(tmp_path / "part").open(), stops.Stopping(1))
-    stops.go_on(tmp_path / "part")
-    assert stops.equal(tmp_path / "whole", tmp_path / "part")
+    assert stops.changes_nothing(tmp_path, resolve(values), 1)
     whole = hetfl.load(tmp_path / "whole")
     assert torch.equal(whole.model.state_dict()["1.base_layer.weight"], first.weights["1.weight"]), "--base was not begun with"
     assert torch.equal(whole.model.state_dict()["5.weight"], whole.weights["5.weight"])
@@ -86,16 +82,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_unless_its_base_is_another(tmp_p
     "values", [{"extract": "heterofl"}, {"extract": "loraranks", "wrap": ("fedsa",), "base_dtype": "bfloat16"}]
 )
 def test_processes_give_the_bits_of_threads(values):
-    found = []
-    for engine in ("local", "processes"):
-        made = prepare(resolve({**FOUR_CLIENTS, **LORA, **values, "engine": engine}), NoCallback())
-        try:
-            run_rounds(made.state, made.engine)
-        finally:
-            made.close()
-        assert all("fault" not in row for row in made.state.client_rows)
-        found.append(made.server.state)
-    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+    here, there = (play(resolve({**FOUR_CLIENTS, **LORA, **values, "engine": engine})) for engine in ("local", "processes"))
+    assert all("fault" not in row for made in (here, there) for row in made.state.client_rows)
+    assert all(torch.equal(t, there.server.state[name]) for name, t in here.server.state.items())
 
 
 @pytest.mark.parametrize(

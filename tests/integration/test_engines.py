@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.runs import FOUR_CLIENTS
+from helpers.runs import FOUR_CLIENTS, play
 from helpers.states import same
 from hetfl.config import resolve
-from hetfl.rounds.loop import run_rounds
-from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
-from hetfl.runs.experiment import prepare
 from hetfl.runs.folder import RunFolder
 
 PRUNED = {"model": "mlp", "adapter": "lora:rank=4", "extract": "loraranks", "set": {"loraranks": {"prune": 0.5}}}
 
 
 def ran(engine, **values):
-    made = prepare(resolve({**FOUR_CLIENTS, **values, "engine": engine}), NoCallback())
-    try:
-        run_rounds(made.state, made.engine)
-    finally:
-        made.close()
+    made = play(resolve({**FOUR_CLIENTS, **values, "engine": engine}))
     metrics = [{k: v for k, v in row.items() if "@" in k or "bytes" in k} for row in made.state.rows]
     return made.server.state, metrics, made.state.client_rows
 

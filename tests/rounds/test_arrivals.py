@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from helpers.flower import Nodes
+from helpers.runs import play
 from hetfl.config import format_run_file, resolve
 from hetfl.engines.select import EngineContext
 from hetfl.errors import UsageError
 from hetfl.hooks.manager import PluginManager
-from hetfl.rounds import loop
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
@@ -38,18 +38,11 @@ def nodes_of(options, folder, held=(), failing=()):
 
 
 def ran(folder, held=(), failing=(), **values):
-    """A run, with `rounds`: before each the model, and after it its RoundState and who is at work; `grid`: its nodes."""
+    """A run, after each round of which is seen who is at work; `grid`: its nodes."""
     options = resolve({**TINY, **values})
     grid = nodes_of(options, folder, held, failing) if options.engine == "flower" else None
-    made = prepare(options, NoCallback(), EngineContext(folder, grid))
-    made.rounds, made.grid = [], grid
-    try:
-        for number in range(1, options.rounds + 1):
-            before = made.server.state
-            now = loop.run_round(made.state, number, made.engine)
-            made.rounds.append((before, now, set(made.state.at_work)))
-    finally:
-        made.close()
+    made = play(options, lambda made: set(made.state.at_work), EngineContext(folder, grid))
+    made.grid = grid
     return made
 
 

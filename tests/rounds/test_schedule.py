@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helpers.runs import SIX_DEVICES, play
 from hetfl.config import resolve
 from hetfl.errors import UsageError
 from hetfl.rounds import loop, schedule
@@ -13,25 +14,13 @@ from hetfl.rounds.schedule import rebase
 from hetfl.runs.experiment import prepare
 from hetfl.submodel.plan import Patch
 
-TINY = {
-    "dataset": "digits", "limit": 300, "clients": 6, "rounds": 4, "epochs": 1, "batch_size": 8, "pretrain_steps": 0,
-    "partition": "iid", "server_data": 0, "control": False, "model": "mlp", "model_args": {"hidden": [16, 8]},
-    "extract": "heterofl", "levels": "1:3,0.5:3", "fleet": "fedgmr",
-}  # fmt: skip
+TINY = {**SIX_DEVICES, "rounds": 4}
 ASYNC = {"schedule": "fedbuff", "buffer": 2}
 
 
 def ran(**values):
-    made = prepare(resolve({**TINY, **values}), NoCallback())
-    made.rounds = []
-    try:
-        for number in range(1, made.options.rounds + 1):
-            before = made.server.state
-            now = loop.run_round(made.state, number, made.engine)
-            made.rounds.append((before, now, dict(made.state.underway)))
-    finally:
-        made.close()
-    return made
+    """A run, after each round of which is seen what waits for a later merge."""
+    return play(resolve({**TINY, **values}), lambda made: dict(made.state.underway))
 
 
 def timeless(rows, but=()):

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from helpers.runs import SIX_DEVICES, play
 from hetfl.config import resolve
 from hetfl.engines.flower.records import RecordCodec
 from hetfl.errors import RunError, UsageError
@@ -13,25 +14,16 @@ from hetfl.profiling.cost import Cost
 from hetfl.profiling.device import Work
 from hetfl.profiling.fleets import find_fleet
 from hetfl.rounds.clock import Clock, Turn, judge
-from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Instruction
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs.experiment import prepare
 
-TINY = {
-    "dataset": "digits", "limit": 300, "clients": 6, "rounds": 2, "epochs": 1, "batch_size": 8, "pretrain_steps": 0,
-    "partition": "iid", "server_data": 0, "control": False, "model": "mlp", "model_args": {"hidden": [16, 8]},
-    "extract": "heterofl", "levels": "1:3,0.5:3", "fleet": "fedgmr",
-}  # fmt: skip
+TINY = {**SIX_DEVICES, "rounds": 2}
 
 
 def ran(**values):
-    made = prepare(resolve({**TINY, **values}), NoCallback())
-    try:
-        for number in range(1, made.options.rounds + 1):
-            made.last = run_round(made.state, number, made.engine)
-    finally:
-        made.close()
+    made = play(resolve({**TINY, **values}))
+    _, made.last, _ = made.rounds[-1]
     return made
 
 

@@ -7,11 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from helpers.runs import STOPPABLE
+from helpers.runs import STOPPABLE, play
 from hetfl.config import resolve
-from hetfl.rounds.loop import run_round
-from hetfl.rounds.reporting import NoCallback
-from hetfl.runs.experiment import prepare
 
 WIDTHS = (0.5, 0.5, 0.25, 0.5)  # of client 0 by round; client 1 has 0.5, the others the whole model
 
@@ -32,14 +29,8 @@ def options(trace, extract, **values):
 
 def follow(options, look):
     """What `look(experiment)` sees after each round."""
-    made, seen = prepare(options, NoCallback()), []
-    try:
-        for number in range(1, options.rounds + 1):
-            run_round(made.state, number, made.engine)
-            seen.append(look(made))
-    finally:
-        made.close()
-    return made, seen
+    made = play(options, look)
+    return made, [seen for _, _, seen in made.rounds]
 
 
 DILATORS = {"fedconv": {"dilator_steps": 3, "steps": 3, "start": "random"}}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.runs import play
 from hetfl import Client, Plugin, Profile, hookimpl, registry
 from hetfl.config import resolve
 from hetfl.errors import RunError
@@ -15,9 +16,6 @@ from hetfl.plugins.selections.availability import Availability
 from hetfl.plugins.selections.oort import Oort
 from hetfl.plugins.selections.uniform import Uniform
 from hetfl.rng import stream
-from hetfl.rounds.loop import run_round
-from hetfl.rounds.reporting import NoCallback
-from hetfl.runs.experiment import prepare
 
 TINY = {
     "dataset": "digits", "limit": 300, "clients": 10, "rounds": 3, "epochs": 1, "batch_size": 16, "pretrain_steps": 0,
@@ -92,10 +90,7 @@ def test_every_selection_runs_and_goes_on_to_the_same_bits(tmp_path, stops, sele
 
 
 def test_oort_hears_of_losses_and_seconds():
-    made = prepare(resolve({**TINY, "select": "oort"}), NoCallback())
-    for number in (1, 2, 3):
-        run_round(made.state, number, made.engine)
-    made.close()
+    made = play(resolve({**TINY, "select": "oort"}))
     heard = {i: line for i, line in made.state.history.latest.items() if "loss" in line}
     assert len({row["client"] for row in made.state.client_rows}) == len(heard) > 3
     assert all(line["simulated seconds"] > 0 for line in heard.values())
@@ -125,9 +120,7 @@ def test_a_wrong_answer_is_one_sentence(answer, said):
 
 @pytest.mark.parametrize(("values", "population"), [({"fleet": None}, 10), ({}, 3), ({"fleet": None, "select": "oort"}, 3)])
 def test_privacy_is_not_amplified_by_a_choice(values, population):
-    made = prepare(resolve({**TINY, **values}), NoCallback())
-    run_round(made.state, 1, made.engine)
-    made.close()
+    made = play(resolve({**TINY, "rounds": 1, **values}))
     assert (made.server.sampled, made.server.population) == (3, population)
     assert torch.isfinite(next(iter(made.server.state.values()))).all()
 
