@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from helpers.cli import exit_code
 from hetfl import presets
-from hetfl.cli.main import main
 from hetfl.config import merge_options, resolve
 from hetfl.errors import UsageError
 from hetfl.hooks import loading
@@ -35,9 +35,7 @@ def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
         "--out",
         str(tmp_path / "r"),
     ]
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 0
+    assert exit_code(*words) == 0
     found = json.loads((tmp_path / "r" / "run.json").read_text())["preset"]
     assert found == {
         "name": "heflwr/mnist-iid-fjord",

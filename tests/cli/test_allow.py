@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from hetfl.cli.main import main
+from helpers.cli import hfl
 
 
 @pytest.mark.parametrize("line", ['model = "os:system"', 'wrap = ["os:system"]', 'extract = "evil.code:Plugin"'])
 def test_a_run_files_modules_need_leave(tmp_path, capsys, line):
     (tmp_path / "run.toml").write_text(line)
-    words = ["run", str(tmp_path / "run.toml"), "--out", str(tmp_path / "r")]
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    said = " ".join(capsys.readouterr().err.split())
-    assert (ended.value.code, "allow it with --allow" in said) == (2, True)
-    module = "evil" if "evil" in line else "os"
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--allow", module])
-    assert "allow it with" not in capsys.readouterr().err
+    words = ["run", tmp_path / "run.toml", "--out", tmp_path / "r"]
+    code, _, said = hfl(capsys, *words)
+    assert (code, "allow it with --allow" in said) == (2, True)
+    assert "allow it with" not in hfl(capsys, *words, "--allow", "evil" if "evil" in line else "os")[2]

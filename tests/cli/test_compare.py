@@ -8,9 +8,8 @@ import json
 
 import pytest
 
-from helpers.cli import hfl
+from helpers.cli import exit_code, hfl
 from helpers.ended import ended
-from hetfl.cli.main import main
 
 
 @pytest.fixture
@@ -26,9 +25,7 @@ def three(tmp_path):
 
 
 def printed(capsys, *words):
-    with pytest.raises(SystemExit) as end:
-        main(["compare", *map(str, words)])
-    assert end.value.code == 0
+    assert exit_code("compare", *words) == 0
     return capsys.readouterr().out
 
 

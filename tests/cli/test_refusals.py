@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.cli import QUICK, hfl
-from hetfl.cli.main import main
+from helpers.cli import QUICK, exit_code, hfl
 
 
 @pytest.mark.parametrize(
@@ -71,18 +70,13 @@ def test_models_and_data_that_do_not_fit_are_refused(nets, capsys, tmp_path, wor
 )
 def test_what_cannot_be_taken_elsewhere_is_said(tmp_path, capsys, given, said):
     given = [str(tmp_path / "app") if word == "APP" else word for word in given]
-    with pytest.raises(SystemExit) as ended:
-        main([*given, *([] if given[0] == "export" else ["--out", str(tmp_path / "out")]), "--limit", "60"])
-    assert ended.value.code == 2
+    assert exit_code(*given, *([] if given[0] == "export" else ["--out", tmp_path / "out"]), "--limit", "60") == 2
     assert said in capsys.readouterr().err
 
 
 def test_more_replies_than_clients_cannot_be_asked_for(capsys, tmp_path):
-    from hetfl.cli.main import main
 
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", str(tmp_path / "a")])
-    assert ended.value.code == 2
+    assert exit_code("run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", tmp_path / "a") == 2
     assert "--min-clients 5 is more than the 4 clients of a round" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hetfl.cli.main import main
+from helpers.cli import exit_code
 from hetfl.cli.report import render_page
 from hetfl.runs.report import read_report
 
@@ -31,12 +31,6 @@ document.body.dataset.left = document.querySelectorAll("#curve-chart .curve").le
 </script>"""
 
 
-def hfl(*words):
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code
-
-
 def lines_of(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
@@ -45,8 +39,8 @@ def lines_of(path):
 def runs(tmp_path_factory):
     """A run, and a matrix of one pair and its controls at two points with two seeds."""
     where = tmp_path_factory.mktemp("report")
-    assert hfl("run", "--extract", "heterofl", *TINY, "--out", where / "run") == 0
-    assert hfl("matrix", "--extract", "heterofl", "--alpha", "0.3,10", "--seeds", "2", *TINY, "--out", where / "matrix") == 0
+    assert exit_code("run", "--extract", "heterofl", *TINY, "--out", where / "run") == 0
+    assert exit_code("matrix", "--extract", "heterofl", "--alpha", "0.3,10", "--seeds", "2", *TINY, "--out", where / "matrix") == 0
     return where
 
 
@@ -107,7 +101,7 @@ def test_a_report_of_a_matrix_has_means_over_seeds_and_the_protocols(runs):
 
 @pytest.mark.parametrize("name", ["run", "matrix"])
 def test_the_page_needs_nothing_from_elsewhere(runs, name, capsys):
-    assert hfl("report", runs / name) == 0
+    assert exit_code("report", runs / name) == 0
     text = (runs / name / "report.html").read_text()
     page = Page(text)
     assert page.wanted == []
@@ -130,7 +124,7 @@ def test_foreign_words_are_text(runs):
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
-    assert hfl("report", tmp_path) == 2
+    assert exit_code("report", tmp_path) == 2
     assert "is no run folder of hetfl" in capsys.readouterr().err.replace("\n", " ")
 
 

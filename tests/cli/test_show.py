@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from helpers.cli import hfl
+from helpers.cli import exit_code, hfl
 from hetfl import config, presets, registry
 from hetfl.cli.console import console
-from hetfl.cli.main import main
 from hetfl.config import read_run_file, resolve
 
 
@@ -24,22 +23,8 @@ def test_show_prints_the_summary_again(finished, capsys):
 
 
 def test_show_of_other_folders(tmp_path, capsys):
-    words = [
-        "matrix",
-        "--extract",
-        "heterofl",
-        "--seeds",
-        "1",
-        "--limit",
-        "120",
-        "--clients",
-        "2",
-        "--rounds",
-        "1",
-        "--epochs",
-        "1",
-    ]
-    assert hfl(capsys, *words, "--model", "mlp", "--server-data", "0", "--out", tmp_path / "m")[0] in (0, 1)
+    words = ["--extract", "heterofl", "--seeds", 1, "--limit", 120, "--clients", 2, "--rounds", 1, "--epochs", 1]
+    assert hfl(capsys, "matrix", *words, "--model", "mlp", "--server-data", "0", "--out", tmp_path / "m")[0] in (0, 1)
     code, out, _ = hfl(capsys, "show", tmp_path / "m")
     assert code == 0
     assert "global@test, %, mean ± standard deviation over seeds" in out
@@ -82,8 +67,7 @@ def test_presets_are_listed_and_shown(capsys):
 
 
 def test_a_preset_is_printed_as_a_run_file(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["presets", "heterofl/mnist-iid-a"])
+    assert exit_code("presets", "heterofl/mnist-iid-a") == 0
     (tmp_path / "run.toml").write_text(capsys.readouterr().out)
     values, preset = read_run_file(tmp_path / "run.toml"), presets.find_preset("heterofl/mnist-iid-a")
     assert values == {"preset": preset.name, **preset.values}
@@ -96,8 +80,7 @@ def test_a_preset_is_printed_as_a_run_file(tmp_path, capsys):
 def test_no_word_is_broken_at_80_columns(words, capsys, monkeypatch):
     def printed(width):
         monkeypatch.setattr(console, "width", width)
-        with pytest.raises(SystemExit):
-            main(words)
+        assert exit_code(*words) == 0
         return capsys.readouterr().out
 
     narrow, wide = printed(80), printed(250)
@@ -108,8 +91,7 @@ def test_no_word_is_broken_at_80_columns(words, capsys, monkeypatch):
 
 def test_the_list_of_plugins_has_about_a_line_each(capsys, monkeypatch):
     monkeypatch.setattr(console, "width", 80)
-    with pytest.raises(SystemExit):
-        main(["plugins"])
+    assert exit_code("plugins") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 1.5 * len(registry.entries()) + 6
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.cli import exit_code
 from helpers.terminal import stop_hfl
 from hetfl.cli import stopping
-from hetfl.cli.main import main
 from hetfl.files import write_file
 
 LONG = ["--extract", "heterofl", "--limit", "600", "--clients", "4", "--rounds", "100000", "--epochs", "20",
@@ -140,7 +140,5 @@ def test_ctrl_c_within_a_program_is_exit_code_130(tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "prepare", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        main(["run", *LONG, "--out", str(tmp_path / "r")])
-    assert ended.value.code == 130
+    assert exit_code("run", *LONG, "--out", tmp_path / "r") == 130
     assert "begins the run again" in capsys.readouterr().err

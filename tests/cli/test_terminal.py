@@ -10,9 +10,9 @@ import sys
 import pytest
 from rich.console import Group
 
+from helpers.cli import exit_code
 from hetfl import registry
 from hetfl.cli import console, live, render
-from hetfl.cli.main import main
 from hetfl.config import RunOptions, format_flag, resolve
 
 TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
@@ -24,10 +24,8 @@ SHOWN = "cannot open [/data/x] [red]:smile: ]0;title 2J[/]"
 
 
 def hfl(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words)])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
+    code, said = exit_code(*words), capsys.readouterr()
+    return code, said.out, said.err
 
 
 def python(*words, **env):

@@ -12,11 +12,17 @@ TINY = ["--limit", "200", "--clients", "3", "--rounds", "2", "--epochs", "1", "-
 QUICK = ["--extract", "heterofl", "--aggregate", "overlap", *TINY]
 
 
-def hfl(capsys, *words):
+def exit_code(*words):
+    """The exit code of a command."""
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words)])
-    out = capsys.readouterr()
-    return ended.value.code, " ".join(out.out.split()), " ".join(out.err.split())
+    return ended.value.code
+
+
+def hfl(capsys, *words):
+    """(its exit code, what a command prints, what it says on the error stream), white space folded."""
+    code, said = exit_code(*words), capsys.readouterr()
+    return code, " ".join(said.out.split()), " ".join(said.err.split())
 
 
 def run_words(path, *more):

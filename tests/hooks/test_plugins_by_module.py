@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 
+from helpers.cli import hfl
 from helpers.runs import THREE_NODES
 from hetfl import Field, Plugin, hookimpl, registry
 from hetfl.cli import options as cli_options
-from hetfl.cli.main import main
 from hetfl.config import read_run_file, resolve
 from hetfl.engines.flower.client_app import refuse_not_allowed
 from hetfl.engines.flower.export import export
@@ -70,13 +70,6 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("own_plugins", None)
-
-
-def hfl(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words)])
-    said = capsys.readouterr()
-    return ended.value.code, " ".join(said.out.split()), " ".join(said.err.split())
 
 
 def test_a_class_by_its_module_runs_with_options_and_again_from_its_config(own, capsys):

@@ -8,9 +8,9 @@ import math
 
 import pytest
 
+from helpers.cli import exit_code
 from helpers.paths import REAL
 from hetfl import registry
-from hetfl.cli.main import main
 
 BRIEF = "--limit 120 --rounds 2 --epochs 1 --server-data 0.2 --pretrain-steps 4 --eval-batch-size 64".split()
 
@@ -44,9 +44,7 @@ def test_other_strategies_on_real_data(tmp_path, name, extract):
     if extract == "dac":  # the residual stream of the other net cannot be gated, so that narrow levels are out of reach
         model = ["--model", "cnn", "--model-args", "widths=[8,16,16]"]
     words = ["--dataset", str(folder), "--extract", extract, "--out", str(tmp_path / "a"), "--levels", "1,0.5,0.25,0.25"]
-    with pytest.raises(SystemExit) as ended:
-        main(["run", *words, *BRIEF, *FEW, *model, *options])
-    assert ended.value.code == 0
+    assert exit_code("run", *words, *BRIEF, *FEW, *model, *options) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["rounds"] == 2
     assert not any("left out" in note for note in summary["notes"])
@@ -71,9 +69,7 @@ def test_real_data_end_to_end(tmp_path, name, extract):
         pytest.skip(f"real data set {folder} is not on this machine")
     tuned = ["--set", "fedconv.steps=2", "--set", "fedconv.first_steps=2"] if extract == "fedconv" else []
     words = ["--dataset", str(folder), "--extract", extract, "--aggregate", "overlap", "--out", str(tmp_path / "a")]
-    with pytest.raises(SystemExit) as ended:
-        main(["run", *words, *BRIEF, *SETS[name], *tuned])
-    assert ended.value.code == 0
+    assert exit_code("run", *words, *BRIEF, *SETS[name], *tuned) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["rounds"] == 2
     with open(tmp_path / "a" / "metrics.csv") as file:

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
+from helpers import cli
 from hetfl.cli import run
-from hetfl.cli.main import main
 from hetfl.config import read_run_file, resolve
 from hetfl.errors import RunError, UsageError
 from hetfl.rounds.reporting import NoCallback
@@ -20,10 +20,9 @@ from hetfl.runs.folder import RunFolder
 
 
 def hfl(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words)])
-    out = capsys.readouterr()
-    return ended.value.code, " ".join((out.out + out.err).split())
+    """(its exit code, all that a command says)."""
+    code, *said = cli.hfl(capsys, *words)
+    return code, " ".join(said)
 
 
 def flip(path):

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from hetfl.cli.main import main
+from helpers.cli import exit_code
 from hetfl.errors import UsageError
 from hetfl.runs import runner, sweep
 from hetfl.runs.folder import RunFolder
@@ -25,9 +25,7 @@ def rows(out):
 
 
 def matrix(out, *words):
-    with pytest.raises(SystemExit) as ended:
-        main([*WORDS, *words, "--out", str(out)])
-    assert ended.value.code == 0
+    assert exit_code(*WORDS, *words, "--out", out) == 0
     return rows(out)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from helpers.cli import exit_code
 from hetfl.cli.main import main
 from hetfl.cli.reproduce import parse_duration
 from hetfl.errors import UsageError
@@ -57,9 +58,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def hfl(*words):
-    with pytest.raises(SystemExit) as ended:
-        main(["reproduce", *words])
-    return ended.value.code
+    return exit_code("reproduce", *words)
 
 
 @pytest.mark.parametrize("row", [row for table in tables().values() for row in table.rows], ids=lambda r: f"{r.table}-{r.name}")

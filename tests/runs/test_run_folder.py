@@ -6,18 +6,12 @@ import json
 
 import pytest
 
-from hetfl.cli.main import main
+from helpers.cli import exit_code
 from hetfl.errors import UsageError
 from hetfl.runs.folder import MARK, RunFolder, is_run_folder, list_strangers
 
 TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
         "--model", "mlp"]  # fmt: skip
-
-
-def hfl(*words):
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words)])
-    return ended.value.code
 
 
 def begun(path, text="precious"):
@@ -36,7 +30,7 @@ def aside(path):
 @pytest.mark.parametrize("name", ["config.toml", "pyproject.toml", "run.json"])
 def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, capsys, name):
     (tmp_path / name).write_text("{}")
-    assert hfl("run", *TINY, "--out", tmp_path, "--overwrite") == 2
+    assert exit_code("run", *TINY, "--out", tmp_path, "--overwrite") == 2
     assert "holds no run of hetfl, so --overwrite does not replace it" in " ".join(capsys.readouterr().err.split())
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -53,14 +47,14 @@ def test_runs_of_before_the_mark_are_known_by_their_versions(tmp_path):
 def test_what_somebody_put_into_a_run_folder_is_not_deleted_with_it(tmp_path, capsys):
     old = begun(tmp_path / "r")
     (old / ".git").mkdir()
-    assert hfl("run", *TINY, "--out", old, "--overwrite") == 2
+    assert exit_code("run", *TINY, "--out", old, "--overwrite") == 2
     assert "holds '.git', which no run leaves" in " ".join(capsys.readouterr().err.split())
     assert (old / "summary.json").read_text() == "precious"
 
 
 def test_what_a_run_leaves_is_known(tmp_path):
-    assert hfl("run", *TINY, "--fleet", "fedgmr", "--out", tmp_path / "r") == 0
-    assert hfl("report", tmp_path / "r") == 0
+    assert exit_code("run", *TINY, "--fleet", "fedgmr", "--out", tmp_path / "r") == 0
+    assert exit_code("report", tmp_path / "r") == 0
     assert list_strangers(tmp_path / "r") == []
 
 
@@ -77,7 +71,7 @@ def test_what_a_run_leaves_is_known(tmp_path):
 )
 def test_a_run_that_is_refused_leaves_the_old_one(tmp_path, words):
     old = begun(tmp_path / "r")
-    assert hfl("run", *TINY, *words, "--out", old, "--overwrite") == 2
+    assert exit_code("run", *TINY, *words, "--out", old, "--overwrite") == 2
     assert (old / "summary.json").read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
@@ -91,14 +85,14 @@ def test_a_run_that_fails_before_it_begins_leaves_the_old_one(tmp_path, monkeypa
 
     monkeypatch.setattr(runner, "prepare", fail)
     old = begun(tmp_path / "r")
-    assert hfl("run", *TINY, "--out", old, "--overwrite") == (130 if error is KeyboardInterrupt else 1)
+    assert exit_code("run", *TINY, "--out", old, "--overwrite") == (130 if error is KeyboardInterrupt else 1)
     assert (old / "summary.json").read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
 def test_a_run_that_begins_replaces_the_old_one(tmp_path):
     old = begun(tmp_path / "r")
-    assert hfl("run", *TINY, "--out", old, "--overwrite") == 0
+    assert exit_code("run", *TINY, "--out", old, "--overwrite") == 0
     assert json.loads((old / "summary.json").read_text())["rounds"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 import pytest
 from pebble import ProcessExpired
 
+from helpers.cli import exit_code
 from hetfl import registry
-from hetfl.cli.main import main
 from hetfl.runs import sweep
 from hetfl.runs.folder import FolderInUseError, RunFolder
 
@@ -21,9 +21,7 @@ SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "
 
 
 def hfl(*words):
-    with pytest.raises(SystemExit) as ended:
-        main(["matrix", *words])
-    return ended.value.code
+    return exit_code("matrix", *words)
 
 
 def rows_of(out):

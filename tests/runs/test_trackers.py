@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hetfl.cli.main import main
+from helpers.cli import exit_code
 from hetfl.config import resolve
 from hetfl.errors import UsageError
 from hetfl.runs import trackers
@@ -32,9 +32,7 @@ def told(monkeypatch):
 
 
 def test_a_tracker_gets_every_round_once_and_the_summary(told, tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        main(["run", *TINY, "--track", "fake", "--out", str(tmp_path / "run")])
-    assert ended.value.code == 0
+    assert exit_code("run", *TINY, "--track", "fake", "--out", tmp_path / "run") == 0
     assert told[0] == ("start", "hetfl", "heterofl", "run")
     assert [step for step, *_ in told[1:-1]] == [1, 2, 2]
     assert {"global@test", "bytes up", "seconds"} <= set(told[1][1])
