@@ -20,7 +20,7 @@ def test_the_registry_agrees_with_the_classes(entry):
     assert strategy.__module__ == entry.plugin.partition(":")[0]
     for flag, tokens in (
         (entry.public, ["server.public"]),
-        (entry.memory, ["task.client_state", "remaining_share(task)", "Exchange(down="]),
+        (entry.memory, ["task.client_state", "note_remaining(task", "Exchange(down="]),
     ):
         source = inspect.getsource(inspect.getmodule(strategy) if flag else strategy)
         source += "".join(inspect.getsource(k) for k in strategy.__mro__[1:] if k.__module__.startswith("hetfl.plugins"))

@@ -6,11 +6,42 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Literal
 
-from hetfl import Client, Merged, NotApplicable, Patch, Plan, Server, Update, Updates, mean, unit_count
+from torch import Tensor, nn
+
+from hetfl import (
+    Client,
+    Field,
+    Merged,
+    NotApplicable,
+    Patch,
+    Plan,
+    Plugin,
+    Server,
+    Update,
+    Updates,
+    hookimpl,
+    mean,
+    unit_count,
+)
+from hetfl.models.early_exit import add_exits
 
 By = Literal["parameters", "number"]
 
 BY = "what a width r means: as many as r^2 of the parameters hold (the budget of every strategy), or the share r of their number"
+
+
+class EarlyExits(Plugin):
+    """A model with exits: its own ones (docs/strategies/scalefl.md), or else heads after its stages."""
+
+    tasks = ("classify", "regress", "multilabel")
+    tasks_why = "an exit answers for the mean over an example's positions, not for each token"
+
+    exits: int = Field(4, ge=1, description="exits of the whole model, its own last one included")
+    convs: int = Field(3, ge=0, description="3x3 convolutions in the head of an exit, where features are images")
+
+    @hookimpl
+    def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
+        return model if hasattr(model, "at_depth") else add_exits(model, x, classes, self.exits, self.convs)
 
 
 def count_layers(server: Server, client: Client, number: int, plan: Callable[[int], Plan], by: By) -> int:

@@ -7,36 +7,28 @@ from collections.abc import Callable, Generator, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl
-from hetfl.models.early_exit import add_exits, all_exits
-from hetfl.plugins.methods.depth import BY, By, count_layers
+from hetfl import Client, Field, Plan, Reply, Server, Task, hookimpl
+from hetfl.models.early_exit import all_exits
+from hetfl.plugins.methods.depth import BY, By, EarlyExits, count_layers
 from hetfl.training.local import kl_divergence
 
 
-class DepthFL(Plugin):
+class DepthFL(EarlyExits):
     """The layers up to an exit, at full width, with all exits on the way; each learns the labels and what all others say.
 
     A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
     """
 
-    tasks = ("classify", "regress", "multilabel")
-    tasks_why = "an exit answers for the mean over an example's positions, not for each token"
     expected_failures: ClassVar[dict[str, str]] = {
         "respects_the_budget": "who can afford no exit gets the first one, with all that lies before it"
     }
 
-    exits: int = Field(4, ge=1, description="exits of the whole model, its own last one included")
-    convs: int = Field(3, ge=0, description="3x3 convolutions in the head of an exit, where features are images")
     by: By = Field("parameters", description=BY)
     distill: float = Field(1.0, ge=0, description="weight of the exits' divergence from each other, once it has risen")
     rise: float = Field(0.3, ge=0, le=1, description="share of the rounds in which that weight rises")
-
-    @hookimpl
-    def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
-        return model if hasattr(model, "at_depth") else add_exits(model, x, classes, self.exits, self.convs)
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:

@@ -32,15 +32,7 @@ from hetfl import (
     unit_count,
 )
 from hetfl.models.normalization import list_prunable
-from hetfl.plugins.methods.pruning import (
-    BUDGET,
-    hold_out_and_score,
-    next_share,
-    note_remaining,
-    remaining_share,
-    send_budget,
-    target_share,
-)
+from hetfl.plugins.methods.pruning import BUDGET, choose_share, note_remaining, send_budget
 from hetfl.submodel.blocks import take
 from hetfl.submodel.units import select_largest, sum_powers
 
@@ -73,9 +65,9 @@ class Hermes(Plugin):
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        accuracy, target, kept = hold_out_and_score(task), target_share(self.target, task.extras["budget"]), dict[str, Tensor]()
-        after = next_share(remaining_share(task), self.rate, target, self.clamp)
-        if accuracy > self.threshold and after is not None:
+        kept = dict[str, Tensor]()
+        after = choose_share(task, self.rate, self.threshold, self.target, self.clamp)
+        if after is not None:
             kept = choose_strongest(task, after**0.5)
             note_remaining(task, after)
             task.cut(kept)

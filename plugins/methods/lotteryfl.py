@@ -29,15 +29,7 @@ from hetfl import (
 )
 from hetfl.models.normalization import list_prunable
 from hetfl.models.state import load_state, tensors
-from hetfl.plugins.methods.pruning import (
-    BUDGET,
-    hold_out_and_score,
-    next_share,
-    note_remaining,
-    remaining_share,
-    send_budget,
-    target_share,
-)
+from hetfl.plugins.methods.pruning import BUDGET, choose_share, note_remaining, remaining_share, send_budget
 from hetfl.submodel.encoding import pack_bits, unpack_bits
 
 INITIAL = "initial/"
@@ -84,9 +76,8 @@ class LotteryFL(Plugin):
             now = tensors(task.model)
             first = from_vector(task.extras["first"], now) if "first" in task.extras else now
             task.client_state |= {INITIAL + name: tensor.clone() for name, tensor in first.items()}
-        accuracy, target = hold_out_and_score(task), target_share(self.target, task.extras["budget"])
-        after = next_share(remaining_share(task), self.rate, target, self.clamp)
-        if accuracy > self.threshold and after is not None:
+        after = choose_share(task, self.rate, self.threshold, self.target, self.clamp)
+        if after is not None:
             self._prune(task, after)
         reply = yield
         reply.masks = dict(task.masks)

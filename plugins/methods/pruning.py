@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from hetfl import Client, ExtraSpec, State, Task
 from hetfl.training.evaluation import evaluate
@@ -18,6 +17,17 @@ BUDGET = ExtraSpec(1, torch.float64)
 def send_budget(client: Client) -> State:
     """The client's parameter budget as an extra."""
     return {"budget": torch.tensor(client.profile.parameters, dtype=torch.float64)}
+
+
+def choose_share(task: Task, rate: float, threshold: float, target: float | None, clamp: bool) -> float | None:
+    """The share of the model to which a client prunes before it trains: by `rate`, down to `target` (none: its parameter budget).
+
+    None where it does not prune: what it was sent has an accuracy of `threshold` at most, or no more than the target is left of it.
+    """
+    accuracy = hold_out_and_score(task)
+    least = float(task.extras["budget"]) if target is None else target
+    after = next_share(remaining_share(task), rate, least, clamp)
+    return after if accuracy > threshold else None
 
 
 def hold_out_and_score(task: Task) -> float:
@@ -45,8 +55,3 @@ def next_share(now: float, rate: float, target: float, clamp: bool) -> float | N
 def note_remaining(task: Task, share: float) -> None:
     """Has the client remember the share that remains, in float64: in float32 it would lie beside a target that it reached."""
     task.client_state["remaining"] = torch.tensor(share, dtype=torch.float64)
-
-
-def target_share(target: float | None, budget: Tensor) -> float:
-    """The share at which a client stops: the option, or its parameter budget."""
-    return float(budget) if target is None else target

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix
-from hetfl.models.early_exit import add_exits, all_exits
+from hetfl import Client, Field, Plan, Reply, Server, Task, hookimpl, prefix
+from hetfl.models.early_exit import all_exits
+from hetfl.plugins.methods.depth import EarlyExits
 from hetfl.training.local import kl_divergence
 
 Split = tuple[int, float]  # exits, width ratio
@@ -20,18 +21,14 @@ Split = tuple[int, float]  # exits, width ratio
 GRID = 1 / 128  # of the widths that are tried
 
 
-class ScaleFL(Plugin):
+class ScaleFL(EarlyExits):
     """The leading channels of the layers up to an exit; all exits train, the early ones also towards the deepest.
 
     A model may bring its exits (docs/strategies/scalefl.md); any other gets heads after its stages.
     """
 
     plans_by_width: ClassVar[bool] = True
-    tasks = ("classify", "regress", "multilabel")
-    tasks_why = "an exit answers for the mean over an example's positions, not for each token"
 
-    exits: int = Field(4, ge=1, description="exits of the whole model, its own last one included")
-    convs: int = Field(3, ge=0, description="3x3 convolutions in the head of an exit, where features are images")
     distill: float = Field(0.1, ge=0, description="weight of the early exits' divergence from the deepest (beta, gamma)")
     temperature: float = Field(3.0, gt=0, description="temperature of that divergence (tau)")
     form: Literal["code", "paper"] = Field("code", description="the loss as in the official code, or as in the paper's eq. 5")
@@ -39,10 +36,6 @@ class ScaleFL(Plugin):
     slack: float = Field(0.1, ge=0, lt=1, description="how far a submodel's parameters may be from the budget, as a share of it")
     warm: float = Field(0.25, ge=0, le=1, description="share of the rounds before exits are distilled")
     _plans: dict[float, Plan] = PrivateAttr(default_factory=dict)
-
-    @hookimpl
-    def adapt_model(self, model: nn.Module, x: Tensor, classes: int) -> nn.Module:
-        return model if hasattr(model, "at_depth") else add_exits(model, x, classes, self.exits, self.convs)
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client]) -> list[Plan]:

@@ -8,7 +8,7 @@ import torch
 from helpers.oracles import T, close, over, server_with, update
 from helpers.oracles import merged as merged_by
 from hetfl.aggregation.updates import Update, Updates
-from hetfl.plugins.methods import hermes
+from hetfl.plugins.methods import hermes, pruning
 from hetfl.rounds.loop import run_round
 from hetfl.submodel.plan import Patch, Selection, grow
 
@@ -64,7 +64,7 @@ def test_hermes_schedule(simulate, monkeypatch, target, clamp, shares):
 
     choose_strongest = hermes.choose_strongest
     monkeypatch.setattr(hermes, "choose_strongest", choose)
-    monkeypatch.setattr(hermes, "hold_out_and_score", lambda task: 1.0)
+    monkeypatch.setattr(pruning, "hold_out_and_score", lambda task: 1.0)
     options = {"extract": {"hermes": {"target": target, "clamp": clamp}}}
     simulate(len(shares) + 3, extract="hermes", aggregate="hermes", set=options, clients=1, levels="0.8")
     assert [round for round, _ in said] == list(range(1, len(shares) + 1))
@@ -120,7 +120,7 @@ def test_hermes_keeps_the_branch_of_who_sits_out():
 
 def test_hermes_does_not_prune_at_the_threshold_itself(simulate, monkeypatch):
     """spec hermes 1: where the accuracy exceeds the threshold"""
-    monkeypatch.setattr(hermes, "hold_out_and_score", lambda task: 0.4)
+    monkeypatch.setattr(pruning, "hold_out_and_score", lambda task: 0.4)
     for threshold, whole in ((0.4, True), (0.39, False)):
         made = simulate(
             1,

@@ -8,7 +8,7 @@ import torch
 from helpers.oracles import T, over, update
 from helpers.states import sent_and_got
 from hetfl.aggregation.mean import mean
-from hetfl.plugins.methods import lotteryfl
+from hetfl.plugins.methods import lotteryfl, pruning
 
 
 def test_lottery_prune():
@@ -34,7 +34,7 @@ def test_lottery_ties_survive():
 def test_lottery_schedule(simulate, monkeypatch, target, clamp, prunes, end):
     """spec lotteryfl O2, round by round: a client that has reached its target neither prunes nor rewinds any more"""
     seen = sent_and_got(monkeypatch)
-    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 1.0)
+    monkeypatch.setattr(pruning, "hold_out_and_score", lambda task: 1.0)
     options = {"lotteryfl": {"target": target, "clamp": clamp}}
     made = simulate(prunes + 3, extract="lotteryfl", aggregate="overlap", set=options, clients=1, levels="0.8")
     first, entries, rewound = made.initial["1.weight"], 512, []
@@ -57,7 +57,7 @@ def test_lottery_aggregation():
 def test_lottery_rewinds_to_the_first_model_and_keeps_dead_weights_dead(simulate, monkeypatch):
     """spec lotteryfl O4, O5 and properties"""
     seen = sent_and_got(monkeypatch)
-    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 1.0)
+    monkeypatch.setattr(pruning, "hold_out_and_score", lambda task: 1.0)
     made = simulate(extract="lotteryfl", aggregate="overlap", levels="0.5", set={"lotteryfl": {"target": 0.6}})
     first, masks = made.state.initial, {}
     remaining = {1: 0.8, 2: 0.64, 3: 0.512}
@@ -74,7 +74,7 @@ def test_lottery_rewinds_to_the_first_model_and_keeps_dead_weights_dead(simulate
 
 def test_lottery_does_not_prune_at_the_threshold_itself(simulate, monkeypatch):
     """spec lotteryfl O5"""
-    monkeypatch.setattr(lotteryfl, "hold_out_and_score", lambda task: 0.4)
+    monkeypatch.setattr(pruning, "hold_out_and_score", lambda task: 0.4)
     for threshold, pruned in ((0.4, False), (0.39, True)):
         made = simulate(
             extract="lotteryfl", aggregate="overlap", levels="0.5", steps=1, set={"lotteryfl": {"threshold": threshold}}
