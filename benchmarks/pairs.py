@@ -9,7 +9,6 @@ into a page of docs/ and every run into docs/results/pairs.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 from collections.abc import Generator, Mapping, Sequence
@@ -21,6 +20,7 @@ from hetfl.config import DataOptions
 from hetfl.data.loading import load
 from hetfl.plugins.methods.fjord import FjORD
 from hetfl.runs.cell import Row, Trial
+from hetfl.runs.folder import table_text
 from hetfl.runs.sweep import plan_trials, read_result, run_trials
 
 STEPS = 40  # on server data a round, of 64 examples
@@ -155,11 +155,7 @@ def main() -> None:
         before, _, rest = given.page.read_text().partition("<!-- pairs -->\n")
         after = rest.partition("<!-- end pairs -->")[2]
         given.page.write_text(before + "<!-- pairs -->\n" + "\n".join(tables) + "<!-- end pairs -->" + after)
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        with open(given.page.parent / "results" / "pairs.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        (given.page.parent / "results" / "pairs.csv").write_text(table_text(rows))
     for row in (r for r in rows if r["status"] != "ok"):
         print(f"{row['name']}, {row['data set']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
     print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")

@@ -9,7 +9,6 @@ again; every run is a line of its results.csv. --page puts the tables into a pag
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 
 from hetfl.presets import find_preset
 from hetfl.runs.cell import Row, Trial
+from hetfl.runs.folder import table_text
 from hetfl.runs.leaderboard import measure_spread
 from hetfl.runs.sweep import cross_plugins, plan_trials, run_trials
 
@@ -123,11 +123,7 @@ def main() -> None:
     names = {trial.key: name for name, trial in runs}
     (given.out / "cells").mkdir(parents=True, exist_ok=True)
     rows = [{"name": names[r.trial.key], **r.row} for r in run_trials([t for _, t in runs], given.out, given.jobs)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(given.out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    (given.out / "results.csv").write_text(table_text(rows))
     tables = "\n".join(line for alpha in alphas for line in ("", f"Alpha {alpha:g}:", "", *table(rows, alpha), ""))
     print(tables)
     if given.page:

@@ -13,7 +13,7 @@ from hetfl.errors import UsageError
 from hetfl.models.state import tensors
 from hetfl.submodel.tracing.table import ChannelTable, Heads, Key
 from hetfl.submodel.tracing.tracer import Tracer
-from hetfl.submodel.tracing.verify import prove
+from hetfl.submodel.tracing.verify import describe_error, prove
 from hetfl.submodel.widths import Attribute, Axis, Group, Widths, make_axis
 
 
@@ -86,8 +86,7 @@ def explain_failure(model: nn.Module, inputs: Sequence[Tensor], error: Exception
             "module whose forward takes one tensor and returns the logits"
         )
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    message = str(error).strip().splitlines() or ["no message"]
-    return f"the model does not run on inputs of shape {shapes}: {type(error).__name__}: {message[0]}"
+    return f"the model does not run on inputs of shape {shapes}: {describe_error(error)}"
 
 
 Occurrences = dict[int, dict[Key, int]]  # for each channel: how often it occurs in which dims

@@ -18,7 +18,7 @@ from hetfl.models.watching import run_watched
 from hetfl.rng import stream
 from hetfl.submodel.depth import skip_blocks
 from hetfl.submodel.tracing.twins import float_leaves
-from hetfl.submodel.tracing.verify import TOLERANCE, draw_values, find_provable, relative_error
+from hetfl.submodel.tracing.verify import TOLERANCE, describe_error, draw_values, find_provable, relative_error
 
 MOST_INSIDE = 0.5  # of a block's entries that lie in blocks within it: above that they are the blocks
 
@@ -127,8 +127,7 @@ def find_fault(model: nn.Module, x: Tensor, blocks: Sequence[str]) -> str | None
             error = max(relative_error(a, b) for a, b in zip(whole, cut, strict=True))
             call_with(small.train(), own, x)
         except Exception as failure:
-            message = str(failure).strip().splitlines() or [""]
-            return f"the model without it does not run ({type(failure).__name__}: {message[0]})"
+            return f"the model without it does not run ({describe_error(failure)})"
         if error > TOLERANCE:
             return "leaving it out changes more than what it adds"
     return None

@@ -58,11 +58,16 @@ def find_fault(widths: Widths, model: nn.Module, inputs: Sequence[Tensor], group
         except OtherOpsError:
             return "the code takes another path when it is cut"
         except Exception as failure:
-            message = str(failure).strip().splitlines() or [""]
-            return f"the cut module does not run ({type(failure).__name__}: {message[0]})"
+            return f"the cut module does not run ({describe_error(failure)})"
         if error > TOLERANCE:
             return "a cut changes the output: the code depends on its size or on the order of its channels"
     return None
+
+
+def describe_error(error: Exception) -> str:
+    """The type of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def draw_units(size: int, generator: torch.Generator) -> Tensor:
