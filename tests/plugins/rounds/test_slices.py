@@ -27,27 +27,6 @@ def test_heterofl_by_overlap(simulate, weighting):
     plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(w) for w in WIDTHS]), weights))
 
 
-@pytest.mark.parametrize("wrap", [("scaler", "maskloss"), ("maskloss", "scaler")])
-def test_heterofl_with_scaler_masked_loss_and_head_rows(simulate, wrap):
-    """spec heterofl 2.3, 2.5, 2.6"""
-    values = {**UNEQUAL, "alpha": 0.1, "levels": "1,0.5,0.5"}
-    plain = Federation(simulate(0, extract="heterofl", aggregate="overlap", wrap=wrap, **values))
-    assert any(not bool(held.all()) for held in plain.classes)
-    widths = (1.0, 0.5, 0.5)
-
-    def loss(c):
-        return lambda w, x, y: F.cross_entropy(torch.where(plain.classes[c], forward(w, x, widths[c]), 0.0), y)
-
-    def one_round(state, r):
-        pasted = slices(plain, state, r, [leading(w) for w in widths], loss)
-        for held, (_, cover) in zip(plain.classes, pasted, strict=True):
-            cover["5.weight"] *= held[:, None]
-            cover["5.bias"] *= held
-        return mean(state, pasted)
-
-    plain.follow(one_round)
-
-
 @pytest.mark.parametrize(("direction", "step"), [("forward", 1), ("backward", 3)])
 def test_fedrolex(simulate, direction, step):
     """spec fedrolex 2.1"""
@@ -63,10 +42,14 @@ def test_fedrolex(simulate, direction, step):
     plain.follow(one_round, rounds=3)
 
 
-def test_fedrolex_as_published(simulate):
-    """spec fedrolex 2.3, 2.4: scaler, masked cross entropy and head rows around the rolling window"""
+@pytest.mark.parametrize(
+    ("extract", "wrap"),
+    [("heterofl", ("scaler", "maskloss")), ("heterofl", ("maskloss", "scaler")), ("fedrolex", ("scaler", "maskloss"))],
+)
+def test_as_published_with_scaler_masked_loss_and_head_rows(simulate, extract, wrap):
+    """spec heterofl 2.3, 2.5, 2.6; spec fedrolex 2.3, 2.4: the same around the rolling window"""
     values = {**UNEQUAL, "alpha": 0.1, "levels": "1,0.5,0.5"}
-    plain = Federation(simulate(0, extract="fedrolex", aggregate="overlap", wrap=("scaler", "maskloss"), **values))
+    plain = Federation(simulate(0, extract=extract, aggregate="overlap", wrap=wrap, **values))
     assert any(not bool(held.all()) for held in plain.classes)
     widths = (1.0, 0.5, 0.5)
 
@@ -74,8 +57,9 @@ def test_fedrolex_as_published(simulate):
         return lambda w, x, y: F.cross_entropy(torch.where(plain.classes[c], forward(w, x, widths[c]), 0.0), y)
 
     def one_round(state, r):
-        rolled = [tuple((r - 1 + u) % n for u, n in zip(leading(w), HIDDEN, strict=True)) for w in widths]
-        pasted = slices(plain, state, r, rolled, loss)
+        start = r - 1 if extract == "fedrolex" else 0
+        units = [tuple((start + u) % n for u, n in zip(leading(w), HIDDEN, strict=True)) for w in widths]
+        pasted = slices(plain, state, r, units, loss)
         for held, (_, cover) in zip(plain.classes, pasted, strict=True):
             cover["5.weight"] *= held[:, None]
             cover["5.bias"] *= held
