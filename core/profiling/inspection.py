@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hetfl.errors import NotApplicable, UsageError, unknown
 from hetfl.files import reason
 from hetfl.models import factory, normalization
 from hetfl.models.adapters import add_adapters, parse_adapter
-from hetfl.models.early_exit import add_exits
+from hetfl.models.early_exit import MultiExitNet, add_exits
 from hetfl.models.folders import PREFIX, read_config
 from hetfl.models.frozen import freeze
 from hetfl.profiling.cost import Cost, measure_cost
@@ -111,6 +111,46 @@ class AxisReport:
     trained: int
 
 
+@dataclass(frozen=True, eq=False)
+class AxisCutter:
+    """Cuts one axis of a model at a time. `ranks` are the width groups that are ranks of adapters, `blocks` the residual blocks,
+    `deep` is the model with EXITS classifiers; each where it is asked for."""
+
+    builder: SubmodelBuilder
+    ranks: Collection[str]
+    blocks: tuple[str, ...]
+    deep: MultiExitNet | None
+
+    def cut(self, axis: str, ratio: float) -> nn.Module:
+        """The model of which `axis` alone is cut to `ratio`."""
+        if axis == "depth":
+            assert self.deep is not None
+            return copy.deepcopy(self.deep.at_depth(unit_count(self.deep.depth, ratio)))
+        if axis == "blocks":
+            return self.builder.build(self.builder.full | Depth(skipped=self.blocks[math.ceil(ratio * len(self.blocks)) :]).sizes)
+        groups = self.builder.widths.groups
+        ours = {g.name for g in groups if (g.name in self.ranks) == (axis == "rank")}
+        return self.builder.build({g.name: unit_count(g.size, ratio if g.name in ours else 1) for g in groups})
+
+
+def make_cutter(model: nn.Module, inputs: Inputs, axes: Sequence[str], adapter: str | None, heads: Heads) -> AxisCutter:
+    """What cuts `axes` of `model`, which gets the adapters that are asked for. Raises NotApplicable as `measure_axes` does."""
+    x = inputs.batch()
+    if adapter and (spec := parse_adapter(adapter)):
+        add_adapters(model, spec, x, inputs.answer)
+    deep = add_exits(copy.deepcopy(model), x, inputs.classes, EXITS, 0) if "depth" in axes else None
+    builder = SubmodelBuilder(model, trace(model, x, heads=heads))
+    ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
+    if adapter:
+        builder = SubmodelBuilder(freeze(model), builder.widths)
+    blocks = find_blocks(model, x) if "blocks" in axes else ()
+    if "blocks" in axes and not blocks:
+        raise NotApplicable("not applicable: the model has no residual blocks that could be left out; --axis depth gives it exits")
+    if deep is not None and adapter:
+        freeze(deep)
+    return AxisCutter(builder, ranks, blocks, deep)
+
+
 def measure_axes(
     name: str, args: Mapping[str, Any], inputs: Inputs, axes: Sequence[str], levels: Sequence[float], adapter: str | None, *,
     batch: int = 32, heads: Heads = "width", norm_policy: str = "auto",
@@ -124,34 +164,13 @@ def measure_axes(
     for axis in axes:
         if axis not in AXES:
             raise unknown("axis", axis, AXES)
-    model, x = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy), inputs.batch()
-    if adapter and (spec := parse_adapter(adapter)):
-        add_adapters(model, spec, x, inputs.answer)
-    deep = add_exits(copy.deepcopy(model), x, inputs.classes, EXITS, 0) if "depth" in axes else None
-    builder = SubmodelBuilder(model, trace(model, x, heads=heads))
-    ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
-    if adapter:
-        builder = SubmodelBuilder(freeze(model), builder.widths)
-    blocks = find_blocks(model, x) if "blocks" in axes else ()
-    if "blocks" in axes and not blocks:
-        raise NotApplicable("not applicable: the model has no residual blocks that could be left out; --axis depth gives it exits")
-    if deep is not None and adapter:
-        freeze(deep)
-
-    def cut(axis: str, ratio: float) -> nn.Module:
-        if axis == "depth":
-            assert deep is not None
-            return copy.deepcopy(deep.at_depth(unit_count(deep.depth, ratio)))
-        if axis == "blocks":
-            return builder.build(builder.full | Depth(skipped=blocks[math.ceil(ratio * len(blocks)) :]).sizes)
-        ours = {g.name for g in builder.widths.groups if (g.name in ranks) == (axis == "rank")}
-        return builder.build({g.name: unit_count(g.size, ratio if g.name in ours else 1) for g in builder.widths.groups})
-
-    found = []
+    model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
+    cutter, found = make_cutter(model, inputs, axes, adapter, heads), []
     for axis, ratio in itertools.product(axes, levels):
-        small = cut(axis, ratio)
+        small = cutter.cut(axis, ratio)
         trained = sum(p.numel() for p in small.parameters() if p.requires_grad)
-        found.append(AxisReport(axis, ratio, measure_cost(small, x, inputs.targets(), batch, kind=inputs.kind), trained))
+        cost = measure_cost(small, inputs.batch(), inputs.targets(), batch, kind=inputs.kind)
+        found.append(AxisReport(axis, ratio, cost, trained))
     return found
 
 

@@ -16,7 +16,7 @@ from hetfl.rounds.assignment import refuse_too_many
 from hetfl.rounds.clock import Clock, choose_fleet
 from hetfl.rounds.messages import Engine
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.setup import build_setup, choose_group_size, sums_on_device
+from hetfl.rounds.setup import Setup, build_setup, choose_group_size, sums_on_device
 from hetfl.rounds.state import RunState
 from hetfl.runs.header import describe_setup, find_oddities
 from hetfl.training.evaluation import Score
@@ -60,48 +60,68 @@ def prepare(
     refuse_for_ray(given)
     fleet = choose_fleet(given)
     setup = build_setup(given, callback)
-    federation, builder, plugins = setup.federation, setup.builder, setup.plugins
-    clients = len(federation.clients)
-    refuse_too_many(setup.options, clients)
+    federation, plugins = setup.federation, setup.plugins
+    refuse_too_many(setup.options, len(federation.clients))
     group_size, why = choose_group_size(setup)
-    options = setup.options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
-    pool, initial = Pool(options.workers), tensors(builder.model)
-    server = Server(options, builder, initial, federation.inputs.classes, federation.public, pool, federation.kind)
-    server.example = federation.inputs.batch().to(options.device)
+    server = make_server(setup, group_size)
+    initial = server.state
     if why and given.vmap == "on":
         server.notes.append(f"clients train one by one, not in vmap groups: {why}")
     for line in describe_setup(setup):
         callback.fact(line)
     server.notes += find_oddities(setup)
-    for text in server.notes:
-        callback.note(text)
+    tell_notes(server, callback)
     began = time.perf_counter()
     server.state = pretrain(server, callback) if pretrained is None else pretrained
     pretrained, score = server.state, None
-    if server.has_public and options.pretrain_steps:
+    if server.has_public and server.options.pretrain_steps:
         score = server.score(pretrained, federation.test)
         callback.fact(f"before round 1: global@test {score.accuracy:.1%}")
-    said = len(server.notes)
+    told = len(server.notes)
     plugins.prepare(server)
-    for text in server.notes[said:]:
-        callback.note(text)
-    state = RunState(
+    tell_notes(server, callback, told)
+    clock = None if fleet is None else Clock(fleet, server.options, federation.train_sizes)
+    state = make_state(setup, server, callback, clock)
+    config = format_run_file(server.options, plugins.options())
+    runtime = setup.runtime(stays=state.device != "cpu")
+    engine = make_engine(runtime, server.pool, group_size, config, context or EngineContext())
+    seconds = {"pretrain": time.perf_counter() - began}
+    return Experiment(
+        given, server.options, federation, plugins, server, state, initial, pretrained, score, group_size, engine, seconds
+    )
+
+
+def make_server(setup: Setup, group_size: int) -> Server:
+    """The server before any training, with the workers of this process."""
+    options, builder, federation = setup.options, setup.builder, setup.federation
+    options = options.model_copy(update={"vmap": "on" if group_size > 1 else "off"})
+    pool, initial = Pool(options.workers), tensors(builder.model)
+    server = Server(options, builder, initial, federation.inputs.classes, federation.public, pool, federation.kind)
+    server.example = federation.inputs.batch().to(options.device)
+    return server
+
+
+def make_state(setup: Setup, server: Server, callback: Callback, clock: Clock | None) -> RunState:
+    """What lasts from round to round, before round 1; the control begins where the global model does."""
+    return RunState(
         server,
-        plugins,
+        setup.plugins,
         callback,
-        clients,
-        federation.test,
+        len(setup.federation.clients),
+        setup.federation.test,
         setup.meter,
-        options.norm_policy,
+        server.options.norm_policy,
         control=server.state,
         initial=server.state,
-        device=options.device if sums_on_device(setup) else "cpu",
-        clock=None if fleet is None else Clock(fleet, options, federation.train_sizes),
+        device=server.options.device if sums_on_device(setup) else "cpu",
+        clock=clock,
     )
-    config = format_run_file(options, plugins.options())
-    engine = make_engine(setup.runtime(stays=state.device != "cpu"), pool, group_size, config, context or EngineContext())
-    seconds = {"pretrain": time.perf_counter() - began}
-    return Experiment(given, options, federation, plugins, server, state, initial, pretrained, score, group_size, engine, seconds)
+
+
+def tell_notes(server: Server, callback: Callback, told: int = 0) -> None:
+    """Tells the server's notes but for the first, that were `told` before."""
+    for text in server.notes[told:]:
+        callback.note(text)
 
 
 def pretrain(server: Server, callback: Callback) -> State:

@@ -18,11 +18,12 @@ from hetfl.config import RunOptions, format_run_file, resolve
 from hetfl.errors import RunError, foreign
 from hetfl.hooks.answers import say_key
 from hetfl.hooks.base import Plugin
+from hetfl.hooks.server import Server
 from hetfl.hooks.values import Client
 from hetfl.models.state import State
 from hetfl.profiling.node import Profile
 from hetfl.rounds.rows import RESERVED, ClientRow
-from hetfl.rounds.state import Underway
+from hetfl.rounds.state import RunState, Underway
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
 from hetfl.submodel.blocks import Index
@@ -88,51 +89,68 @@ def facts(experiment: Experiment) -> dict[str, Any]:
 def restore(experiment: Experiment, snapshot: Snapshot) -> None:
     """Makes the run what it was at `snapshot`. Raises RunError where the data or the plugins are others."""
     with foreign(f"the checkpoint after round {snapshot.round}"):
-        fill(experiment, snapshot)
+        refuse_another_run(experiment, snapshot)
+        restore_server(experiment.server, snapshot)
+        restore_state(experiment.state, snapshot)
+        for key, plugin in experiment.plugins.plugins.items():
+            give_state(key, plugin, snapshot.tensors[f"plugin/{key}"])
+        experiment.engine.restore_client_states(read_client_states(snapshot))
 
 
-def fill(experiment: Experiment, snapshot: Snapshot) -> None:
-    """Does the work of `restore`."""
-    run, server, known = experiment.state, experiment.server, snapshot.facts["run"]
+def refuse_another_run(experiment: Experiment, snapshot: Snapshot) -> None:
+    """Raises RunError where a snapshot is of other data, of another model or base, or has nothing of a plugin of this run."""
+    known = snapshot.facts["run"]
     if known["data"] != experiment.federation.fingerprint:
         raise RunError("the data are not those that this run began with, so it cannot go on")
-    if known["base"] != server.builder.base_hash:
+    if known["base"] != experiment.server.builder.base_hash:
         raise RunError("the frozen base of the model is not the one that this run began with, so it cannot go on")
-    if foreign := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
-        raise RunError(f"the run has nothing that {foreign[0]} could go on from: it began with other plugins")
+    if strangers := [key for key in experiment.plugins.plugins if f"plugin/{key}" not in snapshot.tensors]:
+        raise RunError(f"the run has nothing that {strangers[0]} could go on from: it began with other plugins")
     if snapshot.tensors["server"].keys() != experiment.initial.keys():
         raise RunError("the model is not the one that this run began with, so it cannot go on")
-    server.state, run.control, run.initial = (snapshot.tensors[name] for name in ("server", "control", "initial"))
-    server.key = bytes(snapshot.tensors["secret"]["key"].tolist())
-    server.branches = {name: unflatten_patches(tensors) for name, tensors in of_kind(snapshot.tensors, "branch").items()}
+
+
+def restore_server(server: Server, snapshot: Snapshot) -> None:
+    """The global model and the branches, the secret, the steps taken, the notes, and what is known of each client."""
+    tensors, known = snapshot.tensors, snapshot.facts["run"]
+    server.state, server.key = tensors["server"], bytes(tensors["secret"]["key"].tolist())
+    server.branches = {name: unflatten_patches(patches) for name, patches in of_kind(tensors, "branch").items()}
     taken, server.steps_saved, server.epochs_saved = known["steps"]
     server.taken = Counter(dict(taken))
-    server.notes, run.unsaid = known["notes"], known["unsaid"]
+    server.notes = known["notes"]
     if known["cpu"] != (cpu := torch.backends.cpu.get_cpu_capability()):
         server.notes.append(
             f"went on after round {snapshot.round} with other instructions of the CPU ({cpu}, they were {known['cpu']}): last "
             "digits differ from those of a run that was not stopped"
         )
-    run.extras = {int(client): extras for client, extras in of_kind(snapshot.tensors, "extras").items()}
+    extras = of_kind(tensors, "extras")
+    for key, (width, bottleneck, last_round) in known["clients"].items():
+        server.clients[int(key)] = Client(int(key), Profile(width, bottleneck), extras.get(key, {}), last_round)
+
+
+def restore_state(run: RunState, snapshot: Snapshot) -> None:
+    """The control, who took part when and with what, the rows of finished rounds, and the updates that wait for a later merge."""
+    tensors, known = snapshot.tensors, snapshot.facts["run"]
+    run.control, run.initial, run.unsaid = tensors["control"], tensors["initial"], known["unsaid"]
+    run.extras = {int(client): extras for client, extras in of_kind(tensors, "extras").items()}
     run.state_versions = {int(client): number for client, number in known["state versions"].items()}
     run.last_round = {int(client): number for client, number in known["last round"].items()}
-    for key, (width, bottleneck, last_round) in known["clients"].items():
-        client = int(key)
-        server.clients[client] = Client(client, Profile(width, bottleneck), run.extras.get(client, {}), last_round)
     for row, people in snapshot.rounds:
         run.watch.look(row, people)
         run.history.add(row, people)
     if run.clock is not None:
         run.clock.set(run.history.last)
-    run.underway = {int(key): restore_underway(key, given, snapshot.tensors) for key, given in known["under way"].items()}
+    run.underway = {int(key): restore_underway(key, given, tensors) for key, given in known["under way"].items()}
     run.metric_names = run.history.metrics.union(*(late.row.metrics for late in run.underway.values())) - RESERVED
-    for key, plugin in experiment.plugins.plugins.items():
-        give_state(key, plugin, snapshot.tensors[f"plugin/{key}"])
+
+
+def read_client_states(snapshot: Snapshot) -> dict[int, dict[str, State]]:
+    """What stays with each client, its tensors by what they are for."""
     states: dict[int, dict[str, State]] = {}
     for key, tensors in of_kind(snapshot.tensors, "client").items():
-        owner, name = key.split("/", 1)
-        states.setdefault(int(owner), {})[name] = tensors
-    experiment.engine.restore_client_states(states)
+        client, name = key.split("/", 1)
+        states.setdefault(int(client), {})[name] = tensors
+    return states
 
 
 def restore_underway(client: str, known: Sequence[Any], tensors: Mapping[str, State]) -> Underway:

@@ -115,28 +115,34 @@ class Consensus(Plugin):
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        public = task.public
-        assert public is not None
-        x, y = public.all()
+        assert task.public is not None
+        x, y = task.public.all()
         size = torch.tensor(sum(p.numel() for p in task.model.parameters()))
         if task.client_state.get("started") != size:
-            batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
-            first = torch.optim.Adam(task.model.parameters(), self.lr)
-            descend(task, first, batches, lambda a, b: task.kind.loss(task.model(a), b), "public dropout")
-            task.client_state = {name: t for name, t in task.client_state.items() if not name.startswith(MOMENTS)}
+            self._learn_public(task, x, y)
             task.client_state["started"] = size
         if "consensus" in task.extras:
-            batches = shuffle_batches(
-                x[task.extras["aligned"]], task.extras["consensus"], self.digest_batch, self.digest_epochs, task.stream("digest")
-            )
-            optimizer = recall_adam(task.model, self.lr, task.client_state)
-            distance = DISTANCES.get(self.loss, task.kind.divergence)
-            descend(task, optimizer, batches, lambda a, b: distance(task.model(a), b), "digest dropout")
-            task.client_state |= list_moments(task.model, optimizer)
+            self._digest(task, x)
         reply = yield
         with torch.no_grad():
             reply.extras["scores"] = torch.cat([task.model.eval()(part) for part in x[task.extras["rows"]].split(512)])
         return reply
+
+    def _learn_public(self, task: Task, x: Tensor, y: Tensor) -> None:
+        """Trains a client's model on the labelled public examples, before its first training of its own; older moments go."""
+        batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
+        first = torch.optim.Adam(task.model.parameters(), self.lr)
+        descend(task, first, batches, lambda a, b: task.kind.loss(task.model(a), b), "public dropout")
+        task.client_state = {name: t for name, t in task.client_state.items() if not name.startswith(MOMENTS)}
+
+    def _digest(self, task: Task, x: Tensor) -> None:
+        """Trains a client's model towards the consensus on the public examples that it is of."""
+        rows, goal = task.extras["aligned"], task.extras["consensus"]
+        batches = shuffle_batches(x[rows], goal, self.digest_batch, self.digest_epochs, task.stream("digest"))
+        optimizer = recall_adam(task.model, self.lr, task.client_state)
+        distance = DISTANCES.get(self.loss, task.kind.divergence)
+        descend(task, optimizer, batches, lambda a, b: distance(task.model(a), b), "digest dropout")
+        task.client_state |= list_moments(task.model, optimizer)
 
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update], round: int) -> Merged:

@@ -6,6 +6,7 @@ import functools
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,17 @@ def make_client_app(
     """
     app, codec = ClientApp(), RecordCodec()
 
-    def handle(kind: Kind) -> Callable[[Message, Context], Message]:
-        def answer(message: Message, context: Context) -> Message:
-            try:
-                content = codec.decode(message.content)
-                refuse_modules(content)
-                runtime, client = find_runtime(context), client_of(context)
-                found = codec.encode(answer_on_node(kind, content, runtime, find_folder(context), client))
-                if kind == "train" and isinstance(content, Instruction) and content.round < runtime.options.rounds:
-                    say_profile(found, lambda: runtime, client, content.round + 1)
-                return Message(found, reply_to=message)
-            except (Exception, SystemExit) as error:
-                return Message(Error(RAISED, Failure.of(error).text), reply_to=message)
-
-        return answer
+    def answer(kind: Kind, message: Message, context: Context) -> Message:
+        try:
+            content = codec.decode(message.content)
+            refuse_modules(content)
+            runtime, client = find_runtime(context), client_of(context)
+            found = codec.encode(answer_on_node(kind, content, runtime, find_folder(context), client))
+            if kind == "train" and isinstance(content, Instruction) and content.round < runtime.options.rounds:
+                say_profile(found, lambda: runtime, client, content.round + 1)
+            return Message(found, reply_to=message)
+        except (Exception, SystemExit) as error:
+            return Message(Error(RAISED, Failure.of(error).text), reply_to=message)
 
     def introduce(message: Message, context: Context) -> Message:
         client, count = client_of(context), float(str(context.node_config.get("num-partitions", 0)))
@@ -57,10 +55,10 @@ def make_client_app(
         return Message(found, reply_to=message)
 
     app.query(HELLO.partition(".")[2])(introduce)
-    app.query()(handle("profile"))
-    app.train(mods=mods or [])(handle("train"))
-    app.train(TYPES["statistics"].partition(".")[2])(handle("statistics"))
-    app.evaluate()(handle("evaluate"))
+    app.query()(partial(answer, "profile"))
+    app.train(mods=mods or [])(partial(answer, "train"))
+    app.train(TYPES["statistics"].partition(".")[2])(partial(answer, "statistics"))
+    app.evaluate()(partial(answer, "evaluate"))
     return app
 
 

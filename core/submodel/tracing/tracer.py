@@ -71,19 +71,27 @@ class Tracer(TorchFunctionMode):
         name = op_name(func)
         if self.table.op is not None and name in COMPUTES:
             self.table.op += 1
-        self.table.draws |= name in DRAWS
         if name in ("shape", "size"):
             return self._trace_size(out, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.reached.update(id(t) for t in tensors if id(t) in self.table.parameters)
-        if name in VALUES:
-            self.branches.append(self.table.stack[-1] if self.table.stack else "")
+        self._note(name, tensors)
         if name == "__setitem__":
             self._freeze_written(args)
         if name in MADE and isinstance(out, Tensor):
             self._trace_made(out, args[1:] if args and isinstance(args[0], Tensor) else args)
-        if name in NEW or not any(isinstance(t, Tensor) for t in tree_leaves(out)):
-            return out
+        if name not in NEW and any(isinstance(t, Tensor) for t in tree_leaves(out)):
+            self._trace(name, out, args, kwargs, tensors)
+        return out
+
+    def _note(self, name: str, tensors: list[Tensor]) -> None:
+        """Notes which parameters an op uses, whether it draws random numbers, and where it turns a tensor into a Python value."""
+        self.table.draws |= name in DRAWS
+        self.reached.update(id(t) for t in tensors if id(t) in self.table.parameters)
+        if name in VALUES:
+            self.branches.append(self.table.stack[-1] if self.table.stack else "")
+
+    def _trace(self, name: str, out: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        """Traces an op that answers with tensors: by its own rule, as one of parameters alone, or by its kind."""
         if name == "unfold" and out.ndim > args[0].ndim:  # Tensor.unfold, which only moves data; not nn.functional.unfold
             self._trace_move(name, out, args, kwargs)
         elif name in RULES and not (name in OTHERS and self._are_weights(tensors)):
@@ -95,7 +103,6 @@ class Tracer(TorchFunctionMode):
                     self._bind_sizes(name, args, kwargs, [factor])
         elif any(self.table.ids_of(t) is not None for t in tensors):
             self._trace_plain(name, out, args, kwargs, tensors)
-        return out
 
     def _are_weights(self, tensors: list[Tensor]) -> bool:
         """Whether an op's operands are parameters, or computed of them alone, and constants."""
