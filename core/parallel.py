@@ -199,6 +199,6 @@ _open: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 @atexit.register
 def close_pools() -> None:
-    """Closes the pools of runs that were left without a word."""
+    """Closes the pools that nobody has closed."""
     for pool in list(_open):
         pool.close()

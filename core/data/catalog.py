@@ -102,7 +102,8 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a data set is, before anything is read: parquet or npz files by split, or (without files) the Hub's `hub`.
+    """Where a data set is, before anything is read: files by split (parquet, npz, CSV or pictures), or without any
+    the Hub's `hub`.
 
     Of what a program has in memory, `splits` are those of a datasets.DatasetDict, and `decode` makes the tensors.
     """
@@ -120,9 +121,9 @@ LOCAL: dict[str, DataLocation] = {}  # what programs have handed over, by name
 
 
 def find_dataset(dataset: str) -> DataLocation:
-    """Where `dataset` is: a known short name (in $HETFL_DATA before the Hub), a folder, a parquet file or a Hub id.
+    """Where `dataset` is: a known short name (in $HETFL_DATA before the Hub), a folder, a file or a Hub id.
 
-    Raises UsageError where it is none of these, or a folder without parquet files.
+    Raises UsageError where it is none of these, or a folder without files that can be read.
     """
     if dataset in LOCAL:
         return LOCAL[dataset]

@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 def add_local(data: Any) -> str:
-    """A name by which `catalog.find` gives these data in this process, until `remove_local`: equal data have equal names.
+    """A name by which `catalog.find_dataset` gives these data in this process, until `remove_local`: equal data have equal names.
 
     Raises UsageError for what is no data set, and for examples that cannot be stacked.
     """

@@ -40,7 +40,7 @@ from hetfl.submodel import serialization
 
 CREATION = "creation task"  # in Ray's words where an actor's own __init__ raised; its node may be dead otherwise
 LOOK = 1.0  # seconds between two looks at who is late and which nodes are there
-SETTINGS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # it says nothing to anybody
+SETTINGS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # Ray sends no statistics of its use
 
 BITS = ("hetfl", "torch")  # packages of which every node must have the server's version
 

@@ -22,8 +22,8 @@ KEYS = "keys.json"  # in the run folder of a federation: client -> the public ke
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is given: the folder for the state of clients in other processes (None: one that goes with the engine), a
-    deployed run's Flower grid, and the round that begins."""
+    """What an engine is given: the folder for the state of clients in other processes (None: one that is removed with the engine),
+    a deployed run's Flower grid, and the round that begins."""
 
     client_states: Path | None = None
     grid: Grid | None = None

@@ -262,7 +262,7 @@ class PluginManager:
         return all(plugin.trains_global for plugin in self.plugins.values())
 
     def finalize(self, server: Server, merged: Merged, covered: Sequence[Coverage], round: int) -> Merged:
-        """What the plugins' last words make of `merged`, each getting what the one before made."""
+        """What the plugins make of `merged`, each getting what the one before made."""
         with self._naming("finalize", round):
             given = {"server": server, "covered": covered, "round": round}
             found = self._pass_through("finalize", "merged", merged, list(self.plugins), **given)

@@ -151,7 +151,7 @@ class Server:
         *, steps: int, lr: float, batch: int, client: int = -1, keep: tuple[Tensor, ...] = (), patience: int = 0,
         watch: Callable[[int], None] | None = None,
     ) -> TuningResult:  # fmt: skip
-        """`train.tune` on this server's tune split, with its steps counted."""
+        """`training.tuning.tune` on this server's tune split, with its steps counted."""
         generator = self.stream(purpose, round, client)
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "keep": keep, "patience": patience, "watch": watch}
         return self._note_tuning([tune(self.public.tune, parameters, loss, judge, generator, **how)], steps, batch, purpose)[0]
@@ -160,7 +160,7 @@ class Server:
         self, parameters: list[Tensor], loss: Callable[[Tensor], Tensor], judge: Callable[[], Tensor], purpose: str, round: int,
         clients: Sequence[int], *, steps: int, lr: float, batch: int, patience: int = 0,
     ) -> list[TuningResult]:  # fmt: skip
-        """`train.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
+        """`tuning.tune_together` for several clients, each with the batches that it would have alone, with the steps counted."""
         orders = [self.stream(purpose, round, client) for client in clients]
         how: dict[str, Any] = {"steps": steps, "lr": lr, "batch": batch, "patience": patience}
         return self._note_tuning(tune_together(self.public.tune, parameters, loss, judge, orders, **how), steps, batch, purpose)

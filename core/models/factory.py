@@ -96,7 +96,7 @@ def find_factory(name: str) -> Factory:
 
 
 def add_local(model: nn.Module | Factory) -> str:
-    """A name by which `find` gives this model, or factory, in this process until `remove_local`.
+    """A name by which `find_factory` gives this model, or factory, in this process until `remove_local`.
 
     Of a model a copy is taken, with whose weights a run begins; it is named after its class and a hash of these weights.
     Raises UsageError for what is neither.

@@ -26,7 +26,7 @@ class TooFewReplies(RunError):  # noqa: N818 (not an error: the round keeps its 
 
 
 def recover_updates(now: RoundState, replies: Iterable[ReceivedReply]) -> Iterator[Update]:
-    """An update in global coordinates for each reply, in client order; where it lies is noted for plugins with a last word.
+    """An update in global coordinates for each reply, in client order; where it lies is noted where a plugin has `finalize`.
 
     A client whose reply the plugin cannot recover is left out, where the plugin takes replies one by one.
     """

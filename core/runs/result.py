@@ -180,7 +180,7 @@ class Matrix:
 
     @property
     def leaderboard(self) -> pd.DataFrame:
-        """`ranked` by the metric that the matrix was asked for."""
+        """`rank` by the metric that the matrix was asked for."""
         return self.rank(self.metric)
 
     def rank(self, metric: str) -> pd.DataFrame:

@@ -197,12 +197,12 @@ DATES = ("now", "utcnow", "today")
 
 
 @contextmanager
-def watched_clock(room: str) -> Iterator[list[str]]:
-    """Notes who reads a clock, of the modules in package `room`, in this thread and those started within."""
+def watched_clock(package: str) -> Iterator[list[str]]:
+    """Notes who reads a clock, of the modules in `package`, in this thread and those started within."""
     found: list[str] = []
 
     def note(frame: FrameType, event: str, what: Any) -> None:
-        if event != "c_call" or not str(frame.f_globals.get("__name__", "")).startswith(room):
+        if event != "c_call" or not str(frame.f_globals.get("__name__", "")).startswith(package):
             return
         owner = getattr(what, "__self__", None)
         date = isinstance(owner, type) and issubclass(owner, datetime.date) and what.__name__ in DATES

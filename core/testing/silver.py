@@ -54,7 +54,7 @@ def forget(plugin: Plugin) -> None:
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
-    """The power went off."""
+    """Ends a run after a round, as if its process had ended there."""
 
 
 class StopAfter(NoCallback):

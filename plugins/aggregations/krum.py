@@ -54,5 +54,5 @@ def choose_nearest(distances: Tensor, attackers: int) -> list[int]:
     others = distances.clone().fill_diagonal_(float("nan")).nan_to_num(nan=float("inf")).sort(1).values
     nearest = others[:, : max(1, number - attackers - 2)]
     known = nearest.isfinite()
-    scores = torch.where(known, nearest, 0.0).sum(1) / known.sum(1).clamp(min=1)  # who shares nothing is nobody's outlier
+    scores = torch.where(known, nearest, 0.0).sum(1) / known.sum(1).clamp(min=1)  # 0 for one that shares no entry with others
     return sorted(scores.sort(stable=True).indices[: number - attackers].tolist())

@@ -10,7 +10,7 @@ from hetfl import Client, Field, Plan, Plugin, Server, hookimpl, unit_count
 
 
 class FedDropout(Plugin):
-    """Each client's own random channels; those that a residual sum ties are one group, so one draw serves its whole stream."""
+    """Each client's own random channels; the layers that residual sums tie are one group, with one draw for all of them."""
 
     shared: bool = Field(False, description="one draw for all clients of a round: the narrower ones get a part of it")
 

@@ -129,7 +129,8 @@ class Consensus(Plugin):
         return reply
 
     def _learn_public(self, task: Task, x: Tensor, y: Tensor) -> None:
-        """Trains a client's model on the labelled public examples, before its first training of its own; older moments go."""
+        """Trains a client's model on the labelled public examples, before it first trains on its own; the moments of an
+        earlier model are forgotten."""
         batches = shuffle_batches(x, y, self.public_batch, self.public_epochs, task.stream("public"))
         first = torch.optim.Adam(task.model.parameters(), self.lr)
         descend(task, first, batches, lambda a, b: task.kind.loss(task.model(a), b), "public dropout")

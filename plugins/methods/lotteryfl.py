@@ -111,7 +111,7 @@ def to_vector(state: State) -> Tensor:
 
 
 def from_vector(values: Tensor, like: State) -> State:
-    """The inverse of `vector`; other tensors as in `like`."""
+    """The inverse of `to_vector`; other tensors as in `like`."""
     floats = [name for name, tensor in like.items() if tensor.is_floating_point()]
     parts = values.split([like[name].numel() for name in floats])
     return {**like, **{name: part.reshape(like[name].shape) for name, part in zip(floats, parts, strict=True)}}

@@ -31,7 +31,7 @@ SMALL_NETS = {
 
 
 def alone(model, member, options):
-    """One client's training by itself, as train.fit does it."""
+    """One client's training by itself, as `local.fit` does it."""
     load_state(model, member.state).train()
     optimizer = local.make_optimizer(model, options, 1)
     for rows in local.batch_rows(member.train, options, stream(0, "batches", 1, member.client), model):

@@ -1,4 +1,4 @@
-"""Which channels of a module go together, found by running it once (architecture, "width groups of any module").
+"""Which channels of a module go together, found by running it once (docs/design.md, "Width groups").
 
 Beside each activation travels a LongTensor of its shape with the channel id of every element (-1: none). Ops that only move data
 run on the ids themselves; elementwise ops tie the ids of their operands; rules exist for the ops that own or mix parameters. The

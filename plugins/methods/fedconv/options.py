@@ -14,7 +14,7 @@ LATE = 6  # the round from which `late_epochs` holds
 
 
 class FedConvOptions(PresetPlugin):
-    """The options of FedConv; `count_steps` and `loss` are theirs alone."""
+    """The options of FedConv; the numbers of steps and the loss follow from them alone."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
