@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,13 @@ def load_folder(folder: str, inputs: Inputs, args: dict[str, Any]) -> nn.Module:
     Raises UsageError where transformers is not installed, and where the weights are not those of the model.
     """
     read_config(folder)
+    name, path = f"--model {PREFIX}{folder}", str(Path(folder).expanduser())
     try:
         hub = import_library("transformers")
     except ImportError as error:
-        raise UsageError(f"--model {PREFIX}{folder} needs transformers: pip install 'hetfl[transformers]' ({error})") from error
-    path = str(Path(folder).expanduser())
-    try:
+        raise UsageError(f"{name} needs transformers: pip install 'hetfl[transformers]' ({error})") from error
+    with explaining(name):
         config = hub.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises anything for a model that it does not know
-        raise UsageError(f"--model {PREFIX}{folder}: {' '.join(str(error).split())[:200]}") from error
     text, head = inputs.vocab is not None, inputs.kind.head
     if not text:
         head = head.replace("Sequence", "Image")
@@ -87,19 +87,33 @@ def load_folder(folder: str, inputs: Inputs, args: dict[str, Any]) -> nn.Module:
     how = AHEAD if inputs.kind.tokens else {"num_labels": inputs.classes}
     config.update({**how, **({"pad_token_id": inputs.pad} if text else {}), **args})
     auto = getattr(hub, f"AutoModelFor{head}")
-    kept = hub.logging.get_verbosity()
-    try:
-        hub.logging.set_verbosity_error()  # of new heads and others' heads, which are meant
+    with explaining(f"{name}: no model for {head}"), only_errors(hub):  # it warns of new heads and others' heads, which are meant
         net, said = auto.from_pretrained(
             path, config=config, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True,
             output_loading_info=True, use_safetensors=True,
         )  # fmt: skip
-    except Exception as error:
-        raise UsageError(f"--model {PREFIX}{folder}: no model for {head}: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        hub.logging.set_verbosity(kept)
     refuse_other_weights(folder, net, said)
     return Pretrained(net, inputs.pad) if text else Logits(net)
+
+
+@contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Raises UsageError, `what` first, for whatever transformers raises within: that may be anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{what}: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
+def only_errors(hub: Any) -> Iterator[None]:
+    """Within, transformers logs errors alone."""
+    kept = hub.logging.get_verbosity()
+    try:
+        hub.logging.set_verbosity_error()
+        yield
+    finally:
+        hub.logging.set_verbosity(kept)
 
 
 class Logits(nn.Module):

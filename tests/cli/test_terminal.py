@@ -10,13 +10,12 @@ import sys
 import pytest
 from rich.console import Group
 
-from helpers.cli import exit_code
+from helpers.cli import ONE_ROUND, exit_code
 from hetfl import registry
 from hetfl.cli import console, live, render
 from hetfl.config import RunOptions, format_flag, resolve
 
-TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
-        "--model", "mlp"]  # fmt: skip
+TINY = ["--extract", "heterofl", *ONE_ROUND]
 
 NASTY = "cannot open \udcfc[/data/x] [red]:smile: \x1b[31m\x1b]0;title\x07 \x9b2J\u202e[/]"
 

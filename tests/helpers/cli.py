@@ -9,6 +9,9 @@ from hetfl.cli.main import main
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "2", "--epochs", "1", "--pretrain-steps", "3"]
 
 
+ONE_ROUND = ["--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3", "--model", "mlp"]
+
+
 QUICK = ["--extract", "heterofl", "--aggregate", "overlap", *TINY]
 
 

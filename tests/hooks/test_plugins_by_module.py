@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from helpers.cli import hfl
+from helpers.cli import ONE_ROUND, hfl
 from helpers.runs import THREE_NODES
 from hetfl import Field, Plugin, hookimpl, registry
 from hetfl.cli import options as cli_options
@@ -59,8 +59,6 @@ class Around(Plugin):
 number = 3
 '''
 
-TINY = ["--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3", "--model", "mlp"]
-
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
@@ -73,7 +71,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_class_by_its_module_runs_with_options_and_again_from_its_config(own, capsys):
-    words = ["run", "--extract", "own_plugins:Last", "--set", "Last.skip=2", "--wrap", "own_plugins:Around", *TINY]
+    words = ["run", "--extract", "own_plugins:Last", "--set", "Last.skip=2", "--wrap", "own_plugins:Around", *ONE_ROUND]
     assert hfl(capsys, *words, "--out", own / "a")[0] == 0
     config = read_run_file(own / "a" / "config.toml")
     assert (config["extract"], config["aggregate"], config["wrap"]) == ("own_plugins:Last", "overlap", ["own_plugins:Around"])
@@ -112,7 +110,7 @@ def test_finding_imports_nothing(own):
     ],
 )  # fmt: skip
 def test_what_is_no_plugin_of_that_role_is_said_in_one_sentence(own, capsys, words, said):
-    code, _, err = hfl(capsys, "run", *words, *TINY, "--out", own / "o")
+    code, _, err = hfl(capsys, "run", *words, *ONE_ROUND, "--out", own / "o")
     assert code == 2
     assert said in err
     assert not (own / "o").exists()

@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from helpers.cli import exit_code
+from helpers.cli import ONE_ROUND, exit_code
 from hetfl.errors import UsageError
 from hetfl.runs.folder import MARK, RunFolder, is_run_folder, list_strangers
 
-TINY = ["--extract", "heterofl", "--limit", "120", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3",
-        "--model", "mlp"]  # fmt: skip
+TINY = ["--extract", "heterofl", *ONE_ROUND]
 
 
 def begun(path, text="precious"):
