@@ -17,7 +17,8 @@ from hetfl.errors import UsageError
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
-    from hetfl.runs.reproduction import Score, TableRow
+    from hetfl.runs.reproduction import Score
+    from hetfl.runs.tables import TableRow
 
 UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -26,7 +27,8 @@ def reproduce(
     table: Annotated[str | None, typer.Argument(help="a table by name [default: all]")] = None,
     rows: Annotated[str | None, typer.Option(help="rows whose names hold one of these words, with commas")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="begin no row that would not end in this time, such as 30m or 2h; cheap rows first")
+        str | None,
+        typer.Option(help="begin no row that would not end in this time, such as 30m or 2h; cheap ones first, unknown cost last"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds of a row [default: as the table says]")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
@@ -36,10 +38,12 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Run the rows of published tables, and print paper | others | ours. What is in --out already is not run again."""
-    from hetfl.runs import reproduction, sweep
-    from hetfl.runs.folder import RunFolder
+    from hetfl.runs import reproduction, sweep, tables
 
-    chosen = reproduction.find_rows(table, [word.strip() for word in (rows or "").split(",") if word.strip()])
+    words = [word.strip() for word in (rows or "").split(",") if word.strip()]
+    if rows is not None and not words:
+        raise UsageError("--rows takes names of rows, or words in them, with commas")
+    chosen = tables.find_rows(table, words)
     if list_only:
         print_list(chosen)
         return
@@ -56,7 +60,7 @@ def reproduce(
         show_trials(reproduction.run_rows(chosen, out, jobs, plan, seconds), trials, "global@test", results)
     finally:
         scores = reproduction.score_rows(chosen, out, plan)
-        RunFolder(out).table("scorecard.csv", reproduction.score_lines(scores, device))
+        reproduction.write_scorecard(scores, device, out)
     print_scores(scores, out)
     refuse_failed(results)
 
@@ -71,22 +75,31 @@ def parse_duration(text: str) -> float:
 
 def print_list(rows: Sequence[TableRow]) -> None:
     """What there is to reproduce, table by table."""
-    from hetfl.runs import reproduction
+    from hetfl.runs import tables
 
-    for table in reproduction.tables().values():
+    for table in tables.tables().values():
         mine = [row for row in rows if row.table == table.name]
         if mine:
-            say(f"{table.name}: {table.paper}. {table.about}", "bold")
+            say(f"{table.name} ({table.paper}): {table.about}", "bold")
             say(f"from: {table.source}")
-            for text in dict.fromkeys(row.unlike for row in mine if row.unlike):
-                say(f"unlike the paper: {text}")
+            say(f"band: {table.describe_band()}")
+            say_unlike("", mine)
             render.print_table(("row", "published", "minutes a seed", "seeds"), [list_cells(row) for row in mine])
+            console.print()
+
+
+def say_unlike(where: str, rows: Sequence[TableRow]) -> None:
+    """What holds for all of the rows, then what some add."""
+    from hetfl.runs.tables import list_unlike
+
+    for names, text in list_unlike(rows).items():
+        say(f"{where}unlike the paper{names and f' ({names})'}: {text}")
 
 
 def list_cells(row: TableRow) -> tuple[str, ...]:
     """A row's line of the list."""
     printed = ", ".join(f"{metric} {value:g}" for metric, value in row.published.items())
-    return row.name, printed, "" if row.minutes is None else f"{row.minutes:g}", str(row.seeds)
+    return row.name, printed, "?" if row.minutes is None else f"{row.minutes:g}", str(row.seeds)
 
 
 def print_scores(scores: Sequence[Score], out: Path) -> None:
@@ -100,8 +113,9 @@ def print_scores(scores: Sequence[Score], out: Path) -> None:
     console.print()
     say("percent (MB where it says so), mean ± standard deviation (seeds) of the last three evaluated rounds", "bold")
     render.print_table(("table", "row", "metric", "paper", "others", "ours", "within the band"), lines, keys=3)
-    for text in dict.fromkeys(f"unlike the paper: {s.row.unlike}" for s in scores if s.row.unlike):
-        say(text)
+    rows = list(dict.fromkeys(s.row for s in scores))
+    for table in dict.fromkeys(row.table for row in rows):
+        say_unlike(f"{table}, ", [row for row in rows if row.table == table])
     for text in dict.fromkeys(f"{s.row.name}, {s.metric} {s.published:g}: {s.row.disputed}" for s in scores if s.row.disputed):
         say(text)
     say(f"folder: {out} (scorecard.csv, cells/)")

@@ -40,9 +40,11 @@ def presets() -> dict[str, Preset]:
 
 
 def resolve_inheritance(table: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of `name` over those of what it is like."""
+    """The settings of `name` over those of what it is like, and what it is `also_unlike` behind what that is unlike."""
     own = dict(table[name])
-    return merge_options(resolve_inheritance(table, own.pop("like")), own) if "like" in own else own
+    also = own.pop("also_unlike", "")
+    merged = merge_options(resolve_inheritance(table, own.pop("like")), own) if "like" in own else own
+    return {**merged, "unlike": "; ".join(filter(None, [merged.get("unlike"), also]))} if also else merged
 
 
 def assign(settings: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from hetfl.cli.reproduce import parse_duration
 from hetfl.errors import UsageError
 from hetfl.hooks.loading import load_plugins
 from hetfl.runs import reproduction
+from hetfl.runs import tables as published
 from hetfl.runs.cell import TrialResult
-from hetfl.runs.reproduction import TableRow, find_rows, run_rows, score_row, tables
+from hetfl.runs.reproduction import run_rows, score_row, write_scorecard
+from hetfl.runs.tables import TableRow, find_rows, list_unlike, read_table, tables
 
 TABLE = """
 [tiny]
@@ -50,7 +52,7 @@ def tiny(tmp_path, monkeypatch):
     (package / "tables.toml").write_text(TABLE)
     monkeypatch.syspath_prepend(str(tmp_path))
     point = EntryPoint("tiny", "their_tables", "hetfl.tables")
-    monkeypatch.setattr(reproduction, "entry_points", lambda group: [point] if group == "hetfl.tables" else [])
+    monkeypatch.setattr(published, "entry_points", lambda group: [point] if group == "hetfl.tables" else [])
     tables.cache_clear()
     yield tables()["tiny"]
     tables.cache_clear()
@@ -74,7 +76,17 @@ def test_the_rows_of_a_table_differ_from_each_other():
     for table in tables().values():
         keys = [row.trials(1)[0].key for row in table.rows]
         assert len(set(keys)) == len(keys), table.name
-        assert len({row.name for row in table.rows}) == len(keys)
+
+
+def test_parts_of_heterofl_that_a_row_of_the_ablation_names_are_in_its_run():
+    for row in tables()["heterofl-mnist-ablation"].rows:
+        options = row.trials(1)[0].options
+        parts = {"sBN": options.norm_policy == "static"} | {
+            n: w in options.wrap for n, w in (("scaler", "scaler"), ("mask", "maskloss"))
+        }
+        level, _, named = row.name.partition(": ")
+        assert {part for part, there in parts.items() if there} == set(named.replace("none", "").split(" + ")) - {""}
+        assert (level, options.rounds) == ({"e1": "e", "a1-e1": "a-e"}[options.levels], 40)
 
 
 def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path, capsys):
@@ -93,15 +105,36 @@ def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path
     assert {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")} == before
 
 
-def test_cheap_rows_come_first_in_a_budget(tiny, tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setattr(reproduction, "run_trials", lambda trials, out, jobs: begun.extend(t.extract for t in trials) or iter(()))
-    rows = [tiny.rows[1], tiny.rows[0]]
-    list(run_rows(rows, tmp_path, 1, lambda row: row.trials(1), 60.0))
-    assert begun == ["heterofl"]
-    begun.clear()
-    list(run_rows(rows, tmp_path, 1, lambda row: row.trials(1), 1e6))
-    assert begun == ["heterofl", "full"]
+@pytest.mark.parametrize(("budget", "begun"), [(60.0, ["cheap 0"]), (1e6, ["cheap 0", "dear 0", "unknown 0", "unknown 1"])])
+def test_cheap_rows_come_first_in_a_budget_and_those_of_unknown_cost_last(tmp_path, monkeypatch, budget, begun):
+    plans = {TableRow("t", name, {}, {}, minutes=minutes): runs for name, minutes, runs in
+             (("unknown", None, 2), ("dear", 1000, 1), ("cheap", 0.001, 1))}  # fmt: skip
+    done, now = dict[str, TrialResult](), [0.0]
+
+    def run(trials, out, jobs):
+        for trial in trials:
+            now[0] += 61.0 if budget == 60.0 else 1.0
+            done[trial] = TrialResult(trial, "ok", {"seconds": 1.0})
+            yield done[trial]
+
+    monkeypatch.setattr(reproduction, "run_trials", run)
+    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: done.get(trial))
+    monkeypatch.setattr(reproduction.time, "monotonic", lambda: now[0])
+    list(run_rows([*plans], tmp_path, 1, lambda row: [f"{row.name} {i}" for i in range(plans[row])], budget))
+    assert [*done] == begun
+
+
+def test_a_row_of_unknown_cost_ends_with_its_budget(tmp_path, monkeypatch):
+    done = dict[str, TrialResult]()
+
+    def run(trials, out, jobs):
+        done.update({trial: TrialResult(trial, "ok", {"seconds": 40.0}) for trial in trials})
+        yield from (done[trial] for trial in trials)
+
+    monkeypatch.setattr(reproduction, "run_trials", run)
+    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: done.get(trial))
+    list(run_rows([TableRow("t", "r", {}, {})], tmp_path, 1, lambda row: ["seed 0", "seed 1", "seed 2"], 60.0))
+    assert [*done] == ["seed 0"]  # two more would take 80 s
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [([0.95, 0.97], "yes"), ([0.90], "no (-6.0)"), ([], "not run")])
@@ -114,12 +147,90 @@ def test_the_verdict_is_by_the_band(ours, verdict):
     assert score.std is None if len(ours) < 2 else score.std == pytest.approx(1.4142, rel=1e-3)
 
 
+def test_each_metric_has_its_own_band_and_what_has_none_is_not_judged():
+    row = TableRow(
+        "t",
+        "r",
+        {},
+        {"global@own masked": 99.0, "global@test": 99.0, "MB": 99.0},
+        band={"global@own masked": 1.5, "global@test": 8},
+    )
+    result = TrialResult(
+        None, "ok", {"global@own masked": 0.96, "global@test": 0.92, "bytes down": 1e6, "bytes up": 0, "seconds": 1.0}
+    )
+    assert [score.verdict for score in score_row(row, [result])] == ["no (-3.0)", "yes", ""]
+
+
+def test_what_is_unlike_the_paper_is_said_once():
+    rows = [TableRow("t", name, {}, {}, unlike=said) for name, said in
+            (("a", ("all", "two")), ("b", ("all", "two", "one")), ("c", ("all",)))]  # fmt: skip
+    assert list_unlike(rows) == {"": "all", "a, b": "two", "b": "one"}
+    assert list_unlike(rows[:2]) == {"": "all; two", "b": "one"}
+
+
+def test_the_scorecard_keeps_what_other_commands_found(tmp_path):
+    def score(name, device, value):
+        result = TrialResult(None, "ok", {"global@test": value, "seconds": 1.0})
+        write_scorecard(score_row(TableRow("t", name, {}, {"global@test": 96.0}), [result]), device, tmp_path)
+
+    for words in (("a", "cpu", 0.5), ("b", "cpu", 0.6), ("a", "cuda", 0.7), ("a", "cpu", 0.8)):
+        score(*words)
+    lines = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())
+    assert [(r["row"], r["device"], r["ours"]) for r in lines] == [
+        ("a", "cpu", "80.0"),
+        ("b", "cpu", "60.0"),
+        ("a", "cuda", "70.0"),
+    ]
+
+
 def test_what_cannot_be_found_is_said(tiny):
     with pytest.raises(UsageError, match="unknown table 'tini'; did you mean 'tiny'"):
         find_rows("tini", [])
     with pytest.raises(UsageError, match="no row is called 'narow'; did you mean 'narrow'"):
         find_rows("tiny", ["narow"])
     assert [row.name for row in find_rows("tiny", ["dear"])] == ["narrow and dear"]
+
+
+ROW = {"name": "r", "options": {"extract": "full"}, "published": {"global@test": 50.0}}
+
+PRESET = "heflwr/mnist-iid-full"
+
+
+@pytest.mark.parametrize(("table", "row", "said"), [
+    ({"sedes": 2}, {}, "table 't': unknown key 'sedes'; did you mean 'seeds'?"),
+    ({"rows": []}, {}, "table 't': rows: list should have at least 1 item"),
+    ({"paper": None}, {}, "table 't': paper: input should be a valid string"),
+    ({"band": -1}, {}, "table 't': band: input should be greater than or equal to 0"),
+    ({"seeds": 0}, {}, "table 't': seeds: input should be greater than or equal to 1"),
+    ({"rows": [ROW, ROW]}, {}, "table 't': two rows bear the name 'r'"),
+    ({"rows": [{**ROW, "name": ""}]}, {}, "table 't': row 1: name: string should have at least 1 character"),
+    ({}, {"pubished": {}}, "table 't': row 'r': unknown key 'pubished'; did you mean 'published'?"),
+    ({}, {"published": {}}, "table 't': row 'r': published: dictionary should have at least 1 item"),
+    ({}, {"published": {"globl@test": 1}}, "no run measures the metric 'globl@test'; did you mean 'global@test'?"),
+    ({}, {"published": {"global@test": 101}}, "row 'r': global@test is in percent, not 101"),
+    ({}, {"others": {"Flower": {"global@test": "high"}}}, "row 'r': others: input should be a valid number"),
+    ({}, {"minutes": -3}, "row 'r': minutes: input should be greater than 0"),
+    ({}, {"preset": PRESET[:-1]}, f"row 'r': unknown preset '{PRESET[:-1]}'; did you mean '{PRESET}'?"),
+    ({}, {"options": {"extrct": "full"}}, "row 'r': unknown option 'extrct'; did you mean 'extract'?"),
+    ({}, {"options": 3}, "row 'r': options: input should be a valid dictionary"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_table_is_said(table, row, said):
+    with pytest.raises(UsageError) as refused:
+        read_table("t", {"paper": "P", "about": "A", "source": "S", "rows": [{**ROW, **row}], **table})
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("[tiny", "tables.toml of their_tables is not TOML"),
+    (TABLE.replace("tiny", "heflwr-mnist"), "tables.toml of their_tables: there is another table 'heflwr-mnist'"),
+    (None, "tables.toml of their_tables (entry point 'tiny' of hetfl.tables) cannot be read"),
+])  # fmt: skip
+def test_a_package_whose_file_cannot_be_read_is_named(tiny, tmp_path, capsys, text, said):
+    file = tmp_path / "their_tables" / "tables.toml"
+    file.unlink() if text is None else file.write_text(text)
+    tables.cache_clear()
+    assert hfl("--list") == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2", 120)])
@@ -133,9 +244,17 @@ def test_what_is_no_time_is_refused(text, capsys):
     assert "--budget takes a time such as 90s, 30m or 2h" in capsys.readouterr().err
 
 
-def test_the_list_runs_nothing(tmp_path, capsys):
-    assert hfl("heterofl-mnist-iid", "--list", "--out", str(tmp_path / "none")) == 0
-    assert "a-b-c-d-e" in capsys.readouterr().out
+def test_no_word_for_rows_is_refused(capsys):
+    assert hfl("heflwr-mnist", "--rows", ",", "--list") == 2
+    assert "--rows takes names of rows" in capsys.readouterr().err
+
+
+def test_the_list_runs_nothing_and_repeats_nothing(tmp_path, capsys):
+    assert hfl("heflwr-mnist", "--list", "--out", str(tmp_path / "none")) == 0
+    said = capsys.readouterr().out
+    assert "exclusive Dirichlet 0.5" in said
+    assert said.count("on record") == said.count("padding is not") == 1
+    assert "unlike the paper (heterofl IID, heterofl Dirichlet 0.5): bare slices" in said.replace("\n", " ")
     assert not (tmp_path / "none").exists()
 
 

@@ -1,0 +1,236 @@
+"""Published tables as data: plugins/tables.toml, and the files of the same form that installed packages bring."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from hetfl.config import merge_options, resolve
+from hetfl.errors import UsageError, nearest, unknown
+from hetfl.files import find_resource
+from hetfl.presets import find_preset
+from hetfl.runs.cell import Trial, check_metric
+
+PATH = find_resource("plugins/tables.toml", "plugins/tables.toml")
+MEGABYTES = "MB"  # a value of a row beside its accuracies: what all clients were sent and sent in all rounds
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Values = dict[str, Amount]  # by metric
+
+
+class RowFile(BaseModel, extra="forbid"):
+    """A row as a file has it."""
+
+    name: Text
+    preset: str | None = None
+    options: dict[str, Any] = {}
+    published: Annotated[Values, Field(min_length=1)]
+    others: dict[str, Values] = {}
+    band: Amount | Values | None = None
+    seeds: Annotated[int, Field(ge=1)] | None = None
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    unlike: str = ""
+    disputed: str = ""
+
+
+class TableFile(BaseModel, extra="forbid"):
+    """A table as a file has it; its band, seeds and unlike are those of its rows, too."""
+
+    paper: Text
+    about: Text
+    source: Text
+    band: Amount | Values = 1.0
+    band_from: str = ""
+    seeds: Annotated[int, Field(ge=1)] = 3
+    unlike: str = ""
+    finding: str = ""
+    rows: Annotated[list[RowFile], Field(min_length=1)]
+
+
+@dataclass(frozen=True, eq=False)
+class TableRow:
+    """One row of a published table: the run that stands for it, and its values.
+
+    `published` and `others` (by who measured) hold accuracies in percent and megabytes by metric. `band` is how far from the
+    printed value ours may be, in points (of MB in percent); by metric, one that it leaves out is not judged. `unlike` says what
+    our run does otherwise than the paper's, sentence by sentence; `disputed` why the printed value is not believed; `minutes`
+    what one seed took on two cores.
+    """
+
+    table: str
+    name: str
+    options: Mapping[str, Any]
+    published: Mapping[str, float]
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    band: float | Mapping[str, float] = 1.0
+    seeds: int = 3
+    minutes: float | None = None
+    unlike: tuple[str, ...] = ()
+    disputed: str = ""
+
+    def trials(self, seeds: int | None = None, **more: Any) -> list[Trial]:
+        """The runs of this row, by seed; `more` are options of the run that change no setting of the paper's (device, say)."""
+        return [
+            Trial((("row", self.name),), resolve(merge_options(self.options, {**more, "seed": seed})))
+            for seed in range(seeds or self.seeds)
+        ]
+
+    def find_band(self, metric: str) -> float | None:
+        """How far ours may be; None where the metric is not judged."""
+        return self.band.get(metric) if isinstance(self.band, Mapping) else self.band
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A published table; `band_from` says where its band comes from, `finding` what our runs of it came to."""
+
+    name: str
+    paper: str
+    about: str
+    source: str
+    band: float | Mapping[str, float]
+    band_from: str
+    finding: str
+    rows: tuple[TableRow, ...]
+
+    def describe_band(self) -> str:
+        """The band in words."""
+        bands = self.band if isinstance(self.band, Mapping) else {"": self.band}
+        units = {metric: "%" if metric == MEGABYTES else "point" if band == 1 else "points" for metric, band in bands.items()}
+        said = [f"{band:g} {units[metric]}{metric and f' of {metric}'}" for metric, band in bands.items()]
+        return (", ".join(said) or "none") + (f" ({self.band_from})" if self.band_from else "")
+
+
+@cache
+def tables() -> dict[str, PaperTable]:
+    """The tables by name: the built-in ones, and those of installed packages that name themselves under `hetfl.tables`.
+
+    Such a package holds a file tables.toml of the same form as plugins/tables.toml. Raises UsageError for what is wrong with one,
+    and for two of one name.
+    """
+    found: dict[str, PaperTable] = {}
+    texts = {"hetfl": PATH.read_text(encoding="utf-8")}
+    texts |= {point.value: read_file(point) for point in entry_points(group="hetfl.tables")}
+    for package, text in texts.items():
+        with saying(f"tables.toml of {package}"):
+            for name, values in tomllib.loads(text).items():
+                if name in found:
+                    raise UsageError(f"there is another table '{name}'; uninstall one of the two packages")
+                found[name] = read_table(name, values)
+    return found
+
+
+def read_file(point: EntryPoint) -> str:
+    """The tables.toml of an installed package. Raises UsageError where there is none."""
+    try:
+        return (resources.files(point.value) / "tables.toml").read_text("utf-8")
+    except (ImportError, OSError, ValueError) as error:
+        where = f"tables.toml of {point.value} (entry point '{point.name}' of hetfl.tables)"
+        raise UsageError(f"{where} cannot be read: {error}") from error
+
+
+@contextmanager
+def saying(where: str) -> Iterator[None]:
+    """What is wrong with what is read within is said with `where` before it, as UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where} is not TOML: {error}") from error
+
+
+def read_table(name: str, values: Any) -> PaperTable:
+    """A table from its TOML: each row is a preset, with `options` over it, and has the table's values where it names none.
+
+    Raises UsageError for the first thing that is wrong with it.
+    """
+    with saying(f"table '{name}'"):
+        try:
+            given = TableFile.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(explain(error, values)) from error
+        rows = tuple(read_row(name, given, row) for row in given.rows)
+        if twice := [row.name for i, row in enumerate(rows) if row.name in {other.name for other in rows[:i]}]:
+            raise UsageError(f"two rows bear the name '{twice[0]}'")
+        return PaperTable(name, given.paper, given.about, given.source, given.band, given.band_from, given.finding, rows)
+
+
+def explain(error: ValidationError, values: Any) -> str:
+    """One sentence for the first thing that is wrong with the table `values`."""
+    first = next((found for found in error.errors() if found["type"] == "extra_forbidden"), error.errors()[0])
+    place, row = list(first["loc"]), ""
+    kind: type[BaseModel] = TableFile
+    if place[:1] == ["rows"] and len(place) > 1:
+        number, kind = place[1], RowFile
+        found = values["rows"][number]
+        row = f"row '{found['name']}': " if isinstance(found, Mapping) and found.get("name") else f"row {int(number) + 1}: "
+        place = place[2:]
+    key = str(place[0]) if place else ""
+    if first["type"] == "extra_forbidden":
+        return f"{row}{unknown('key', key, kind.model_fields)}"
+    if first["type"] == "missing":
+        return f"{row}'{key}' is missing"
+    return f"{row}{key and f'{key}: '}{first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
+
+
+def read_row(table: str, common: TableFile, given: RowFile) -> TableRow:
+    """A row from its file; what its table and its preset say to be unlike the paper is said of it too. With `set = {}`
+    it has none of the preset's options of plugins."""
+    with saying(f"row '{given.name}'"):
+        options, sentences = given.options, [common.unlike, given.unlike]
+        if given.preset is not None:
+            preset = find_preset(given.preset)
+            kept = {name: value for name, value in preset.values.items() if name != "set" or options.get("set") != {}}
+            options, sentences = merge_options({**kept, "preset": preset.name}, options), [*sentences, preset.unlike]
+        for metric, value in [pair for values in (given.published, *given.others.values()) for pair in values.items()]:
+            if metric != MEGABYTES:
+                check_metric(metric)
+                if value > 100:
+                    raise UsageError(f"{metric} is in percent, not {value:g}")
+        resolve(options)
+        return TableRow(
+            table, given.name, options, given.published, given.others, common.band if given.band is None else given.band,
+            given.seeds or common.seeds, given.minutes, tuple(dict.fromkeys(filter(None, "; ".join(sentences).split("; ")))),
+            given.disputed,
+        )  # fmt: skip
+
+
+def find_rows(table: str | None, names: Sequence[str]) -> list[TableRow]:
+    """The rows of a table, or of all: those of the names given, or, where no row has such a name, those with it in theirs.
+
+    Raises UsageError where there is no such table or row.
+    """
+    if table is not None and table not in tables():
+        raise unknown("table", table, set(tables()))
+    rows = [row for t in tables().values() if table in (None, t.name) for row in t.rows]
+    chosen = list[TableRow]()
+    for name in names:
+        found = [row for row in rows if row.name == name] or [row for row in rows if name.lower() in row.name.lower()]
+        if not found:
+            known = dict.fromkeys(row.name for row in rows)
+            raise UsageError(f"no row is called '{name}'{nearest(name, known)} (hfl reproduce --list shows them)")
+        chosen += found
+    return list(dict.fromkeys(chosen)) if names else rows
+
+
+def list_unlike(rows: Sequence[TableRow]) -> dict[str, str]:
+    """What runs of these rows do otherwise than the paper's, each sentence once, by the names of the rows that it holds for: "" for
+    all of them."""
+    holds: dict[str, list[str]] = {}
+    for row in rows:
+        for sentence in row.unlike:
+            holds.setdefault(sentence, []).append(row.name)
+    found: dict[str, list[str]] = {"": []}
+    for sentence, names in holds.items():
+        found.setdefault("" if len(names) == len(rows) else ", ".join(names), []).append(sentence)
+    return {names: "; ".join(sentences) for names, sentences in found.items() if sentences}
