@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +39,7 @@ def reproduce(
 ) -> None:
     """Run the rows of published tables, and print paper | others | ours. What is in --out already is not run again."""
     from hetfl.runs import reproduction, sweep, tables
+    from hetfl.training.device import prepare_device
 
     words = [word.strip() for word in (rows or "").split(",") if word.strip()]
     if rows is not None and not words:
@@ -48,20 +49,24 @@ def reproduce(
         print_list(chosen)
         return
     seconds = None if budget is None else parse_duration(budget)
-    make_folder(out / "cells", out)
 
     def plan(row: TableRow) -> list[Trial]:
         return row.trials(seeds, device=device)
 
     trials = [trial for row in chosen for trial in plan(row)]
+    prepare_device(trials[0].options)
     sweep.refuse_bad(trials)
+    make_folder(out / "cells", out)
     results: list[TrialResult] = []
-    try:
-        show_trials(reproduction.run_rows(chosen, out, jobs, plan, seconds), trials, "global@test", results)
-    finally:
-        scores = reproduction.score_rows(chosen, out, plan)
-        reproduction.write_scorecard(scores, device, out)
-    print_scores(scores, out)
+
+    def running() -> Iterator[TrialResult]:
+        reproduction.write_scorecard(reproduction.score_rows(chosen, out, plan), device, out)
+        for result in reproduction.run_rows(chosen, out, jobs, plan, seconds):
+            reproduction.write_scorecard(reproduction.score_rows(chosen, out, plan), device, out)
+            yield result
+
+    show_trials(running(), trials, "global@test", results)
+    print_scores(reproduction.score_rows(chosen, out, plan), out)
     refuse_failed(results)
 
 

@@ -16,7 +16,7 @@ from hetfl.errors import RunError, UsageError, foreign
 from hetfl.rounds.history import History
 from hetfl.rounds.loop import run_rounds
 from hetfl.rounds.reporting import Callback
-from hetfl.rounds.rows import ROUND, Row
+from hetfl.rounds.rows import ROUND, SECONDS, Row
 from hetfl.runs.checkpoint import Checkpoints, Snapshot
 from hetfl.runs.experiment import Experiment, prepare
 from hetfl.runs.folder import BASE_HASH, FILE_HASH, WEIGHTS, RunFolder
@@ -39,7 +39,7 @@ def run(
     `grid` is the one of the federation that runs it, where it is deployed; `changed` is noted of a run that goes on otherwise than
     it began.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() - (sum(row[SECONDS] for row, _ in snapshot.rounds) if snapshot else 0.0)
     context = EngineContext(folder.path / "memory", grid, snapshot.round + 1 if snapshot else 1)
     experiment = prepare(options, callback, context, snapshot.tensors["pretrained"] if snapshot else None)
     recorder = RunRecorder(folder, experiment, callback)

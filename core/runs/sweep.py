@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,16 +15,21 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from hetfl import config, registry
-from hetfl.errors import NotApplicable, RunError, UsageError, unknown
+from hetfl.errors import FOREIGN, NotApplicable, RunError, UsageError, unknown
 from hetfl.parallel import end_with_parent, hold_interrupts
 from hetfl.presets import assign
 from hetfl.runs.cell import WITHOUT_EFFECT, Trial, TrialResult, result_row
 from hetfl.runs.folder import FolderInUseError, RunFolder
+
+if TYPE_CHECKING:
+    from hetfl.runs.checkpoint import Snapshot
+
+CHECKPOINTS = 20  # of a trial; one of fewer rounds has none
 
 FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sweep has options of its own for
 
@@ -177,7 +183,7 @@ def run_trial(trial: Trial, out: Path, jobs: int, wait_for_others: bool) -> bool
     folder = RunFolder(out / "cells" / trial.name)
     while True:
         try:
-            folder.open(overwrite=True)
+            begun = take_folder(folder)
             break
         except FolderInUseError:
             if not wait_for_others:
@@ -188,27 +194,51 @@ def run_trial(trial: Trial, out: Path, jobs: int, wait_for_others: bool) -> bool
                 return True
     try:
         folder.commit()
-        fill_folder(trial, folder, max(1, cores() // jobs))
+        fill_folder(trial, folder, max(1, cores() // jobs), trial.options.rounds // CHECKPOINTS, begun)
     finally:
         folder.release()
     return True
 
 
-def fill_folder(trial: Trial, folder: RunFolder, workers: int | None) -> None:
-    """Runs one trial; its folder then holds a summary, or why there is none."""
+def take_folder(folder: RunFolder) -> bool:
+    """Takes a trial's folder; whether a run lies there that was stopped and may go on. Raises FolderInUseError."""
+    if not folder.holds("summary.json") and any(folder.path.glob("checkpoints/round-*.json")):
+        folder.lock()
+        for name in ("refused.json", "traceback.txt"):
+            (folder.path / name).unlink(missing_ok=True)
+        return True
+    folder.open(overwrite=True)
+    return False
+
+
+def fill_folder(trial: Trial, folder: RunFolder, workers: int | None, checkpoint_every: int = 0, begun: bool = False) -> None:
+    """Runs one trial, or the rest of one that has `begun`; its folder then holds a summary, or why there is none."""
     from hetfl.rounds.reporting import NoCallback
     from hetfl.runs import runner
 
     unused = {} if trial.options.engine == "ray" else dict.fromkeys(config.FOR_RAY)  # they were for the task that runs it
-    options = trial.options.model_copy(update={"workers": workers, "checkpoint_every": 0, **unused})
+    options = trial.options.model_copy(update={"workers": workers, "checkpoint_every": checkpoint_every, **unused})
     try:
-        runner.run(options, folder, NoCallback())
+        runner.run(options, folder, NoCallback(), find_snapshot(options, folder) if begun else None)
+        shutil.rmtree(folder.path / runner.CHECKPOINTS, ignore_errors=True)
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:
         why = str(error) if isinstance(error, RunError | UsageError) else f"{type(error).__name__}: {error}"
         folder.write("traceback.txt", traceback.format_exc())
         folder.json("refused.json", {"status": "failed", "why": why})
+
+
+def find_snapshot(options: config.RunOptions, folder: RunFolder) -> Snapshot | None:
+    """Where a run that was stopped goes on; None where it begins anew: no checkpoint is whole, or it was of other versions."""
+    from hetfl.rounds.reporting import NoCallback
+    from hetfl.runs import runner
+
+    with suppress(UsageError, RunError, *FOREIGN):
+        snapshot = runner.load_snapshot(options, folder, NoCallback())
+        runner.refuse_changed(snapshot, config.resolve(folder.settings()), folder, force=False)
+        return snapshot
+    return None
 
 
 def read_result(out: Path, trial: Trial) -> TrialResult | None:

@@ -24,7 +24,7 @@ TABLE = """
 paper = "Nobody"
 about = "two rows on digits"
 source = "made up"
-band = 100.0
+band = 99.0
 seeds = 2
 unlike = "everything"
 
@@ -258,12 +258,24 @@ def test_the_list_runs_nothing_and_repeats_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_had_ended_is_scored_when_it_is_stopped(tiny, tmp_path, monkeypatch):
-    def stopped(trials, out, jobs):
-        yield TrialResult(trials[0], "ok", {"global@test": 0.5, "seconds": 1.0})
+def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_path, monkeypatch):
+    ended = dict[str, TrialResult]()
+
+    def killed(trials, out, jobs):
+        row = {"global@test": 0.5, "bytes down": 1.0, "bytes up": 1.0, "seconds": 1.0}
+        ended[trials[0].key] = TrialResult(trials[0], "ok", row)
+        yield ended[trials[0].key]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproduction, "run_trials", stopped)
+    monkeypatch.setattr(reproduction, "run_trials", killed)
+    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: ended.get(trial.key))
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         main(["reproduce", "tiny", "--out", str(tmp_path)])
-    assert (tmp_path / "scorecard.csv").read_text().count("not run") == 3
+    lines = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())
+    assert [line["within"] for line in lines] == ["yes", "no (-1.0)", "not run"]
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_row(tiny, tmp_path, capsys):
+    assert hfl("tiny", "--device", "cuda:99", "--out", str(tmp_path / "out")) == 2
+    assert "--device cuda:99 cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

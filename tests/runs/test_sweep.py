@@ -16,6 +16,7 @@ from helpers.cli import exit_code
 from hetfl import registry
 from hetfl.runs import sweep
 from hetfl.runs.folder import FolderInUseError, RunFolder
+from hetfl.runs.runner import RunRecorder
 
 SMALL = ["--limit", "150", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "2", "--seeds", "0,1"]
 
@@ -179,3 +180,32 @@ def test_a_cell_whose_process_dies_has_failed(tmp_path):
     gone.set_exception(ProcessExpired("gone", code=-9))
     assert sweep.end_of(gone, trial, tmp_path)
     assert "the process of this run ended with code -9" in sweep.read_result(tmp_path, trial).row["why"]
+
+
+def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    base = {"dataset": "digits", "limit": 60, "clients": 2, "rounds": 6, "epochs": 1, "model": "mlp",
+            "server_data": 0, "pretrain_steps": 0, "eval_every": 6, "own_test": 0}  # fmt: skip
+    monkeypatch.setattr(sweep, "CHECKPOINTS", 3)
+    (trial,) = sweep.plan_trials(base, [("heterofl", "overlap")], {}, [0])
+    assert sweep.run_trial(trial, tmp_path / "whole", 1, wait_for_others=False)
+    began, done, record = list[int](), list[int](), RunRecorder.done
+
+    def stop(recorder, row):
+        record(recorder, row)
+        done.append(row["round"])
+        if row["round"] == 3 and not began:
+            began.append(3)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunRecorder, "done", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_trial(trial, tmp_path / "stopped", 1, wait_for_others=False)
+    assert sweep.read_result(tmp_path / "stopped", trial) is None
+    assert sweep.run_trial(trial, tmp_path / "stopped", 1, wait_for_others=False)
+    assert done == [1, 2, 3, 3, 4, 5, 6]  # the last checkpoint was after round 2
+    whole, stopped = (RunFolder(tmp_path / name / "cells" / trial.name) for name in ("whole", "stopped"))
+    assert whole.bytes_of("weights.safetensors") == stopped.bytes_of("weights.safetensors")
+    assert len(stopped.rows("metrics.csv")) == len(whole.rows("metrics.csv")) == 6
+    assert stopped.read("summary.json")["seconds"] >= sum(float(row["seconds"]) for row in stopped.rows("metrics.csv"))
+    assert not (whole.path / "checkpoints").exists()
+    assert not (stopped.path / "checkpoints").exists()
