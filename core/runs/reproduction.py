@@ -20,7 +20,10 @@ SCORECARD = "scorecard.csv"
 
 @dataclass(frozen=True)
 class Score:
-    """One printed value beside ours: the mean and the standard deviation over `seeds` runs (None and 0 where there is none)."""
+    """One printed value beside ours: the mean and the standard deviation over `seeds` runs (None and 0 where there is none).
+
+    `seconds` is what one of the runs that ended took; None where none did.
+    """
 
     row: TableRow
     metric: str
@@ -35,7 +38,7 @@ class Score:
     def verdict(self) -> str:
         """Whether ours is within the band of what is printed, or why there is nothing to say; nothing where there is no band."""
         if self.mean is None:
-            return "not run"
+            return "not run" if self.seconds is None else "not measured"
         band, gap = self.row.find_band(self.metric), self.mean - self.published
         if band is None:
             return ""

@@ -278,9 +278,13 @@ def read_value(text: str) -> Any:
 
 
 def read_folder(folder: RunFolder, trial: Trial) -> TrialResult | None:
-    """What a trial's folder holds; None where it has not ended."""
+    """What a trial's folder holds; None where it has not ended. Raises UsageError for one that is damaged."""
     for name in ("refused.json", "summary.json"):
         if folder.holds(name):
-            found = folder.read(name)
-            return TrialResult(trial, found.get("status", "ok"), result_row(trial, found), cached=True)
+            try:
+                found = folder.read(name)
+                return TrialResult(trial, found.get("status", "ok"), result_row(trial, found), cached=True)
+            except (UsageError, *FOREIGN) as error:
+                why = f"{name} is not what a run leaves"
+                raise UsageError(f"the run in '{folder.path}' is damaged: {why}; delete that folder to run it again") from error
     return None

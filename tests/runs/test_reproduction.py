@@ -11,12 +11,14 @@ import pytest
 from helpers.cli import exit_code
 from hetfl.cli.main import main
 from hetfl.cli.reproduce import parse_duration
+from hetfl.config import merge_options, resolve
 from hetfl.errors import UsageError
 from hetfl.hooks.loading import load_plugins
 from hetfl.runs import reproduction
 from hetfl.runs import tables as published
-from hetfl.runs.cell import TrialResult
+from hetfl.runs.cell import Trial, TrialResult
 from hetfl.runs.reproduction import run_rows, score_row, write_scorecard
+from hetfl.runs.sweep import run_trial
 from hetfl.runs.tables import TableRow, find_rows, list_unlike, read_table, tables
 
 TABLE = """
@@ -159,6 +161,28 @@ def test_each_metric_has_its_own_band_and_what_has_none_is_not_judged():
         None, "ok", {"global@own masked": 0.96, "global@test": 0.92, "bytes down": 1e6, "bytes up": 0, "seconds": 1.0}
     )
     assert [score.verdict for score in score_row(row, [result])] == ["no (-3.0)", "yes", ""]
+
+
+def test_what_a_run_does_not_measure_is_not_called_not_run():
+    row = TableRow("t", "r", {}, {"personal@own": 99.0})
+    assert score_row(row, [TrialResult(None, "ok", {"seconds": 1.0})])[0].verdict == "not measured"
+    assert score_row(row, [None])[0].verdict == "not run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    {(row.options["extract"], *row.published): row for table in tables().values() for row in table.rows}.values(),
+    ids=lambda row: f"{row.table}-{row.name}",
+)
+def test_a_run_measures_every_value_of_its_row(row, tmp_path):
+    """Whatever the data and the net: digits, ten clients and two rounds stand for them."""
+    small = {"dataset": "digits", "limit": 400, "clients": 10, "fraction": 0.5, "rounds": 1, "epochs": 1, "model": "cnn",
+             "model_args": {"widths": [16, 16]}, "partition": "iid", "pretrain_steps": min(2, row.options.get("pretrain_steps", 2)),
+             "augment": [], "local_steps": 1, "own_test": 0.2}  # fmt: skip
+    trial = Trial((), resolve(merge_options(row.options, small | {"set": {"levels": {"mix": "1:5,0.5:5"}}})))
+    assert run_trial(trial, tmp_path, 1, wait_for_others=False)
+    assert all(score.mean is not None for score in score_row(row, [reproduction.read_result(tmp_path, trial)]))
 
 
 def test_what_is_unlike_the_paper_is_said_once():

@@ -14,6 +14,7 @@ from pebble import ProcessExpired
 
 from helpers.cli import exit_code
 from hetfl import registry
+from hetfl.errors import UsageError
 from hetfl.runs import sweep
 from hetfl.runs.folder import FolderInUseError, RunFolder
 from hetfl.runs.runner import RunRecorder
@@ -209,3 +210,11 @@ def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     assert stopped.read("summary.json")["seconds"] >= sum(float(row["seconds"]) for row in stopped.rows("metrics.csv"))
     assert not (whole.path / "checkpoints").exists()
     assert not (stopped.path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("text", ['{"a"', "{}", "[]", ""])
+def test_a_damaged_cell_is_named(tmp_path, text):
+    (trial,) = sweep.plan_trials({}, [("heterofl", "overlap")], {}, [0])
+    RunFolder(tmp_path / "cells" / trial.name).open().write("summary.json", text)
+    with pytest.raises(UsageError, match=r"/cells/heterofl-.*' is damaged: summary\.json .*; delete that folder to run it again"):
+        sweep.read_result(tmp_path, trial)
