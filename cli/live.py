@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
 
 SHOWN = 12  # rounds on the screen
+
+LOOK = 60.0  # seconds between two looks at how far the runs of a sweep are
 
 SILENCE = 10.0  # seconds without a line before round 1, after which one says what is being done
 
@@ -118,20 +121,36 @@ def round_line(row: dict[str, Any], rounds: int) -> str:
 
 
 class SweepDisplay:
-    """The leaderboard of a sweep while it runs; one plain line a trial where the output is no terminal."""
+    """The leaderboard of a sweep while it runs; one plain line a trial where the output is no terminal.
 
-    def __init__(self, trials: Sequence[Trial], metric: str) -> None:
+    Every minute it says how far the runs in the folder `out` are.
+    """
+
+    def __init__(self, trials: Sequence[Trial], metric: str, out: Path) -> None:
         self._trials, self._metric, self._started = trials, metric, time.perf_counter()
+        self._out, self._ended = out, threading.Event()
         self._screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> SweepDisplay:
         if self._screen:
             self._screen.start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         if self._screen:
             self._screen.stop()
+
+    def _watch(self) -> None:
+        """Says how far runs are, as long as they go on."""
+        said = dict[str, int]()
+        while not self._ended.wait(LOOK):
+            for trial in self._trials:
+                cell = self._out / "cells" / trial.name
+                if (rounds := count_rounds(cell)) and rounds != said.get(trial.name):
+                    say(f"{describe_trial(trial)}: round {rounds} of {trial.options.rounds} has ended")
+                    said[trial.name] = rounds
 
     def show(self, results: Sequence[TrialResult]) -> None:
         """Shows what is known by now; the last of `results` is the new one."""
@@ -145,5 +164,20 @@ class SweepDisplay:
             self._screen.refresh()
             return
         value = percent(new.row.get(self._metric)) if new.status == "ok" else f"{new.status}: {new.row['why']}"
-        trial, at = new.trial, ", ".join(f"{name} {value}" for name, value in new.trial.point)
-        say(f"[{done}/{len(self._trials)}] {trial.extract} x {trial.aggregate} {at} seed {trial.seed}: {value}")
+        say(f"[{done}/{len(self._trials)}] {describe_trial(new.trial)}: {value}")
+
+
+def describe_trial(trial: Trial) -> str:
+    """What tells a trial from the others of its sweep."""
+    at = ", ".join(f"{name} {value}" for name, value in trial.point)
+    return f"{trial.extract} x {trial.aggregate} {at} seed {trial.seed}"
+
+
+def count_rounds(cell: Path) -> int:
+    """The rounds that have ended of a run that is not at its end; 0 where there is none."""
+    if (cell / "summary.json").exists() or (cell / "refused.json").exists():
+        return 0
+    try:
+        return max(0, (cell / "metrics.csv").read_bytes().count(b"\n") - 1)
+    except OSError:
+        return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,7 @@ from hetfl.cli import render
 from hetfl.cli.console import console, say
 from hetfl.cli.options import Debug
 from hetfl.cli.study import make_folder, refuse_failed, show_trials
-from hetfl.errors import UsageError
+from hetfl.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
@@ -66,9 +66,22 @@ def reproduce(
             yield result
 
     metric = next(name for name in chosen[0].published if name != tables.MEGABYTES or len(chosen[0].published) == 1)
-    show_trials(running(), trials, metric, results)
+    announce(chosen, out, plan)
+    show_trials(running(), trials, metric, results, out)
     print_scores(reproduction.score_rows(chosen, out, plan), out)
     refuse_failed(results)
+
+
+def announce(rows: Sequence[TableRow], out: Path, plan: Callable[[TableRow], list[Trial]]) -> None:
+    """What is to be run, and what that takes."""
+    from hetfl.runs.reproduction import find_cost, has_ended
+
+    todo = {row: count for row in rows if (count := sum(not has_ended(out, trial) for trial in plan(row)))}
+    costs = {row: cost for row in todo if (cost := find_cost(out, row, plan)) is not None}
+    minutes, unknown = sum(todo[row] * cost for row, cost in costs.items()) / 60, len(todo) - len(costs)
+    said = [f"about {minutes:,.0f} minutes on two cores"] if costs else []
+    said += [f"{plural(unknown, 'row')} of unknown cost"] if unknown else []
+    say(f"{plural(sum(todo.values()), 'run')} of {plural(len(todo), 'row')} to do" + (f": {', '.join(said)}" if said else ""))
 
 
 def parse_duration(text: str) -> float:

@@ -16,7 +16,7 @@ from hetfl.cli.options import Debug, check, gather, parse_pair, parse_value, wit
 from hetfl.cli.stopping import resumable
 from hetfl.errors import RunError, UsageError, nearest
 
-GOES_ON = "stopped; the same command goes on: runs that have ended are kept"
+GOES_ON = "stopped; the same command goes on: what has ended is kept, and long runs go on from their last checkpoint"
 
 if TYPE_CHECKING:
     from hetfl.runs.cell import Trial, TrialResult
@@ -63,7 +63,7 @@ def matrix(
     sweeps.refuse_bad(trials)
     results: list[TrialResult] = []
     try:
-        show_trials(sweeps.run_trials(trials, out, jobs, elsewhere), trials, metric, results)
+        show_trials(sweeps.run_trials(trials, out, jobs, elsewhere), trials, metric, results, out)
     finally:
         results = leaderboard.sort_results(results, trials)
         leaderboard.write_tables([*results, *sweeps.read_others(out, trials)], metric, out)
@@ -79,9 +79,11 @@ def find_cluster() -> Elsewhere:
     return run_on_ray
 
 
-def show_trials(running: Iterable[TrialResult], trials: Sequence[Trial], metric: str, results: list[TrialResult]) -> None:
+def show_trials(
+    running: Iterable[TrialResult], trials: Sequence[Trial], metric: str, results: list[TrialResult], out: Path
+) -> None:
     """Shows the `trials` as they end, and adds them to `results`; whoever stops this is told how it goes on."""
-    with resumable(lambda: GOES_ON), SweepDisplay(trials, metric) as display:
+    with resumable(lambda: GOES_ON), SweepDisplay(trials, metric, out) as display:
         for result in running:
             results.append(result)
             display.show(results)

@@ -25,6 +25,34 @@ Unlike the papers throughout: clients train on nine tenths of their examples and
 same for every seed (`--partition-seed 0`); `global@own masked` is of the last round alone.
 """
 
+OTHERS = """## Running them, and tables of others
+
+`hfl reproduce --list` says what there is, `--rows` takes names or words of them, `--budget 30m` begins no row that would not end in
+that time. What has ended is kept in `--out`, and a run of 20 rounds or more that was stopped or killed goes on from a checkpoint.
+
+A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`:
+
+```toml
+[project.entry-points."hetfl.tables"]
+mine = "my_package"
+```
+
+```toml
+[my-table]
+paper = "Who"
+about = "what was run, and the accuracy of what"
+source = "where it is printed"
+band = 1.0  # points; or by metric: { "global@test" = 8.0, "global@own masked" = 1.5 }
+band_from = "why so many"
+
+[[my-table.rows]]
+name = "heterofl IID"
+preset = "heflwr/mnist-iid-heterofl"
+options = { rounds = 20 }
+published = { "global@test" = 98.44 }
+```
+"""
+
 DISPUTED = """## Disputed numbers
 
 One baseline, many published figures: HeteroFL on CIFAR-10 (IID / 2 classes a client or Dirichlet 0.5, as each source has it).
@@ -49,7 +77,7 @@ below or near chance, so those baselines were broken.
 def text() -> str:
     """The page."""
     found = {(r["table"], r["row"], r["metric"]): r for r in read_results()}
-    return "\n".join([HEAD, *(section(table, found) for table in tables().values()), DISPUTED])
+    return "\n".join([HEAD, *(section(table, found) for table in tables().values()), OTHERS, DISPUTED])
 
 
 def read_results() -> list[dict[str, str]]:

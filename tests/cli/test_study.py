@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pandas as pd
 import pytest
 
 from helpers.cli import hfl
-from hetfl.cli import pictures, study
+from hetfl.cli import live, pictures, study
 from hetfl.errors import RunError
 from hetfl.runs.cell import TrialResult
+from hetfl.runs.folder import RunFolder
 from hetfl.runs.sweep import plan_trials
 
 
@@ -47,3 +50,22 @@ def test_a_matrix_in_which_every_run_failed_says_why(tmp_path, monkeypatch):
     failed = TrialResult(trial, "failed", {"why": "no space left"})
     with pytest.raises(RunError, match=r"1 of 1 trials failed, the first: .*: no space left"):
         study.conclude([failed], "global@test", tmp_path)
+
+
+def test_a_long_run_of_a_sweep_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(live, "LOOK", 0.01)
+    trials = plan_trials({"dataset": "digits", "rounds": 50}, [("heterofl", "overlap")], {}, [0, 1, 2])
+    for trial, rounds in zip(trials, (12, 50, 0), strict=True):
+        cell = RunFolder(tmp_path / "cells" / trial.name).open()
+        cell.table("metrics.csv", [{"round": n} for n in range(1, rounds + 1)])
+    cell = RunFolder(tmp_path / "cells" / trials[1].name)
+    cell.json("summary.json", {})  # it has ended
+    said = ""
+    with live.SweepDisplay(trials, "global@test", tmp_path):
+        end = time.monotonic() + 20
+        while "round" not in said and time.monotonic() < end:
+            time.sleep(0.02)
+            said += capsys.readouterr().out
+        time.sleep(0.05)
+    said += capsys.readouterr().out
+    assert said.split("\n") == ["heterofl x overlap  seed 0: round 12 of 50 has ended", ""]

@@ -88,7 +88,7 @@ def test_parts_of_heterofl_that_a_row_of_the_ablation_names_are_in_its_run():
         }
         level, _, named = row.name.partition(": ")
         assert {part for part, there in parts.items() if there} == set(named.replace("none", "").split(" + ")) - {""}
-        assert (level, options.rounds) == ({"e1": "e", "a1-e1": "a-e"}[options.levels], 40)
+        assert (level, options.rounds) == ({"e1": "e", "c1-e1": "c-e"}[options.levels], 40)
 
 
 def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path, capsys):
@@ -100,10 +100,13 @@ def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path
     assert float(narrow["std"]) > 0
     assert float(lines["narrow", "MB"]["ours"]) > 0
     assert lines["narrow and dear", "global@test"]["within"] == "not run"
-    assert "unlike the paper: everything" in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "4 runs of 2 rows to do: about 2,000 minutes on two cores" in said
+    assert "unlike the paper: everything" in said
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")}
     assert len(before) == 2
     assert hfl("tiny", "--rows", "narrow", "--out", str(out)) == 0  # an exact name; and what is there is not run again
+    assert "0 runs of 0 rows to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")} == before
 
 
