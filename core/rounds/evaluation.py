@@ -51,15 +51,16 @@ def list_jobs(now: RoundState, sent: Mapping[int, Assignment]) -> dict[str, Eval
     if run.options.server_finetune_steps:
         found["sent@test"] = EvalJob(run.server.state)
 
-    def part(source: State, plan: Plan) -> EvalJob:
-        return EvalJob(own_statistics(now, plan, source) if run.static_norms else source, plan)
+    def part(source: State, plan: Plan, personal: bool = False) -> EvalJob:
+        apart = run.static_norms and needs_own_statistics(plan, personal)
+        return EvalJob(own_statistics(now, plan, source) if apart else source, plan)
 
     for level, fresh in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
         plan, before = fresh.plan, sent[fresh.client.id]
         if plan.model is None:
             found[f"level-{level}@test"] = part(now.aggregated, plan)
         if fresh.source is not run.server.state:
-            found[f"personal-{level}@test"] = EvalJob(fresh.source, plan)
+            found[f"personal-{level}@test"] = part(fresh.source, plan, personal=True)
         elif not before.personal:
             found[f"sent-{level}@test"] = part(before.source, plan)
     for level, plan in plan_absent_levels(now).items():
@@ -103,7 +104,7 @@ def evaluate_on_clients(now: RoundState) -> None:
     """
     run, asked = now.run, dict[int, Instruction]()
     for i, a in now.assignments.items():
-        local = run.local_norms or (run.static_norms and not a.personal and needs_own_statistics(a.plan))
+        local = run.local_norms or (run.static_norms and needs_own_statistics(a.plan, a.personal))
         asked[i] = a.instruction("evaluate", now.number, local, run.state_versions.get(i, 0))
     found: dict[str, list[float]] = {}
     for i, answer in exchange(now.engine, "evaluate", asked):

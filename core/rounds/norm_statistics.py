@@ -83,17 +83,15 @@ def pool_passes(now: RoundState) -> State:
     return pool_statistics(replies, server.state)
 
 
-def needs_own_statistics(plan: Plan) -> bool:
-    """Whether the submodel of `plan` is a network of its own under the policies STATIC: fewer channels feed each of its own, so the
-    global network's statistics are far off for it."""
-    return isinstance(plan, Selection) and not plan.whole
+def needs_own_statistics(plan: Plan, personal: bool = False) -> bool:
+    """Whether the submodel of `plan` is a network of its own under the policies STATIC, so that the global network's statistics are
+    far off for it: fewer channels feed each of its own, or weights other than the global ones do (`personal`)."""
+    return isinstance(plan, Selection) and (personal or not plan.whole)
 
 
 def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
-    """`source`, with statistics of the very submodel that `plan` takes of it where `needs_own_statistics`, pooled over the clients
-    of the round that have this plan, or over all where nobody has. This is for evaluation, so it is not counted as bytes."""
-    if not needs_own_statistics(plan):
-        return source
+    """`source`, with statistics of the very submodel that `plan` takes of it, pooled over the clients of the round that have this
+    plan, or over all where nobody has. This is for evaluation, so it is not counted as bytes."""
     with now.timed("statistics"):
         able = {i: replace(a, plan=plan) for i, a in now.assignments.items() if a.plan.model is None}
         having = {i: a for i, a in now.assignments.items() if a.plan is plan} or able

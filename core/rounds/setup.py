@@ -187,7 +187,7 @@ def adapt_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
         model, x, inputs = build_model(options, federation, model_of(options)), sample(federation), federation.inputs
         if options.adapter and (adapters := parse_adapter(options.adapter)):
             model = add_adapters(model, adapters, x, inputs.answer)
-        model = plugins.adapt_model(model, x, inputs.classes)
+        model = normalization.replace_norms(plugins.adapt_model(model, x, inputs.classes), options.norm_policy)
     if options.global_width == 1:
         return model
     widths = trace_all_exits(options, federation, model)

@@ -53,19 +53,23 @@ def test_static_counts_the_whole_model_down_and_the_statistics_up(simulate):
     assert whole["statistics bytes"] == 3 * (size + statistics)
 
 
-def test_a_slice_is_tested_with_statistics_of_its_own(simulate):
-    """Its channels are fed by fewer others than in the global network, whose statistics are far off."""
-    made = simulate(1, **CNN, norm_policy="static", levels="1,0.25,0.25", clients=3, eval_batch_size=512, vmap="off")
-    server, plan = made.server, made.last.assignments[1].plan
-    small, tested = server.builder.build(plan.sizes), dict(plan.take(server.state))
+@pytest.mark.parametrize(("aggregate", "name"), [("overlap", "level-0.25@test"), ("cluster", "personal-0.25@test")])
+def test_a_slice_is_tested_with_statistics_of_its_own(simulate, aggregate, name):
+    """Its channels are fed by fewer others than in the global network, or by other weights, whose statistics are far off."""
+    values = {**CNN, "aggregate": aggregate, "levels": "1,0.25,0.25", "clients": 3, "eval_batch_size": 512, "vmap": "off"}
+    made = simulate(1, **values, norm_policy="static")
+    server, assigned = made.server, made.last.assignments[1]
+    plan, source = assigned.plan, assigned.source
+    assert (source is server.state) == (aggregate == "overlap")
+    small, tested = server.builder.build(plan.sizes), dict(plan.take(source))
     seen = [norm_inputs(small, tested, made.federation.clients[i]) for i in (1, 2)]
     for n in NORMS:
         together = torch.cat([s[n] for s in seen], 1)
         tested |= {f"{n}.running_mean": together.mean(1), f"{n}.running_var": together.var(1, correction=0)}
     expected = server.score(tested, made.federation.test, plan.sizes)
-    assert made.state.rows[-1]["level-0.25@test"] == pytest.approx(expected.accuracy, abs=1e-9)
-    assert made.state.rows[-1]["level-0.25@test loss"] == pytest.approx(expected.loss, rel=1e-5)
-    assert server.score(plan.take(server.state), made.federation.test, plan.sizes).loss != pytest.approx(expected.loss, rel=3e-4)
+    assert made.state.rows[-1][name] == pytest.approx(expected.accuracy, abs=1e-9)
+    assert made.state.rows[-1][f"{name} loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert server.score(plan.take(source), made.federation.test, plan.sizes).loss != pytest.approx(expected.loss, rel=3e-4)
 
 
 def test_a_client_that_cannot_hold_the_whole_model_is_left_out_of_its_statistics(simulate, monkeypatch):

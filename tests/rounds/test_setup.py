@@ -57,6 +57,13 @@ def test_a_finished_run_gives_its_narrow_model_back():
     assert run.clients["parameters"].max() == sum(p.numel() for p in run.model.parameters())
 
 
+def test_batch_norm_is_replaced_in_exits_too(simulate):
+    values = {"model": "cnn", "model_args": {"widths": [4, 8]}, "norm_policy": "layer", "server_data": 0.0}
+    made = simulate(1, extract="depthfl", aggregate="overlap", **values)
+    assert "heads.0.0.1.weight" in made.server.state
+    assert not any("running" in name for name in made.server.state)
+
+
 def test_a_model_that_cannot_be_cut_has_one_width(simulate):
     with pytest.raises(UsageError, match=r"so only --global-width 1 is possible"):
         simulate(0, extract="full", model="mlp", model_args={"hidden": []}, global_width=0.5)
