@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Generator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import fill_section
 from torch import Tensor
 
 import hetfl
@@ -117,14 +117,6 @@ def show(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Puts the table between the marks of the page."""
-    text = re.sub(
-        r"(<!-- table -->\n).*(<!-- end -->)", lambda m: f"{m[1]}\n{make_table(rows)}\n{m[2]}", PAGE.read_text(), flags=re.DOTALL
-    )
-    PAGE.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
@@ -147,7 +139,7 @@ def main() -> None:
                     rows.append(run(rule, fleet, attack, attackers, seed, asked.rounds))
                     print(json.dumps(rows[-1]), flush=True)
                     ROWS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    write_page(rows)
+    fill_section(PAGE, "table", f"\n{make_table(rows)}\n")
 
 
 if __name__ == "__main__":

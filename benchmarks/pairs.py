@@ -15,13 +15,15 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import fill_section, list_values, run_named, show_spread
+
 from hetfl import Plugin, Reply, Task, hookimpl
 from hetfl.config import DataOptions
 from hetfl.data.loading import load
 from hetfl.plugins.methods.fjord import FjORD
 from hetfl.runs.cell import Row, Trial
 from hetfl.runs.folder import table_text
-from hetfl.runs.sweep import plan_trials, read_result, run_trials
+from hetfl.runs.sweep import plan_trials
 
 STEPS = 40  # on server data a round, of 64 examples
 
@@ -99,16 +101,6 @@ def hold_back(dataset: str, folder: Path) -> dict[str, Any]:
     return {"dataset": str(folder), "model": "fedconv-cnn"}
 
 
-def text(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, in per cent."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}" if values else "-"
-
-
-def values(rows: Sequence[Row], name: str) -> list[float]:
-    return [float(row[name]) for row in rows if row.get(name) is not None]
-
-
 def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
     """The lines of the table of a data set at `alpha`, the best mean level first.
 
@@ -116,12 +108,12 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
     """
     found = [row for row in rows if (row["data set"], row["alpha"], row["status"]) == (dataset, alpha, "ok")]
     ours = {name: [row for row in found if row["name"] == name] for name in dict.fromkeys(row["name"] for row in found)}
-    means = {name: {c: statistics.fmean(values(runs, c)) for c in COLUMNS if values(runs, c)} for name, runs in ours.items()}
+    means = {name: {c: statistics.fmean(seen) for c in COLUMNS if (seen := list_values(runs, c))} for name, runs in ours.items()}
     fair = len({len(runs) for runs in ours.values()}) == 1 and len(ours) >= len(PAIRS)
     best = {} if not fair else {c: max((m[c] for m in means.values() if c in m), default=0.0) for c in COLUMNS[:3]}
     lines = ["| pair | mean level | worst level | global | its control | seeds |", "|---|---|---|---|---|---|"]
     for name, runs in sorted(ours.items(), key=lambda pair: -means[pair[0]][COLUMNS[0]]):
-        cells = [text(values(runs, c)) for c in COLUMNS]
+        cells = [show_spread(list_values(runs, c)) for c in COLUMNS]
         leads = [c in best and means[name][c] == best[c] for c in COLUMNS]
         marked = [f"**{cell}**" if first else cell for cell, first in zip(cells, leads, strict=True)]
         lines.append(f"| {name} | " + " | ".join(marked) + f" | {len(runs)} |")
@@ -142,19 +134,16 @@ def main() -> None:
     alphas = [float(a) for a in given.alphas.split(",")]
     sets = {"digits": hold_back("digits", given.out / "digits")} if given.look else {n: SETS[n] for n in given.sets.split(",")}
     pairs, seeds = (LOOK, range(10, 12)) if given.look else (PAIRS, range(given.seeds))
-    runs = [(n, a, *run) for a in alphas for s in seeds for n, base in sets.items() for run in plan_runs(pairs, base, a, s)]
-    names = {trial.key: {"data set": n, "alpha": a, "name": name} for n, a, name, trial in runs}
-    (given.out / "cells").mkdir(parents=True, exist_ok=True)
-    trials = [run[3] for run in runs]
-    known = [found for trial in trials if (found := read_result(given.out, trial)) is not None]
-    rows = [{**r.row, **names[r.trial.key]} for r in (known if given.known else run_trials(trials, given.out, given.jobs))]
+    runs = [
+        ({"data set": n, "alpha": a, "name": name}, trial)
+        for a in alphas for s in seeds for n, base in sets.items() for name, trial in plan_runs(pairs, base, a, s)
+    ]  # fmt: skip
+    rows = run_named(runs, given.out, given.jobs, given.known)
     done = [(a, n) for a in alphas for n in sets if any((r["data set"], r["alpha"]) == (n, a) for r in rows)]
     tables = [line for a, n in done for line in (f"{n}, alpha {a:g}:", "", *table(rows, n, a), "")]
     print("\n".join(tables))
     if given.page:
-        before, _, rest = given.page.read_text().partition("<!-- pairs -->\n")
-        after = rest.partition("<!-- end pairs -->")[2]
-        given.page.write_text(before + "<!-- pairs -->\n" + "\n".join(tables) + "<!-- end pairs -->" + after)
+        fill_section(given.page, "pairs", "\n".join(tables))
         (given.page.parent / "results" / "pairs.csv").write_text(table_text(rows))
     for row in (r for r in rows if r["status"] != "ok"):
         print(f"{row['name']}, {row['data set']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")

@@ -13,14 +13,13 @@ import argparse
 import itertools
 import json
 import os
-import re
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from cells import fill_section, list_values, show_spread
 
 import hetfl
 
@@ -88,13 +87,6 @@ def choose(data: Path, base: Path) -> None:
             print(method, lr, f"{found['accuracy']['submodel@own']:.1%}", f"{found['cpu seconds']:.0f} s", flush=True)
 
 
-def show(values: Iterable[float]) -> str:
-    """Mean and standard deviation, in percent."""
-    found = [100 * value for value in values]
-    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.1f}{spread}" if found else "-"
-
-
 def make_table(rows: list[dict[str, Any]]) -> str:
     """The rows by method: accuracies over the seeds, then what a client takes; of `fedsa`, which makes no global model, its own."""
     heads = ["method", "seeds", *(f"`{name}`" for name in SHOWN), "bytes of a client and round", "memory, MB", "MACs, M"]
@@ -104,7 +96,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         if not ours:
             continue
         cells = [str(len(ours))]
-        cells += [show(row["accuracy"][name] for row in ours if name in row["accuracy"]) for name in SHOWN]
+        cells += [show_spread(list_values((row["accuracy"] for row in ours), name)) for name in SHOWN]
         cells.append(f"{statistics.fmean(row['bytes'] for row in ours) / 1e3:,.0f} kB")
         cells += [" to ".join(f"{v / 1e6:,.1f}" for v in dict.fromkeys(ours[0][what])) for what in ("memory", "MACs")]
         lines.append(f"| {method} | {' | '.join(cells)} |")
@@ -145,8 +137,7 @@ def main() -> None:
             print(f"seed {seed} is passed over: {error}", flush=True)
             continue
         done += 1
-    marks = r"(<!-- adapted -->\n).*(<!-- end -->)"
-    PAGE.write_text(re.sub(marks, lambda m: f"{m[1]}\n{make_table(rows)}\n\n{m[2]}", PAGE.read_text(), flags=re.DOTALL))
+    fill_section(PAGE, "adapted", f"\n{make_table(rows)}\n\n")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import Named, fill_section, run_named
+
 from hetfl.presets import find_preset
-from hetfl.runs.cell import Row, Trial
+from hetfl.runs.cell import Row
 from hetfl.runs.folder import table_text
 from hetfl.runs.leaderboard import measure_spread
-from hetfl.runs.sweep import cross_plugins, plan_trials, run_trials
+from hetfl.runs.sweep import cross_plugins, plan_trials
 
 PRESETS = {  # the preset that says what belongs to an extraction in its paper
     "heterofl": "heterofl/cifar10-noniid-a-e",
@@ -43,16 +45,16 @@ def published(extract: str) -> dict[str, Any]:
     return {name: values[name] for name in PARTS if name in values}
 
 
-def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[float], seeds: int) -> list[tuple[str, Trial]]:
+def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[float], seeds: int) -> list[Named]:
     """Every run with the name of its row."""
-    found = []
+    found: list[Named] = []
     for extract, aggregate in cross_plugins(extracts, ["natural"]):
         parts = published(extract)
         variants = {f"as published: {describe(parts)}": parts, "bare": {}} if parts else {"": {}}
         for variant, more in variants.items():
             name = f"`{extract}` x `{aggregate}`" + (f" ({variant})" if variant else "")
             trials = plan_trials({**base, **more}, [(extract, aggregate)], {"alpha": list(alphas)}, range(seeds))
-            found += [(name, trial) for trial in trials]
+            found += [({"name": name}, trial) for trial in trials]
     return found
 
 
@@ -120,16 +122,12 @@ def main() -> None:
         base[name] = json.loads(value) if value[:1] in "[{" else value
     alphas = [float(a) for a in given.alphas.split(",")]
     runs = plan_runs(given.extract.split(","), base, alphas, given.seeds)
-    names = {trial.key: name for name, trial in runs}
-    (given.out / "cells").mkdir(parents=True, exist_ok=True)
-    rows = [{"name": names[r.trial.key], **r.row} for r in run_trials([t for _, t in runs], given.out, given.jobs)]
+    rows = run_named(runs, given.out, given.jobs)
     (given.out / "results.csv").write_text(table_text(rows))
     tables = "\n".join(line for alpha in alphas for line in ("", f"Alpha {alpha:g}:", "", *table(rows, alpha), ""))
     print(tables)
     if given.page:
-        begin, end = f"<!-- {given.section} -->\n", f"<!-- end {given.section} -->"
-        before, _, rest = given.page.read_text().partition(begin)
-        given.page.write_text(before + begin + tables + end + rest.partition(end)[2])
+        fill_section(given.page, given.section, tables)
     for row in (r for r in rows if r["status"] != "ok"):
         print(f"{row['name']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
     print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")

@@ -31,6 +31,27 @@ def test_a_benchmark_imports_names_that_exist(path):
             assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
+def test_a_section_of_a_page_is_replaced_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cells = importlib.import_module("cells")
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one -->\nold\n<!-- end one -->\nb\n<!-- two -->\nkept\n<!-- end two -->\n")
+    cells.fill_section(page, "one", "new\n")
+    assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end one -->\nb\n<!-- two -->\nkept\n<!-- end two -->\n"
+    with pytest.raises(SystemExit, match="no section"):
+        cells.fill_section(page, "three", "new\n")
+
+
+def test_depth_is_compared_by_what_each_size_of_device_gets(monkeypatch):
+    """A size's own model where there is one; of a method that leaves a size out there is no mean."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    depth = importlib.import_module("depth")
+    levels = {f"level-{level}@test": 0.5 for level in depth.LEVELS}
+    found = depth.add_levels({**levels, "personal-1@test": 0.9, "personal-0.5@test": 0.1})
+    assert (found["mean of devices"], found["worst of devices"]) == (0.5, 0.1)
+    assert "mean of devices" not in depth.add_levels({"level-1@test": 0.5})
+
+
 def test_the_floor_trains_the_submodels_that_hetfl_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setenv("HETFL_BENCH", str(tmp_path))
