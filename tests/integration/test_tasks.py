@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import hetfl
+from helpers.runs import FOUR_CLIENTS
+from hetfl.config import resolve
 from hetfl.data.kinds import find_kind
 from hetfl.errors import NotApplicable, UsageError
+from hetfl.rounds.reporting import NoCallback
+from hetfl.runs import runner
+from hetfl.runs.folder import RunFolder
 
 FEW = {"clients": 3, "rounds": 1, "epochs": 1, "levels": "1,0.5,0.5", "partition": "iid", "workers": 1, "seed": 1}
 
@@ -71,3 +77,50 @@ def test_what_makes_no_sense_for_tokens_says_so(chosen):
 def test_a_classifier_does_not_fit_a_language_model():
     with pytest.raises(UsageError, match=r"logits of shape \(2, 32, 26\) are needed"):
         hetfl.run(data="dialects", limit=60, model="encoder", extract="heterofl", **FEW)
+
+
+ELSEWHERE = {  # plugins that ask the kind for losses and divergences
+    "lm": {"dataset": "dialects", "extract": "fjord", "set": {"fjord": {"distill": True}}, **TINY},
+    "regress": {"dataset": "digits", "task": "regress", "extract": "scalefl", "aggregate": "kld", "set": {"kld": {"steps": 2}}},
+    "multilabel": {"extract": "depthfl"},
+}
+
+
+@pytest.fixture
+def run_on(tmp_path):
+    """The folder of a run of a kind on an engine: `run_on("lm", "ray")`."""
+    x = np.random.default_rng(0).normal(size=(120, 4)).astype("float32")
+    (tmp_path / "labels").mkdir()
+    for split in ("train", "test"):
+        np.savez(tmp_path / "labels" / f"{split}.npz", x=x, y=(x[:, :3] > 0).astype("int64"))
+
+    def run(kind, engine):
+        data = {"dataset": str(tmp_path / "labels"), "model": "mlp", "model_args": {"hidden": [8]}, **ELSEWHERE[kind]}
+        few = {"limit": 80, "clients": 2, "levels": "1,0.5", "rounds": 1, "pretrain_steps": 2, "workers": 1}
+        options = resolve({**FOUR_CLIENTS, **data, **few, "engine": engine})
+        summary = runner.run(options, RunFolder(tmp_path / f"{kind} {engine}").open(), NoCallback())
+        assert summary["metric"] == find_kind(kind).metric
+        return tmp_path / f"{kind} {engine}"
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+def test_every_kind_gives_the_bits_of_the_local_engine_on_ray(run_on, stops):
+    import ray
+
+    from hetfl.engines.ray import connect
+
+    connect("local", [], 1)  # one for all kinds: a run uses the Ray that is there
+    try:
+        assert [kind for kind in ELSEWHERE if not stops.equal(run_on(kind, "local"), run_on(kind, "ray"))] == []
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_every_kind_gives_the_bits_of_the_local_engine_on_flowers_simulation(run_on, stops, kind):
+    assert stops.equal(run_on(kind, "local"), run_on(kind, "flower-sim"))
