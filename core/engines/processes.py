@@ -79,6 +79,7 @@ def share_base(builder: SubmodelBuilder, path: Path) -> tuple[Mapped, Widths] | 
     if packed is None:
         return None
     mapped = write_packed(packed, path)
+    del packed  # it holds the memory that the base is to leave
     rest_on(builder.model, unpack(map_packed(mapped)))
     return mapped, builder.widths
 

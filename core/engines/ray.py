@@ -100,7 +100,9 @@ class RayEngine(KeepingEngine):
         builder, data = runtime.builder, runtime.federation.on("cpu")
         widths, model = serialization.to_json(builder.widths), pack_based(builder.model)
         self._job = ray.put(pack((config, widths, data, model, builder.base_hash)))
-        if model is not None:
+        is_there = model is not None
+        del model  # it holds the memory that the base is to leave
+        if is_there:
             rest_on(builder.model, unpack(unpack(ray.get(self._job))[3]))
         self._class: Any = ray.remote(ClientActor)
         self._workers: list[Worker] = []

@@ -11,7 +11,7 @@ from hetfl.engines.select import EngineContext, make_engine
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.models.state import State, tensors
-from hetfl.parallel import Pool
+from hetfl.parallel import Pool, return_free_memory
 from hetfl.rounds.assignment import refuse_too_many
 from hetfl.rounds.clock import Clock, choose_fleet
 from hetfl.rounds.messages import Engine
@@ -85,6 +85,7 @@ def prepare(
     config = format_run_file(server.options, plugins.options())
     runtime = setup.runtime(stays=state.device != "cpu")
     engine = make_engine(runtime, server.pool, group_size, config, context or EngineContext())
+    return_free_memory()  # which training took
     seconds = {"pretrain": time.perf_counter() - began}
     return Experiment(
         given, server.options, federation, plugins, server, state, initial, pretrained, score, group_size, engine, seconds

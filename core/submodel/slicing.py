@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hetfl.submodel.blocks import take
@@ -43,27 +44,36 @@ def set_size(module: nn.Module, attribute: str, size: int) -> None:
 
 def refit_layer(layer: nn.Module) -> None:
     """Sets the size attributes of one of torch's layers to the shapes of its tensors."""
-    weight = getattr(layer, "weight", None)
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        refit_conv(layer)
-    elif isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, nn.modules.batchnorm._NormBase) and weight is not None:
-        layer.num_features = len(weight)
-    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm) and weight is not None:
-        layer.normalized_shape = tuple(weight.shape)
-    elif isinstance(layer, nn.GroupNorm) and weight is not None:
-        layer.num_channels = len(weight)
-    elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = layer.weight.shape[1]
-    elif isinstance(layer, nn.RNNBase):
-        layer.input_size = int(getattr(layer, "weight_ih_l0").shape[1])  # noqa: B009 (torch does not say that it is a tensor)
+    shape = shape_of(layer, "weight")
+    if isinstance(layer, nn.RNNBase):
+        layer.input_size = shape_of(layer, "weight_ih_l0")[1]
     elif isinstance(layer, nn.RNNCellBase):
-        layer.input_size = int(layer.weight_ih.shape[1])
+        layer.input_size = shape_of(layer, "weight_ih")[1]
+    elif not shape:
+        return
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        refit_conv(layer, shape)
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = shape
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        layer.num_features = shape[0]
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        layer.normalized_shape = tuple(shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = shape[0]
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = shape[1]
 
 
-def refit_conv(layer: nn.modules.conv._ConvNd) -> None:
-    """Sets a convolution's numbers of channels by its weight, (out, in / groups, …), transposed (in, out / groups, …)."""
+def shape_of(layer: nn.Module, name: str) -> torch.Size:
+    """The shape of a layer's tensor, empty where it has none; nothing is cast for it (models/casting.py)."""
+    held = layer._buffers.get(name)
+    tensor = getattr(layer, name, None) if held is None else held
+    return tensor.shape if isinstance(tensor, Tensor) else torch.Size()
+
+
+def refit_conv(layer: nn.modules.conv._ConvNd, shape: torch.Size) -> None:
+    """Sets a convolution's numbers of channels by its weight's shape (out, in / groups, …), transposed (in, out / groups, …)."""
     o, i = (1, 0) if layer.transposed else (0, 1)
-    layer.out_channels = layer.weight.shape[o] * (layer.groups if layer.transposed else 1)
-    layer.in_channels = layer.weight.shape[i] * (1 if layer.transposed else layer.groups)
+    layer.out_channels = shape[o] * (layer.groups if layer.transposed else 1)
+    layer.in_channels = shape[i] * (1 if layer.transposed else layer.groups)
