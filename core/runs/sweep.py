@@ -201,11 +201,14 @@ def run_trial(trial: Trial, out: Path, jobs: int, wait_for_others: bool) -> bool
 
 
 def take_folder(folder: RunFolder) -> bool:
-    """Takes a trial's folder; whether a run lies there that was stopped and may go on. Raises FolderInUseError."""
-    if not folder.holds("summary.json") and any(folder.path.glob("checkpoints/round-*.json")):
+    """Takes a trial's folder; whether a run lies there that was stopped or killed and may go on. Raises FolderInUseError.
+
+    One that failed begins anew: it would fail again, or what made it fail has been changed.
+    """
+    ended = folder.holds("summary.json") or folder.holds("traceback.txt")
+    if not ended and any(folder.path.glob("checkpoints/round-*.json")):
         folder.lock()
-        for name in ("refused.json", "traceback.txt"):
-            (folder.path / name).unlink(missing_ok=True)
+        (folder.path / "refused.json").unlink(missing_ok=True)
         return True
     folder.open(overwrite=True)
     return False
@@ -220,13 +223,14 @@ def fill_folder(trial: Trial, folder: RunFolder, workers: int | None, checkpoint
     options = trial.options.model_copy(update={"workers": workers, "checkpoint_every": checkpoint_every, **unused})
     try:
         runner.run(options, folder, NoCallback(), find_snapshot(options, folder) if begun else None)
-        shutil.rmtree(folder.path / runner.CHECKPOINTS, ignore_errors=True)
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:
         why = str(error) if isinstance(error, RunError | UsageError) else f"{type(error).__name__}: {error}"
         folder.write("traceback.txt", traceback.format_exc())
         folder.json("refused.json", {"status": "failed", "why": why})
+        return  # its checkpoints stay for hfl resume
+    shutil.rmtree(folder.path / runner.CHECKPOINTS, ignore_errors=True)
 
 
 def find_snapshot(options: config.RunOptions, folder: RunFolder) -> Snapshot | None:

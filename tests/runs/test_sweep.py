@@ -14,7 +14,7 @@ from pebble import ProcessExpired
 
 from helpers.cli import exit_code
 from hetfl import registry
-from hetfl.errors import UsageError
+from hetfl.errors import NotApplicable, UsageError
 from hetfl.runs import sweep
 from hetfl.runs.folder import FolderInUseError, RunFolder
 from hetfl.runs.runner import RunRecorder
@@ -183,11 +183,13 @@ def test_a_cell_whose_process_dies_has_failed(tmp_path):
     assert "the process of this run ended with code -9" in sweep.read_result(tmp_path, trial).row["why"]
 
 
+TINY = {"dataset": "digits", "limit": 60, "clients": 2, "epochs": 1, "model": "mlp", "server_data": 0, "pretrain_steps": 0,
+        "own_test": 0}  # fmt: skip
+
+
 def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
-    base = {"dataset": "digits", "limit": 60, "clients": 2, "rounds": 6, "epochs": 1, "model": "mlp",
-            "server_data": 0, "pretrain_steps": 0, "eval_every": 6, "own_test": 0}  # fmt: skip
     monkeypatch.setattr(sweep, "CHECKPOINTS", 3)
-    (trial,) = sweep.plan_trials(base, [("heterofl", "overlap")], {}, [0])
+    (trial,) = sweep.plan_trials({**TINY, "rounds": 6, "eval_every": 6}, [("heterofl", "overlap")], {}, [0])
     assert sweep.run_trial(trial, tmp_path / "whole", 1, wait_for_others=False)
     began, done, record = list[int](), list[int](), RunRecorder.done
 
@@ -210,6 +212,28 @@ def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     assert stopped.read("summary.json")["seconds"] >= sum(float(row["seconds"]) for row in stopped.rows("metrics.csv"))
     assert not (whole.path / "checkpoints").exists()
     assert not (stopped.path / "checkpoints").exists()
+
+
+def test_a_trial_that_failed_begins_anew_and_one_without_an_answer_keeps_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "CHECKPOINTS", 1)
+    (trial,) = sweep.plan_trials({**TINY, "rounds": 1}, [("heterofl", "overlap")], {}, [0])
+    folder, done, record = RunFolder(tmp_path / "cells" / trial.name), list[int](), RunRecorder.done
+
+    def finish(recorder, row):
+        record(recorder, row)
+        done.append(row["round"])
+        if len(done) in errors:
+            raise errors[len(done)]
+
+    errors = {1: ValueError("a plugin that is then mended"), 2: NotApplicable("not applicable: no")}
+    monkeypatch.setattr(RunRecorder, "done", finish)
+    assert sweep.run_trial(trial, tmp_path, 1, wait_for_others=False)
+    assert sweep.read_result(tmp_path, trial).status == "failed"
+    assert list(folder.path.glob("checkpoints/round-000001.json"))  # for hfl resume
+    assert sweep.run_trial(trial, tmp_path, 1, wait_for_others=False)
+    assert done == [1, 1]
+    assert sweep.read_result(tmp_path, trial).status == "not applicable"
+    assert not (folder.path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("text", ['{"a"', "{}", "[]", ""])

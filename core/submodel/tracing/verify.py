@@ -112,7 +112,7 @@ def compare_cut(
 
 def is_hollow(tensor: Tensor) -> bool:
     """Whether all entries of `tensor` lie in one place of memory (`empty_frozen`)."""
-    return tensor.numel() > 1 and not any(tensor.stride())
+    return tensor.numel() > 1 and not any(step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
 def cut_hollow(tensor: Tensor, index: Mapping[int, Tensor]) -> nn.Parameter:

@@ -12,8 +12,8 @@ from helpers.modules import MODULES, ZOO, traced
 from hetfl.models.convnets import CNN
 from hetfl.models.state import tensors
 from hetfl.profiling.cost import LiveBytes
-from hetfl.submodel.tracing.groups import trace
-from hetfl.submodel.tracing.verify import compare_cut, draw_units
+from hetfl.submodel.tracing.groups import empty_frozen, trace
+from hetfl.submodel.tracing.verify import compare_cut, draw_units, is_hollow
 
 
 @pytest.mark.parametrize("name", [*MODULES, *ZOO])
@@ -38,6 +38,13 @@ def test_batch_norm_nets_are_equal_without_leaving_anything_out():
     widths = trace(model, x)
     kept = {g.name: draw_units(g.size, torch.Generator().manual_seed(1)) for g in widths.groups}
     assert compare_cut(widths, model, [x], kept, torch.Generator().manual_seed(2))[1] <= 1e-5
+
+
+def test_a_tensor_that_was_emptied_is_hollow_whatever_its_shape():
+    layers = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(1, 8), nn.Linear(8, 4)).requires_grad_(False)
+    assert not any(is_hollow(p) for p in layers.parameters())
+    empty_frozen(layers)
+    assert all(is_hollow(p) for p in layers.parameters())
 
 
 def test_a_proof_holds_no_second_model_and_needs_no_values_of_a_frozen_one():
