@@ -219,10 +219,12 @@ def fill_folder(trial: Trial, folder: RunFolder, workers: int | None, checkpoint
     from hetfl.rounds.reporting import NoCallback
     from hetfl.runs import runner
 
+    here = {name: getattr(trial.options, name) for name in WITHOUT_EFFECT}
     unused = {} if trial.options.engine == "ray" else dict.fromkeys(config.FOR_RAY)  # they were for the task that runs it
-    options = trial.options.model_copy(update={"workers": workers, "checkpoint_every": checkpoint_every, **unused})
+    here |= {"workers": workers, "checkpoint_every": checkpoint_every, **unused}
     try:
-        runner.run(options, folder, NoCallback(), find_snapshot(options, folder) if begun else None)
+        options, snapshot = find_snapshot(trial.options, folder) if begun else (trial.options, None)
+        runner.run(options.model_copy(update=here), folder, NoCallback(), snapshot)
     except NotApplicable as error:
         folder.json("refused.json", {"status": "not applicable", "why": str(error).removeprefix("not applicable: ")})
     except Exception as error:
@@ -233,16 +235,20 @@ def fill_folder(trial: Trial, folder: RunFolder, workers: int | None, checkpoint
     shutil.rmtree(folder.path / runner.CHECKPOINTS, ignore_errors=True)
 
 
-def find_snapshot(options: config.RunOptions, folder: RunFolder) -> Snapshot | None:
-    """Where a run that was stopped goes on; None where it begins anew: no checkpoint is whole, or it was of other versions."""
+def find_snapshot(options: config.RunOptions, folder: RunFolder) -> tuple[config.RunOptions, Snapshot | None]:
+    """The options with which a run that was stopped began, those of plugins spelt out, and where it goes on.
+
+    `options` and None where it begins anew: no checkpoint is whole, or it was of other versions.
+    """
     from hetfl.rounds.reporting import NoCallback
     from hetfl.runs import runner
 
     with suppress(UsageError, RunError, *FOREIGN):
-        snapshot = runner.load_snapshot(options, folder, NoCallback())
-        runner.refuse_changed(snapshot, config.resolve(folder.settings()), folder, force=False)
-        return snapshot
-    return None
+        began = config.resolve(folder.settings())
+        snapshot = runner.load_snapshot(began, folder, NoCallback())
+        runner.refuse_changed(snapshot, began, folder, force=False)
+        return (began, snapshot) if snapshot else (options, None)
+    return options, None
 
 
 def read_result(out: Path, trial: Trial) -> TrialResult | None:

@@ -14,8 +14,9 @@ from pebble import ProcessExpired
 
 from helpers.cli import exit_code
 from hetfl import registry
+from hetfl.config import RunOptions
 from hetfl.errors import NotApplicable, UsageError
-from hetfl.runs import sweep
+from hetfl.runs import runner, sweep
 from hetfl.runs.folder import FolderInUseError, RunFolder
 from hetfl.runs.runner import RunRecorder
 
@@ -191,7 +192,8 @@ def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "CHECKPOINTS", 3)
     (trial,) = sweep.plan_trials({**TINY, "rounds": 6, "eval_every": 6}, [("heterofl", "overlap")], {}, [0])
     assert sweep.run_trial(trial, tmp_path / "whole", 1, wait_for_others=False)
-    began, done, record = list[int](), list[int](), RunRecorder.done
+    began, done, record, run, options = list[int](), list[int](), RunRecorder.done, runner.run, list[RunOptions]()
+    monkeypatch.setattr(runner, "run", lambda given, *rest: (options.append(given), run(given, *rest)))
 
     def stop(recorder, row):
         record(recorder, row)
@@ -206,6 +208,8 @@ def test_a_trial_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sweep.read_result(tmp_path / "stopped", trial) is None
     assert sweep.run_trial(trial, tmp_path / "stopped", 1, wait_for_others=False)
     assert done == [1, 2, 3, 3, 4, 5, 6]  # the last checkpoint was after round 2
+    assert not options[0].set
+    assert "heterofl" in options[1].set["extract"], "goes on with the defaults of plugins as they are now"
     whole, stopped = (RunFolder(tmp_path / name / "cells" / trial.name) for name in ("whole", "stopped"))
     assert whole.bytes_of("weights.safetensors") == stopped.bytes_of("weights.safetensors")
     assert len(stopped.rows("metrics.csv")) == len(whole.rows("metrics.csv")) == 6
