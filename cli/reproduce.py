@@ -118,7 +118,7 @@ def say_unlike(where: str, rows: Sequence[TableRow]) -> None:
 def list_cells(row: TableRow) -> tuple[str, ...]:
     """A row's line of the list."""
     printed = ", ".join(f"{metric} {value:g}" for metric, value in row.published.items())
-    return row.name, printed, "?" if row.minutes is None else f"{row.minutes:g}", str(row.seeds)
+    return row.name, printed, "unknown" if row.minutes is None else f"{row.minutes:g}", str(row.seeds)
 
 
 def print_scores(scores: Sequence[Score], out: Path) -> None:

@@ -28,7 +28,8 @@ same for every seed (`--partition-seed 0`); `global@own masked` is of the last r
 OTHERS = """## Running them, and tables of others
 
 `hfl reproduce --list` says what there is, `--rows` takes names or words of them, `--budget 30m` begins no row that would not end in
-that time. What has ended is kept in `--out`, and a run of 20 rounds or more that was stopped or killed goes on from a checkpoint.
+that time; rows of unknown cost come last, run by run while any of it is left.
+What has ended is kept in `--out`, and a run of 20 rounds or more that was stopped or killed goes on from a checkpoint.
 
 A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`:
 
@@ -49,8 +50,34 @@ band_from = "why so many"
 name = "heterofl IID"
 preset = "heflwr/mnist-iid-heterofl"
 options = { rounds = 20 }
-published = { "global@test" = 98.44 }
+published = { "global@test" = 98.44, MB = 120.0 }
+others = { Somebody = { "global@test" = 98.9 } }
+unlike = "20 rounds, not 50"
 ```
+
+| key of a table | |
+|---|---|
+| `paper`, `about`, `source` | who, what was run and measured, where it is printed |
+| `band` | points that ours may be off (of MB per cent) [1], or such numbers by metric: one left out is not judged; `{}` none |
+| `band_from` | where the band comes from |
+| `seeds` | runs of a row [3]: seeds 0, 1, 2 |
+| `unlike` | what all rows do otherwise than the paper's runs, sentences with `; ` between them; said once |
+| `finding` | what our runs came to and why, a sentence under the table on this page |
+| `rows` | the rows, one `[[my-table.rows]]` each |
+
+| key of a row | |
+|---|---|
+| `name` | what `--rows` finds it by |
+| `preset` | the [preset](presets.md) that the run begins with; what that is unlike the paper is said of the row, too |
+| `options` | options of a run, as in its file, over the preset's; `set = {}` drops the preset's options of plugins |
+| `published` | the printed values, by metric, in per cent; `MB`: megabytes both ways, of all clients and rounds |
+| `others` | the same by who else measured it |
+| `band`, `seeds` | in place of the table's |
+| `minutes` | of one seed on two cores, for `--budget`; what `--out` holds already counts in its place |
+| `unlike` | what this row does otherwise, beside the table's and the preset's |
+| `disputed` | why the printed value is not believed |
+
+What is wrong with a file is one sentence, with the row and the key.
 """
 
 DISPUTED = """## Disputed numbers
@@ -59,7 +86,7 @@ One baseline, many published figures: HeteroFL on CIFAR-10 (IID / 2 classes a cl
 
 | source | IID | non-IID | what differs |
 |---|---|---|---|
-| HeteroFL, table 1, a-b-c-d-e | 88.83 | 61.64 (global), 92.49 (local) | pre-activation ResNet, 400 / 800 rounds, all its parts |
+| HeteroFL's slides, a-b-c-d-e | 88.83 | 61.64 (global), 92.49 (local) | pre-activation ResNet, 400 / 800 rounds, all its parts |
 | Flower's reproduction, same row | 87.46 | 45.08 (global), 87.11 (local) | a larger net (11.2 M parameters) |
 | HeFlwr's README | 80.71 | 61.66 | ResNet18, 8 clients, 50 rounds |
 | FIARSE, table 1 | - | 66.05 (global), 68.88 (local) | Dirichlet 0.3, 800 rounds of 100 steps, static batch norm |
@@ -68,7 +95,7 @@ One baseline, many published figures: HeteroFL on CIFAR-10 (IID / 2 classes a cl
 | FedConv, figure 10 | 71.33 (alpha 10000) | 74.86 (alpha 0.05) to 80.13 (alpha 1) | 10 clients, 100 rounds |
 
 A figure for "HeteroFL on CIFAR-10" says little without its net, rounds, batch norm policy and mask. HeteroFL's own ablation
-(its table 2) moves the local accuracy of a-e from 37.8 (nothing) over 89.1 (mask alone) to 92.8 % (sBN, scaler and mask).
+(table 2 of its slides) moves the local accuracy of a-e from 37.8 (nothing) over 89.1 (mask alone) to 92.8 % (sBN, scaler and mask).
 FedConv prints 1.43 and 19.30 % for HeteroFL on MNIST at alpha 0.05 and 0.1 and HeFlwr 26.32 and 11.35 % for Federated Dropout:
 below or near chance, so those baselines were broken.
 """

@@ -197,9 +197,15 @@ def read_row(table: str, common: TableFile, given: RowFile) -> TableRow:
                 check_metric(metric)
                 if value > 100:
                     raise UsageError(f"{metric} is in percent, not {value:g}")
+            if metric not in given.published:
+                raise UsageError(f"others: {metric} is no value of the paper's here (published: {', '.join(given.published)})")
+        band = common.band if given.band is None else given.band
+        for metric in band if isinstance(band, Mapping) else ():
+            if metric != MEGABYTES:
+                check_metric(metric)
         resolve(options)
         return TableRow(
-            table, given.name, options, given.published, given.others, common.band if given.band is None else given.band,
+            table, given.name, options, given.published, given.others, band,
             given.seeds or common.seeds, given.minutes, tuple(dict.fromkeys(filter(None, "; ".join(sentences).split("; ")))),
             given.disputed,
         )  # fmt: skip

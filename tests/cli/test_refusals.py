@@ -75,7 +75,6 @@ def test_what_cannot_be_taken_elsewhere_is_said(tmp_path, capsys, given, said):
 
 
 def test_more_replies_than_clients_cannot_be_asked_for(capsys, tmp_path):
-
     assert exit_code("run", "--min-clients", "5", "--clients", "4", "--limit", "60", "--out", tmp_path / "a") == 2
     assert "--min-clients 5 is more than the 4 clients of a round" in capsys.readouterr().err
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from helpers.cli import exit_code
+from helpers.paths import ROOT
 from hetfl.cli.main import main
 from hetfl.cli.reproduce import parse_duration
 from hetfl.config import merge_options, resolve
@@ -19,7 +22,7 @@ from hetfl.runs import tables as published
 from hetfl.runs.cell import Trial, TrialResult
 from hetfl.runs.reproduction import run_rows, score_row, write_scorecard
 from hetfl.runs.sweep import run_trial
-from hetfl.runs.tables import TableRow, find_rows, list_unlike, read_table, tables
+from hetfl.runs.tables import RowFile, TableFile, TableRow, find_rows, list_unlike, read_table, tables
 
 TABLE = """
 [tiny]
@@ -210,6 +213,19 @@ def test_the_scorecard_keeps_what_other_commands_found(tmp_path):
     ]
 
 
+def test_the_page_says_what_every_key_of_a_table_is_and_its_example_is_one():
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    mine = page.partition("## Running them")[2].partition("## Disputed")[0]
+    of_table, of_row = mine.partition("| key of a table |")[2].split("| key of a row |")
+    for text, kind in ((of_table, TableFile), (of_row, RowFile)):
+        named = {key for line in text.splitlines() for key in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")}
+        assert named == set(kind.model_fields)
+    example = mine.split("```toml")[2].partition("```")[0]
+    ((name, values),) = tomllib.loads(example).items()
+    row = read_table(name, values).rows[0]
+    assert (row.options["rounds"], row.unlike[0]) == (20, "20 rounds, not 50")
+
+
 def test_what_cannot_be_found_is_said(tiny):
     with pytest.raises(UsageError, match="unknown table 'tini'; did you mean 'tiny'"):
         find_rows("tini", [])
@@ -236,6 +252,9 @@ PRESET = "heflwr/mnist-iid-full"
     ({}, {"published": {"globl@test": 1}}, "no run measures the metric 'globl@test'; did you mean 'global@test'?"),
     ({}, {"published": {"global@test": 101}}, "row 'r': global@test is in percent, not 101"),
     ({}, {"others": {"Flower": {"global@test": "high"}}}, "row 'r': others: input should be a valid number"),
+    ({}, {"others": {"Flower": {"client@own": 50.0}}}, "row 'r': others: client@own is no value of the paper's here"),
+    ({"band": {"globl@test": 1}}, {}, "no run measures the metric 'globl@test'; did you mean 'global@test'?"),
+    ({}, {"band": {"globl@test": 1}}, "row 'r': no run measures the metric 'globl@test'; did you mean 'global@test'?"),
     ({}, {"minutes": -3}, "row 'r': minutes: input should be greater than 0"),
     ({}, {"preset": PRESET[:-1]}, f"row 'r': unknown preset '{PRESET[:-1]}'; did you mean '{PRESET}'?"),
     ({}, {"options": {"extrct": "full"}}, "row 'r': unknown option 'extrct'; did you mean 'extract'?"),
