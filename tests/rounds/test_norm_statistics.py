@@ -53,16 +53,19 @@ def test_static_counts_the_whole_model_down_and_the_statistics_up(simulate):
     assert whole["statistics bytes"] == 3 * (size + statistics)
 
 
-@pytest.mark.parametrize(("aggregate", "name"), [("overlap", "level-0.25@test"), ("cluster", "personal-0.25@test")])
-def test_a_slice_is_tested_with_statistics_of_its_own(simulate, aggregate, name):
+@pytest.mark.parametrize(
+    ("aggregate", "name", "clients"),
+    [("overlap", "level-0.25@test", (1, 2)), ("cluster", "personal-0.25@test", (1, 2)), ("cluster", "personal-1@test", (0,))],
+)
+def test_a_slice_or_a_model_of_its_own_is_tested_with_statistics_of_its_own(simulate, aggregate, name, clients):
     """Its channels are fed by fewer others than in the global network, or by other weights, whose statistics are far off."""
     values = {**CNN, "aggregate": aggregate, "levels": "1,0.25,0.25", "clients": 3, "eval_batch_size": 512, "vmap": "off"}
     made = simulate(1, **values, norm_policy="static")
-    server, assigned = made.server, made.last.assignments[1]
+    server, assigned = made.server, made.last.assignments[clients[0]]
     plan, source = assigned.plan, assigned.source
     assert (source is server.state) == (aggregate == "overlap")
     small, tested = server.builder.build(plan.sizes), dict(plan.take(source))
-    seen = [norm_inputs(small, tested, made.federation.clients[i]) for i in (1, 2)]
+    seen = [norm_inputs(small, tested, made.federation.clients[i]) for i in clients]
     for n in NORMS:
         together = torch.cat([s[n] for s in seen], 1)
         tested |= {f"{n}.running_mean": together.mean(1), f"{n}.running_var": together.var(1, correction=0)}
