@@ -79,7 +79,7 @@ def announce(rows: Sequence[TableRow], out: Path, plan: Callable[[TableRow], lis
     todo = {row: count for row in rows if (count := sum(not has_ended(out, trial) for trial in plan(row)))}
     costs = {row: cost for row in todo if (cost := find_cost(out, row, plan)) is not None}
     minutes, unknown = sum(todo[row] * cost for row, cost in costs.items()) / 60, len(todo) - len(costs)
-    said = [f"about {minutes:,.0f} minutes on two cores"] if costs else []
+    said = [f"about {minutes:,.0f} CPU minutes"] if costs else []
     said += [f"{plural(unknown, 'row')} of unknown cost"] if unknown else []
     say(f"{plural(sum(todo.values()), 'run')} of {plural(len(todo), 'row')} to do" + (f": {', '.join(said)}" if said else ""))
 

@@ -22,7 +22,7 @@ GRACE = 1.5  # seconds that jobs which are interrupted have to end
 
 POLL = 0.05  # seconds between two looks for jobs that are late
 
-M_ARENA_MAX = -8  # of glibc's malloc.h
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of glibc's malloc.h
 
 AHEAD = 8  # jobs for each worker that may be running, or finished and not yet consumed
 
@@ -36,13 +36,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_free_memory() -> None:
-    """Has all threads begun from here on take from what any has freed, where the C library (glibc's) gives each a store of its own.
+def hold_little_memory() -> None:
+    """Has this process hold less of what it has freed, where the C library is glibc.
 
-    Less memory is held, and threads that allocate wait for each other.
+    Threads begun from here on take from one store, in turn, and a tensor of a mebibyte or more goes back to the system at once.
     """
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_ARENA_MAX, 1)
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def return_free_memory() -> None:

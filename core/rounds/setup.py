@@ -24,7 +24,7 @@ from hetfl.models.early_exit import all_exits
 from hetfl.models.folders import follow_model
 from hetfl.models.frozen import freeze
 from hetfl.models.state import load_weights, tensors
-from hetfl.parallel import return_free_memory, share_free_memory
+from hetfl.parallel import hold_little_memory, return_free_memory
 from hetfl.profiling.meter import Meter
 from hetfl.rng import seed_of
 from hetfl.rounds.assignment import sample_size
@@ -80,7 +80,7 @@ def finish_setup(
     """The setup of a traced model."""
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
     if builder.base:
-        share_free_memory()
+        hold_little_memory()
     return_free_memory()  # tracing took cut copies of the model
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 

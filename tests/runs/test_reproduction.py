@@ -104,7 +104,7 @@ def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path
     assert float(lines["narrow", "MB"]["ours"]) > 0
     assert lines["narrow and dear", "global@test"]["within"] == "not run"
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "4 runs of 2 rows to do: about 2,000 minutes on two cores" in said
+    assert "4 runs of 2 rows to do: about 2,000 CPU minutes" in said
     assert "unlike the paper: everything" in said
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")}
     assert len(before) == 2
