@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,24 @@ def run_named(runs: Sequence[Named], out: Path, jobs: int, known: bool = False) 
     there = (read_result(out, trial) for trial in trials)
     results = (found for found in there if found is not None) if known else run_trials(trials, out, jobs)
     return [{**facts[result.trial.key], **result.row} for result in results]
+
+
+def add_arguments(parser: argparse.ArgumentParser, section: str, alphas: str) -> None:
+    """What such a script is told on the command line; `section` is that of the page."""
+    parser.add_argument("--alphas", default=alphas)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--known", action="store_true", help="run nothing: the tables of what is in --out")
+    parser.add_argument("--out", type=Path, required=True)
+    place = f"<!-- {section} --> and <!-- end {section} -->"
+    parser.add_argument("--page", type=Path, help=f"the page whose lines between {place} are made")
+
+
+def say_failed(rows: Iterable[Row], names: Sequence[str]) -> None:
+    """The runs without a result, by the columns `names`, and why; and the CPU time that the script took."""
+    for row in (r for r in rows if r["status"] != "ok"):
+        print(f"{', '.join(f'{name} {row[name]}' for name in names)}: {row['why']}")
+    print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
 
 
 def list_values(rows: Iterable[Row], name: str) -> list[float]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import Named, fill_section, list_values, run_named, show_spread
+from cells import Named, add_arguments, fill_section, list_values, run_named, say_failed, show_spread
 
 from hetfl.runs.cell import Row
 from hetfl.runs.folder import table_text
@@ -94,13 +93,8 @@ def table(rows: Sequence[Row], alpha: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--alphas", default="0.5,10000")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    add_arguments(parser, "depth", alphas="0.5,10000")
     parser.add_argument("--choose", action="store_true", help="only try learning rates")
-    parser.add_argument("--known", action="store_true", help="run nothing: the tables of what is in --out")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="the page whose lines between <!-- depth --> and <!-- end depth --> are made")
     given = parser.parse_args()
     if given.choose:
         choose(given.out, given.jobs)
@@ -112,9 +106,7 @@ def main() -> None:
     if given.page:
         fill_section(given.page, "depth", f"{tables}\n")
         (Path(__file__).parents[1] / "docs" / "results" / "depth.csv").write_text(table_text(rows))
-    for row in (r for r in rows if r["status"] != "ok"):
-        print(f"{row['name']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
-    print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
+    say_failed(rows, ("name", "alpha", "seed"))
 
 
 if __name__ == "__main__":

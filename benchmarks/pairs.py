@@ -9,13 +9,12 @@ into a page of docs/ and every run into docs/results/pairs.csv.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import fill_section, list_values, run_named, show_spread
+from cells import add_arguments, fill_section, list_values, run_named, say_failed, show_spread
 
 from hetfl import Plugin, Reply, Task, hookimpl
 from hetfl.config import DataOptions
@@ -123,13 +122,8 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--alphas", default="0.1,10000")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    add_arguments(parser, "pairs", alphas="0.1,10000")
     parser.add_argument("--look", action="store_true", help="the candidates, on digits' training examples, with two other seeds")
-    parser.add_argument("--known", action="store_true", help="run nothing: the tables of what is in --out")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="the page whose lines between <!-- pairs --> and <!-- end pairs --> are made")
     given = parser.parse_args()
     alphas = [float(a) for a in given.alphas.split(",")]
     sets = {"digits": hold_back("digits", given.out / "digits")} if given.look else {n: SETS[n] for n in given.sets.split(",")}
@@ -145,9 +139,7 @@ def main() -> None:
     if given.page:
         fill_section(given.page, "pairs", "\n".join(tables))
         (given.page.parent / "results" / "pairs.csv").write_text(table_text(rows))
-    for row in (r for r in rows if r["status"] != "ok"):
-        print(f"{row['name']}, {row['data set']}, alpha {row['alpha']}, seed {row['seed']}: {row['why']}")
-    print(f"{sum(os.times()[:4]):.0f} seconds of CPU time")
+    say_failed(rows, ("name", "data set", "alpha", "seed"))
 
 
 if __name__ == "__main__":

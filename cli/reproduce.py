@@ -59,22 +59,28 @@ def reproduce(
     make_folder(out / "cells", out)
     results: list[TrialResult] = []
 
+    def write() -> list[Score]:
+        scores = reproduction.score_rows(chosen, out, plan)
+        reproduction.write_scorecard(scores, device, out)
+        return scores
+
     def running() -> Iterator[TrialResult]:
-        reproduction.write_scorecard(reproduction.score_rows(chosen, out, plan), device, out)
+        write()
         for result in reproduction.run_rows(chosen, out, jobs, plan, seconds):
-            reproduction.write_scorecard(reproduction.score_rows(chosen, out, plan), device, out)
+            write()
             yield result
 
     metric = next(name for name in chosen[0].published if name != tables.MEGABYTES or len(chosen[0].published) == 1)
     announce(chosen, out, plan)
     show_trials(running(), trials, metric, results, out)
-    print_scores(reproduction.score_rows(chosen, out, plan), out)
+    print_scores(write(), out)
     refuse_failed(results)
 
 
 def announce(rows: Sequence[TableRow], out: Path, plan: Callable[[TableRow], list[Trial]]) -> None:
     """What is to be run, and what that takes."""
-    from hetfl.runs.reproduction import find_cost, has_ended
+    from hetfl.runs.reproduction import find_cost
+    from hetfl.runs.sweep import has_ended
 
     todo = {row: count for row in rows if (count := sum(not has_ended(out, trial) for trial in plan(row)))}
     costs = {row: cost for row in todo if (cost := find_cost(out, row, plan)) is not None}

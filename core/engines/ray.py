@@ -98,12 +98,10 @@ class RayEngine(KeepingEngine):
         self._options, self._gpus = options, count_gpus(options)
         self._began = connect(options.ray_address, find_own_modules(options), options.workers)
         builder, data = runtime.builder, runtime.federation.on("cpu")
-        widths, model = serialization.to_json(builder.widths), pack_based(builder.model)
-        self._job = ray.put(pack((config, widths, data, model, builder.base_hash)))
-        is_there = model is not None
-        del model  # it holds the memory that the base is to leave
-        if is_there:
-            rest_on(builder.model, unpack(unpack(ray.get(self._job))[3]))
+        widths = serialization.to_json(builder.widths)
+        self._job = ray.put(pack((config, widths, data, pack_based(builder.model), builder.base_hash)))
+        if (model := unpack(ray.get(self._job))[3]) is not None:
+            rest_on(builder.model, unpack(model))
         self._class: Any = ray.remote(ClientActor)
         self._workers: list[Worker] = []
         self._answered: list[tuple[Call, Answer]] = []  # and not yet taken by whoever asked

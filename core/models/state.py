@@ -16,11 +16,15 @@ from hetfl.errors import UsageError
 State = dict[str, Tensor]  # by name
 
 
+def named_tensors(model: nn.Module) -> State:
+    """All parameters and buffers of `model` by name, tied ones under their first name: the very tensors."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def tensors(model: nn.Module) -> State:
     """Parameters and buffers by name, those in `state_dict` (tied ones under their first name); they share the model's memory."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = model.state_dict()
-    return {name: tensor.detach() for name, tensor in named.items() if name in kept}
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items() if name in kept}
 
 
 Places = list[tuple[str, str]]

@@ -12,7 +12,7 @@ from typing import Any
 
 from hetfl.runs.cell import Row, Trial, TrialResult
 from hetfl.runs.folder import RunFolder
-from hetfl.runs.sweep import read_result, run_trials
+from hetfl.runs.sweep import has_ended, read_result, run_trials
 from hetfl.runs.tables import MEGABYTES, TableRow
 
 SCORECARD = "scorecard.csv"
@@ -67,12 +67,6 @@ def run_rows(
             now = new if cost is not None else new[:jobs]
             yield from run_trials(now, out, jobs)
             new = new[len(now) :]
-
-
-def has_ended(out: Path, trial: Trial) -> bool:
-    """Whether `out` holds the result of a trial that did not fail."""
-    found = read_result(out, trial)
-    return found is not None and found.status != "failed"
 
 
 def find_cost(out: Path, row: TableRow, plan: Callable[[TableRow], list[Trial]]) -> float | None:

@@ -189,8 +189,7 @@ def run_trial(trial: Trial, out: Path, jobs: int, wait_for_others: bool) -> bool
             if not wait_for_others:
                 return False
             time.sleep(0.5)
-            found = read_result(out, trial)
-            if found is not None and found.status != "failed":
+            if has_ended(out, trial):
                 return True
     try:
         folder.commit()
@@ -254,6 +253,12 @@ def find_snapshot(options: config.RunOptions, folder: RunFolder) -> tuple[config
 def read_result(out: Path, trial: Trial) -> TrialResult | None:
     """What `out` holds of a trial; None where it has not ended."""
     return read_folder(RunFolder(out / "cells" / trial.name), trial)
+
+
+def has_ended(out: Path, trial: Trial) -> bool:
+    """Whether `out` holds the result of a trial that did not fail."""
+    found = read_result(out, trial)
+    return found is not None and found.status != "failed"
 
 
 def read_others(out: Path, trials: Sequence[Trial]) -> list[TrialResult]:

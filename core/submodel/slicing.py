@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hetfl.models.state import named_tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.widths import Kept, Widths
 
@@ -21,7 +22,7 @@ def build_submodel(widths: Widths, model: nn.Module, kept: Kept, shared: Mapping
     """
     memo: dict[int, Any] = {}
     index = widths.index(kept)
-    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+    for name, tensor in named_tensors(model).items():
         if shared and name in shared:
             memo[id(tensor)] = shared[name]
             continue

@@ -17,7 +17,7 @@ from hetfl.cli.reproduce import parse_duration
 from hetfl.config import merge_options, resolve
 from hetfl.errors import UsageError
 from hetfl.hooks.loading import load_plugins
-from hetfl.runs import reproduction
+from hetfl.runs import reproduction, sweep
 from hetfl.runs import tables as published
 from hetfl.runs.cell import Trial, TrialResult
 from hetfl.runs.reproduction import run_rows, score_row, write_scorecard
@@ -126,7 +126,8 @@ def test_cheap_rows_come_first_in_a_budget_and_those_of_unknown_cost_last(tmp_pa
             yield done[trial]
 
     monkeypatch.setattr(reproduction, "run_trials", run)
-    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: done.get(trial))
+    for module in (reproduction, sweep):
+        monkeypatch.setattr(module, "read_result", lambda out, trial: done.get(trial))
     monkeypatch.setattr(reproduction.time, "monotonic", lambda: now[0])
     list(run_rows([*plans], tmp_path, 1, lambda row: [f"{row.name} {i}" for i in range(plans[row])], budget))
     assert [*done] == begun
@@ -140,7 +141,8 @@ def test_a_row_of_unknown_cost_ends_with_its_budget(tmp_path, monkeypatch):
         yield from (done[trial] for trial in trials)
 
     monkeypatch.setattr(reproduction, "run_trials", run)
-    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: done.get(trial))
+    for module in (reproduction, sweep):
+        monkeypatch.setattr(module, "read_result", lambda out, trial: done.get(trial))
     list(run_rows([TableRow("t", "r", {}, {})], tmp_path, 1, lambda row: ["seed 0", "seed 1", "seed 2"], 60.0))
     assert [*done] == ["seed 0"]  # two more would take 80 s
 
@@ -314,7 +316,8 @@ def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reproduction, "run_trials", killed)
-    monkeypatch.setattr(reproduction, "read_result", lambda out, trial: ended.get(trial.key))
+    for module in (reproduction, sweep):
+        monkeypatch.setattr(module, "read_result", lambda out, trial: ended.get(trial.key))
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         main(["reproduce", "tiny", "--out", str(tmp_path)])
     lines = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())

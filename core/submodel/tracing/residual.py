@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from hetfl.models.state import State, call_with, tensors
+from hetfl.models.state import State, call_with, named_tensors, tensors
 from hetfl.models.watching import run_watched
 from hetfl.rng import stream
 from hetfl.submodel.depth import skip_blocks
@@ -81,7 +81,7 @@ def record_calls(model: nn.Module, x: Tensor) -> list[Call]:
 
 def own_tensors(module: nn.Module) -> State:
     """All tensors of `module` by name, what is frozen of it among them."""
-    return {name: t.detach() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    return {name: t.detach() for name, t in named_tensors(module).items()}
 
 
 def has_way_around(call: Call, generator: torch.Generator) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from hetfl.models.state import State, call_with
+from hetfl.models.state import State, call_with, named_tensors
 from hetfl.submodel.tracing.channels import op_name
 from hetfl.submodel.tracing.ops import NUMBERS, REDUCE, SAME, SOFT
 from hetfl.submodel.tracing.rules import COMPUTES
@@ -77,7 +77,7 @@ class StandIn(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, values: Mapping[str, Value]) -> None:
         super().__init__()
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        own = named_tensors(model)
         self.values = {id(own[name]): value for name, value in values.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
