@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +61,11 @@ class Moments:
     variance: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Those of x (N, channels, …)."""
-        variance, mean = torch.var_mean(x.detach().double(), [d for d in range(x.ndim) if d != 1], correction=0)
-        return cls(x.numel() // x.shape[1], mean, variance)
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Moments:
+        """Those of x (N, channels, …), the last input of a batch norm in training mode whose momentum is 1."""
+        count = x.numel() // x.shape[1]
+        mean, unbiased = layer.running_mean.double(), layer.running_var.double()  # type: ignore[union-attr]
+        return cls(count, mean, unbiased * ((count - 1) / count))
 
     def __add__(self, other: Moments) -> Moments:
         """Those of both together: the law of total variance."""
@@ -82,24 +85,24 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     """
     layers, found, examples = find_tracking_norms(model), dict[str, Moments](), 0
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            now = Moments.of(inputs[0])
+    def note(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def add(layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+            now = Moments.of(layer, inputs[0])
             found[name] = found[name] + now if name in found else now
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    model.eval()
-    for layer in layers.values():
-        layer.train()
-    with torch.no_grad():
+    with ExitStack() as after, torch.no_grad():
+        model.eval()
+        for name, layer in layers.items():
+            after.callback(layer.register_forward_hook(note(name)).remove)
+            after.callback(setattr, layer, "momentum", layer.momentum)
+            layer.train().momentum = 1.0
         for x, y in batches:
             if len(y) > 1:
                 model(x)
                 examples += len(y)
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad():
         for name, m in found.items():
             layers[name].running_mean.copy_(m.mean)  # type: ignore[union-attr]
             layers[name].running_var.copy_(m.variance)  # type: ignore[union-attr]

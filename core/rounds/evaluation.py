@@ -35,6 +35,7 @@ def evaluate_round(now: RoundState) -> None:
         now.row.results |= {name: score.accuracy, f"{name} loss": score.loss}
         if kind.detail:
             now.row.results[f"{name} {kind.detail}"] = kind.find_detail(score.loss)
+    run.own_statistics = {key: known for key, known in run.own_statistics.items() if known[1] is now.aggregated}
     now.row.add_levels()
     evaluate_on_clients(now)
     if last and kind.by_class:
@@ -51,9 +52,9 @@ def list_jobs(now: RoundState, sent: Mapping[int, Assignment]) -> dict[str, Eval
     if run.options.server_finetune_steps:
         found["sent@test"] = EvalJob(run.server.state)
 
-    def part(source: State, plan: Plan, personal: bool = False) -> EvalJob:
+    def part(source: State, plan: Plan, personal: bool = False, number: int = now.number) -> EvalJob:
         apart = run.static_norms and needs_own_statistics(plan, personal)
-        return EvalJob(own_statistics(now, plan, source) if apart else source, plan)
+        return EvalJob(own_statistics(now, plan, source, number) if apart else source, plan)
 
     for level, fresh in {a.client.profile.level: a for a in reversed(now.assignments.values())}.items():
         plan, before = fresh.plan, sent[fresh.client.id]
@@ -62,7 +63,7 @@ def list_jobs(now: RoundState, sent: Mapping[int, Assignment]) -> dict[str, Eval
         if fresh.source is not run.server.state:
             found[f"personal-{level}@test"] = part(fresh.source, plan, personal=True)
         elif not before.personal:
-            found[f"sent-{level}@test"] = part(before.source, plan)
+            found[f"sent-{level}@test"] = part(before.source, plan, number=now.number - 1)
     for level, plan in plan_absent_levels(now).items():
         found[f"level-{level}@test"] = part(now.aggregated, plan)
     return dict(sorted(found.items(), key=lambda item: order_of(item[0])))

@@ -73,7 +73,8 @@ def pool_passes(now: RoundState) -> State:
     whole = server.select(torch.arange)
     ours = {i: a if slices else replace(a, plan=whole) for i, a in now.assignments.items() if a.plan.model is None}
     asked = {i: passing(now, a, server.state) for i, a in ours.items()}
-    replies = collect_statistics(now, asked)
+    replies = collect_statistics(now, asked, now.number)
+    now.passes = replies if slices else []
     sent = {i: encoding.payload_bytes(a.travels, a.plan.masks) for i, a in asked.items()}
     received = {r.client.id: encoding.payload_bytes(r.reply.state) for r in replies}
     for client, row in now.row.clients.items():
@@ -89,21 +90,31 @@ def needs_own_statistics(plan: Plan, personal: bool = False) -> bool:
     return isinstance(plan, Selection) and (personal or not plan.whole)
 
 
-def own_statistics(now: RoundState, plan: Plan, source: State) -> State:
-    """`source`, with statistics of the very submodel that `plan` takes of it, pooled over the clients of the round that have this
-    plan, or over all where nobody has. This is for evaluation, so it is not counted as bytes."""
-    with now.timed("statistics"):
-        able = {i: replace(a, plan=plan) for i, a in now.assignments.items() if a.plan.model is None}
-        having = {i: a for i, a in now.assignments.items() if a.plan is plan} or able
-        asked = {i: passing(now, a, source) for i, a in having.items()}
-        return pool_statistics(collect_statistics(now, asked), source)
+def own_statistics(now: RoundState, plan: Plan, source: State, number: int) -> State:
+    """`source`, the global model after round `number`, with statistics of the very submodel that `plan` takes of it, pooled over
+    the clients of the round that have this plan, or over all where nobody has. This is for evaluation: no bytes are counted.
+
+    What was found a round ago, or in this one's pass through the clients' own parts, is not asked for again.
+    """
+    run = now.run
+    able = {i: replace(a, plan=plan) for i, a in now.assignments.items() if a.plan.model is None}
+    having = {i: a for i, a in now.assignments.items() if a.plan is plan} or able
+    key = id(plan), id(source), number, *having
+    if key not in run.own_statistics:
+        with now.timed("statistics"):
+            passed = [r for r in now.passes if r.plan is plan] if source is now.aggregated else []
+            if {r.client.id for r in passed} != {*having}:
+                passed = collect_statistics(now, {i: passing(now, a, source) for i, a in having.items()}, number)
+            run.own_statistics[key] = plan, source, pool_statistics(passed, source)
+    return run.own_statistics[key][2]
 
 
-def collect_statistics(now: RoundState, asked: Mapping[int, Assignment]) -> list[ReceivedReply]:
-    """The clients' statistics of what they are `asked`; a client that gives none, for lack of memory say, is left out of them."""
+def collect_statistics(now: RoundState, asked: Mapping[int, Assignment], number: int) -> list[ReceivedReply]:
+    """The clients' statistics of what they are `asked`, on batches drawn for round `number`; a client that gives none, for lack of
+    memory say, is left out of them."""
     versions, received = now.run.state_versions, list[ReceivedReply]()
     names = set(now.run.running_names)
-    instructions = {i: a.instruction("statistics", now.number, now.run.local_norms, versions.get(i, 0)) for i, a in asked.items()}
+    instructions = {i: a.instruction("statistics", number, now.run.local_norms, versions.get(i, 0)) for i, a in asked.items()}
     for client, answer in exchange(now.engine, "statistics", instructions):
         sent = asked[client]
         reply = check_statistics({name: t for name, t in sent.travels.items() if name in names}, answer)

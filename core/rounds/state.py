@@ -15,7 +15,7 @@ from hetfl.config import RunOptions
 from hetfl.data.dataset import Examples
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
-from hetfl.hooks.values import Coverage
+from hetfl.hooks.values import Coverage, ReceivedReply
 from hetfl.models.normalization import STATIC, initial_statistics, running_names
 from hetfl.models.state import State, move_state
 from hetfl.profiling.meter import Meter
@@ -79,6 +79,7 @@ class RunState:
     last_round: dict[int, int] = field(default_factory=dict)
     state_versions: dict[int, int] = field(default_factory=dict)
     metric_names: set[str] = field(default_factory=set)
+    own_statistics: dict[tuple[int, ...], tuple[Plan, State, State]] = field(default_factory=dict)  # of plans, of the last model
     options: RunOptions = field(init=False)
     at_home: frozenset[str] = field(init=False)  # the tensors that never travel: these, and counters of batches
     running_names: list[str] = field(init=False)  # of the tensors that are normalisation statistics
@@ -114,6 +115,7 @@ class RoundState:
         self.ends: float | None = None  # under --schedule semi and fedbuff: the simulated time of the merge
         self.limits = Limits(run.options.max_change, run.history.recent)
         self.coverage: list[Coverage] = []
+        self.passes: list[ReceivedReply] = []  # of clients through their own parts of the new model, for its statistics
         self.aggregated = run.server.state  # the global model before fine-tuning on the server's data
         self._taken: dict[tuple[int, int], tuple[Plan, State, State]] = {}
         self.began = time.perf_counter(), run.clock.now if run.clock else 0.0  # of this machine, and simulated

@@ -10,6 +10,7 @@ import torch
 from helpers.runs import NORMED, run
 from hetfl.errors import UsageError
 from hetfl.models.state import load_state
+from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Failure
 from hetfl.submodel.encoding import payload_bytes
@@ -122,3 +123,24 @@ def test_that_narrow_models_are_tested_with_the_statistics_of_others_is_said_onc
     for number in (1, 2):
         run_round(made.state, number, made.engine)
     assert sum("statistics that are not theirs" in note for note in made.state.callback.notes) == said
+
+
+@pytest.mark.parametrize(("policy", "passes"), [("static", (7, 5)), ("static-slices", (5, 3))])
+def test_statistics_that_are_known_are_not_asked_for_again_and_would_be_the_same(simulate, monkeypatch, policy, passes):
+    """Of three clients two are narrow. In round 1 all pass, then the narrow ones for the level, and for what they had been sent."""
+    asked, measure = [], ClientRuntime.statistics
+
+    def count(self, client, *more):
+        asked.append(client)
+        return measure(self, client, *more)
+
+    monkeypatch.setattr(ClientRuntime, "statistics", count)
+    values = {**CNN, "norm_policy": policy, "levels": "1,0.25,0.25", "clients": 3, "workers": 1, "rounds": 3}
+    made, again = simulate(0, **values), simulate(0, **values)
+    for number in (1, 2, 3):
+        asked.clear()
+        row = run_round(made.state, number, made.engine).row
+        assert len(asked) == passes[number > 1]
+        again.state.own_statistics.clear()
+        again.state.evaluator._known.clear()
+        assert run_round(again.state, number, again.engine).row.results == row.results
