@@ -176,6 +176,8 @@ def versions() -> str:
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
+    found[0] += f" ({commit.stdout.strip()})" if commit.returncode == 0 else ""
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
 

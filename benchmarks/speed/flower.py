@@ -101,6 +101,7 @@ def serve(grid: Grid, context: Context) -> None:
 
 def main() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    os.environ["RAY_ADDRESS"] = "local"  # not a cluster that somebody left running or its address behind
     gpu: Any = {} if DEVICE == "cpu" else {"num_gpus": 1}
     resources: Any = {
         "client_resources": {"num_cpus": 1, "num_gpus": 1 / ACTORS if gpu else 0.0}, "init_args": {"num_cpus": ACTORS, **gpu}

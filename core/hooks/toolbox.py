@@ -22,7 +22,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "profiling.fleets": (("find_fleet",), "fleets of devices by name, mix or file"),
     "profiling.cost": (("count_macs", "count_parameters"), "what a model costs"),
     "profiling.meter": (("free_memory",), "the free memory of this machine"),
-    "submodel.blocks": (("take",), "a block of a tensor by positions"),
+    "submodel.blocks": (("cells", "take"), "a block of a tensor by positions, to write and to read"),
     "submodel.encoding": (("pack_bits", "unpack_bits"), "masks as one bit an entry"),
     "submodel.ranks": (("find_rank_groups",), "the width groups that are ranks of adapters"),
     "submodel.tracing.residual": (("find_blocks",), "the residual blocks of a model"),

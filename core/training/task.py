@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import ClientData, Examples
 from hetfl.data.kinds import CLASSIFY, TaskKind
 from hetfl.models.state import State, load_state, tensors
 from hetfl.rng import stream
-from hetfl.submodel.blocks import put, take
+from hetfl.submodel.blocks import cells, is_leading, put, take
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import Kept, within
 
@@ -81,6 +82,29 @@ class Task:
         index = widths.index({name: torch.arange(self.plan_sizes[name]) for name in self.full_sizes})
         own = tensors(self.model).items()
         return {n: put(t, index.get(n, {}), torch.zeros(widths.shapes[n], dtype=t.dtype)) for n, t in own}
+
+    def make_part(self, kept: Kept) -> Callable[[Tensor], Any]:
+        """What answers x (N, *shape) with the units `kept` of each group alone, in training mode; gradients and running statistics
+        reach the model's own tensors.
+
+        `kept` holds positions (units,) within the present model, as of `cut`; the model itself stays as it is.
+        """
+        sizes = {**self.plan_sizes, **{name: len(units) for name, units in kept.items()}}
+        if sizes == self.plan_sizes:
+            return self.model
+        index, small = within(self.builder.widths, self.plan_sizes, kept), self.builder.module(sizes)
+        own = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        names = [name for name in tensors(self.model) if name in own]
+        apart = [n for n, _ in self.model.named_buffers() if not all(map(is_leading, index.get(n, {}).values()))]  # read as copies
+
+        def answer(x: Tensor) -> Any:
+            part = {name: take(own[name], index.get(name, {})) for name in names}
+            answers = functional_call(small.train(), part, (x,))
+            for name in apart:
+                own[name][cells(index[name], own[name])] = part[name]
+            return answers
+
+        return answer
 
     def cut(self, kept: Kept) -> None:
         """Replaces `model` by a smaller one of the units `kept` of each group, with the same values; `masks` are cut too.

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hetfl import Client, Field, Plan, Plugin, Reply, Server, Task, hookimpl, prefix, unit_count
-from hetfl.models.state import tensors
-from hetfl.submodel.blocks import take
-from hetfl.submodel.widths import within
 
 Logits = tuple[Tensor, Tensor]
 
@@ -37,7 +33,7 @@ class FjORD(Plugin):
 
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        runs = [make_prefix(task, sizes) for sizes in self._prefix_sizes(task)]
+        runs = [task.make_part({name: torch.arange(n) for name, n in sizes.items()}) for sizes in self._prefix_sizes(task)]
         generator = task.stream("fjord")
 
         def forward(model: nn.Module, x: Tensor) -> Tensor | Logits:
@@ -54,18 +50,6 @@ class FjORD(Plugin):
         sizes = [{name: unit_count(size, ratio) for name, size in task.full_sizes.items()} for ratio in self.ratios]
         fitting = [s for s in sizes if all(s[name] <= task.plan_sizes[name] for name in s) and s != task.plan_sizes]
         return [*fitting, task.plan_sizes]
-
-
-def make_prefix(task: Task, sizes: dict[str, int]) -> Callable[[Tensor], Any]:
-    """A forward pass of the leading units of the task's model; gradients and statistics reach the model's own tensors."""
-    if sizes == task.plan_sizes:
-        return task.model
-    index = within(
-        task.builder.widths, task.plan_sizes, {name: torch.arange(n) for name, n in sizes.items() if name in task.full_sizes}
-    )
-    small, large = task.builder.module(sizes), {**dict(task.model.named_buffers()), **dict(task.model.named_parameters())}
-    names = [name for name in tensors(task.model) if name in large]
-    return lambda x: functional_call(small.train(), {n: take(large[n], index.get(n, {})) for n in names}, (x,))
 
 
 def distill(supervise: Compare, diverge: Compare, logits: Logits, y: Tensor) -> Tensor:

@@ -105,6 +105,46 @@ def test_fjord(simulate, distil):
     plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(w) for w in WIDTHS], lambda c: loss(c, r))))
 
 
+def test_splitmix(simulate):
+    """each base is a network with a loss of its own, but for the head's bias, which all share; the model is their mean"""
+    values = {**UNEQUAL, "model_args": {"hidden": [9, 6]}, "levels": "1,0.67,0.2", "set": {"splitmix": {"bases": 3}}}
+    plain = Federation(simulate(0, extract="splitmix", aggregate="overlap", **values))
+    groups = [(torch.arange(3 * b, 3 * b + 3), torch.arange(2 * b, 2 * b + 2)) for b in range(3)]
+    before, own, seen = plain.made.pretrained, 3**0.5, set()
+    for a, b in groups:
+        assert torch.allclose(plain.first["3.weight"][b][:, a], own * before["3.weight"][b][:, a])
+    assert plain.first["3.weight"].count_nonzero() == before["3.weight"].numel() / 3
+    assert torch.allclose(plain.first["5.weight"], before["5.weight"] / own)
+
+    def one_round(state, r):
+        turns, pasted = torch.randperm(3, generator=plain.stream("splitmix", r)).tolist(), []
+        for c, number in zip(plain.clients, (3, 2, 1), strict=True):
+            rest = [b for b in torch.randperm(3, generator=plain.stream("splitmix", r, c)).tolist() if b != turns[c]]
+            held = [turns[c], *rest][:number]
+            seen.add((c, *sorted(held)))
+            bases = {b: cut({**state, "5.weight": 3 * state["5.weight"]}, groups[b]) for b in held}
+            flat = {f"{b}/{n}": t for b, w in bases.items() for n, t in w.items() if n != "5.bias"} | {"5.bias": state["5.bias"]}
+
+            def loss(w, x, y, held=held):
+                each = [{n.split("/")[1]: t for n, t in w.items() if n.startswith(f"{b}/")} | {"5.bias": w["5.bias"]} for b in held]
+                return sum(F.cross_entropy(forward(base, x), y) for base in each)
+
+            trained = descend(flat, plain.batches(c, r), loss)
+            parts = [paste({n: trained.get(f"{b}/{n}", trained["5.bias"]) for n in bases[b]}, groups[b], state) for b in held]
+            total = {n: sum(values[n] * (n != "5.bias" or i == 0) for i, (values, _) in enumerate(parts)) for n in state}
+            cover = {n: sum(cover[n] for _, cover in parts).clamp(max=1) for n in state}
+            pasted.append(({**total, "5.weight": total["5.weight"] / 3}, cover))
+        return mean(state, pasted)
+
+    plain.follow(one_round, rounds=3)
+    assert len({held for held in seen if held[0] == 2}) > 1
+    x, _ = plain.examples(0)
+    for assignment in plain.made.last.assignments.values():  # what a client is sent answers with the mean of its bases
+        plan, state = assignment.plan, plain.made.server.state
+        each = [forward(cut({**state, "5.weight": 3 * state["5.weight"]}, groups[b]), x) for b in plan.bases]
+        assert torch.allclose(plain.made.server.logits(plan.take(state), x, plan.sizes), torch.stack(each).mean(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_lg_fedavg(simulate, layers):
     """spec baselines 1, 2: the last layers are averaged, the others stay with their client"""

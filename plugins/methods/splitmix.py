@@ -1,0 +1,154 @@
+"""Split-Mix (Hong et al., ICLR 2022): the model is split into narrow base networks, whose answers are averaged.
+
+After the official code (illidanlab/SplitMix); docs/strategies/splitmix.md says where ours differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from hetfl import (
+    Client,
+    ExtraSpec,
+    Field,
+    NotApplicable,
+    Patch,
+    Plan,
+    Plugin,
+    Reply,
+    Selection,
+    Server,
+    State,
+    Task,
+    Widths,
+    hookimpl,
+)
+from hetfl.submodel.blocks import cells
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(Selection):
+    """The units of some `bases`, a `share` of them all; `heads`: the weights that add up what the bases answer.
+
+    Globally these are divided by the number of all bases, on a client by the number that it has: both models answer with a mean.
+    """
+
+    bases: tuple[int, ...] = ()
+    share: float = 1.0
+    heads: frozenset[str] = frozenset()
+
+    def take(self, state: State) -> State:
+        return {name: t / self.share if name in self.heads else t for name, t in super().take(state).items()}
+
+    def put(self, trained: State) -> dict[str, Patch]:
+        return super().put({name: t * self.share if name in self.heads else t for name, t in trained.items()})
+
+
+class SplitMix(Plugin):
+    """A client of width r gets r of the bases, drawn anew every round, and trains each of them by a loss of its own.
+
+    A client's several plans are one: the units of all its bases, with masks over what would join one base to another.
+    """
+
+    expected_failures: ClassVar[dict[str, str]] = {"respects_the_budget": "who can afford no base gets one all the same"}
+    extras_down: ClassVar[dict[str, ExtraSpec]] = {"bases": ExtraSpec(1 << 10, torch.int64, ndim=1, low=0)}
+
+    bases: int = Field(4, ge=1, le=1 << 10, description="networks that the model is split into, each 1 / bases as wide")
+    _masks: State = PrivateAttr(default_factory=dict)
+
+    @hookimpl
+    def prepare(self, server: Server) -> None:
+        """Cuts the bases apart and gives their weights the scale of layers of their own width."""
+        if narrow := next((g for g in server.widths.groups if g.size < self.bases), None):
+            raise NotApplicable(f"{self.bases} bases need as many units in every layer, and {narrow.name} has {narrow.size}")
+        if server.options.server_finetune_steps:
+            raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
+        self._masks, heads, root = cut_apart(server.widths, self.bases), find_heads(server.widths), self.bases**0.5
+        scales = dict.fromkeys(self._masks, root) | dict.fromkeys(heads, 1 / root)
+        apart = {name: t * self._masks[name] if name in self._masks else t for name, t in server.state.items()}
+        server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
+        self._prove_mean(server)
+
+    def _prove_mean(self, server: Server) -> None:
+        """Raises NotApplicable where the model's answer is not the mean of its bases'."""
+        x = server.example
+        assert x is not None
+        plans = [self._plan(server, [base]) for base in range(self.bases)]
+        each = torch.stack([server.logits(plan.take(server.state), x, plan.sizes) for plan in plans])
+        if not torch.allclose(server.logits(server.state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
+            raise NotApplicable("parts of this model act on each other (norms or attention over channels): it is no mean of bases")
+
+    @hookimpl
+    def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+        turns = torch.randperm(self.bases, generator=server.stream("splitmix", round)).tolist()
+        return [self._plan(server, self._draw(server, c, round, turns[i % self.bases])) for i, c in enumerate(clients)]
+
+    def _draw(self, server: Server, client: Client, round: int, first: int) -> list[int]:
+        """A client's bases: `first`, by which all get their turn, and others at random."""
+        order = torch.randperm(self.bases, generator=server.stream("splitmix", round, client.id)).tolist()
+        number = max(1, int(self.bases * client.profile.width + 1e-9))
+        return sorted([first, *(base for base in order if base != first)][:number])
+
+    def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
+        units = {g.name: torch.cat([split_units(g.size, self.bases)[b] for b in bases]) for g in server.widths.groups}
+        masks = Selection(server.widths, units).take(self._masks) if len(bases) > 1 else {}
+        share = len(bases) / self.bases
+        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.widths))
+
+    @hookimpl
+    def client_extras(self, plan: Plan) -> State | None:
+        return {"bases": torch.tensor(plan.bases)} if isinstance(plan, Mix) else None
+
+    @hookimpl(wrapper=True)
+    def fit(self, task: Task) -> Generator[None, Reply, Reply]:
+        held, supervise = task.extras["bases"].tolist(), task.loss
+        parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
+        task.forward = lambda model, x: [part(x) for part in parts]
+        task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
+        heads = [p for name, p in task.model.named_parameters() if name in find_heads(task.builder.widths)]
+        with torch.no_grad():
+            for head in heads:
+                head.mul_(len(held))
+        reply = yield
+        with torch.no_grad():
+            for head in heads:
+                head.div_(len(held))
+        divided = {n: t / len(held) for n, t in reply.state.items() if n in find_heads(task.builder.widths)}
+        reply.state = {**reply.state, **divided}
+        return reply
+
+
+def split_units(size: int, bases: int) -> Sequence[Tensor]:
+    """The units of each base: as many for each as can be, the first ones having one more. Of 10 units 4 bases have 3, 3, 2, 2."""
+    return torch.arange(size).tensor_split(bases)
+
+
+def locate_bases(full: dict[str, int], held: Sequence[int], bases: int) -> list[dict[str, Tensor]]:
+    """For each of the bases `held` the positions of its units, by group, in the model of them all; `full`: units of the whole."""
+    found: list[dict[str, Tensor]] = [{} for _ in held]
+    for name, size in full.items():
+        counts = [len(split_units(size, bases)[base]) for base in held]
+        for part, positions in zip(found, torch.arange(sum(counts)).split(counts), strict=True):
+            part[name] = positions
+    return found
+
+
+def cut_apart(widths: Widths, bases: int) -> State:
+    """For each tensor whose inputs and outputs are channels: where both are of one base, bool in the tensor's shape."""
+    masks = {n: torch.zeros(widths.shapes[n], dtype=torch.bool) for n, axes in widths.axes.items() if len(axes) > 1}
+    for base in range(bases):
+        index = widths.index({group.name: split_units(group.size, bases)[base] for group in widths.groups})
+        for name, mask in masks.items():
+            mask[cells(index[name], mask)] = True
+    return masks
+
+
+def find_heads(widths: Widths) -> frozenset[str]:
+    """The weights whose inputs are channels and whose outputs are none."""
+    return frozenset(name for name, axes in widths.axes.items() if len(widths.shapes[name]) > 1 and 0 not in axes)
