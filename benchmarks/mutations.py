@@ -146,6 +146,8 @@ MUTATIONS = [
         ("splitmix draws once for all", 'server.stream("splitmix", round, client.id)', 'server.stream("splitmix", round, 0)'),
         ("splitmix has no turns", "[first, *(base for base in order if base != first)]", "order"),
         ("splitmix joins its bases", "t * self._masks[name] if name in self._masks", "t"),
+        ("splitmix's bases forget what the server teaches", "server.state = running_mean(server.state, updates)", "pass"),
+        ("splitmix's bases are taught every round", "if round == 1:", "if True:"),
         ("splitmix keeps the model's scale", "root) | dict.fromkeys(heads, 1 / root)", "1.0)"),
     ),
     *of("methods/fiarse", f"{ROUNDS}/test_pruning.py -k fiarse",

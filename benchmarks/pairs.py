@@ -60,6 +60,11 @@ def fedconv(steps: int, tuning: int, levels: str = "global", **more: Any) -> dic
     return {"set": {"fedconv": {"steps": steps, "first_steps": steps}, "kld": {"levels": levels, "steps": tuning}}, **more}
 
 
+def splitmix(first: int, tuning: int, levels: str, **more: Any) -> dict[str, Any]:
+    """Each of four bases takes `first` in round 1, for all of which together the weights take fewer in each of the rounds."""
+    return {"set": {"splitmix": {"first_steps": first}, "kld": {"levels": levels, "steps": tuning, **more}}}
+
+
 PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "`fedconv` x `kld`": ("fedconv", "kld", fedconv(8, 16)),
     "`fjord` x `kld` (`fleet`, `lr=0.03`)": ("fjord", "kld", kld("fleet", lr=0.03)),
@@ -75,6 +80,11 @@ LOOK: dict[str, tuple[str, str, dict[str, Any]]] = {
     "`fjord` x `kld` (`fleet`)": ("fjord", "kld", kld("fleet")),
     "`fjord` x `kld` (`fleet`, `distill=1`)": ("fjord", "kld", kld("fleet", distill=1.0)),
     "`fjord` x `overlap`, no server steps": ("fjord", "overlap", {}),
+    "`splitmix` x `overlap`, its first 300 server steps": ("splitmix", "overlap", {}),
+    "`splitmix` x `kld` (`fleet`), 10 + 36": ("splitmix", "kld", splitmix(10, 36, "fleet")),
+    "`splitmix` x `kld` (`fleet`), 40 + 24": ("splitmix", "kld", splitmix(40, 24, "fleet")),
+    "`splitmix` x `kld`, 40 + 24": ("splitmix", "kld", splitmix(40, 24, "global")),
+    "`splitmix` x `kld` (`fleet`, `lr=0.03`), 40 + 24": ("splitmix", "kld", splitmix(40, 24, "fleet", lr=0.03)),
 }
 
 COLUMNS = ("mean level@test", "worst level@test", "global@test", "control@test")

@@ -26,8 +26,10 @@ from hetfl import (
     Server,
     State,
     Task,
+    Update,
     Widths,
     hookimpl,
+    running_mean,
 )
 from hetfl.submodel.blocks import cells
 
@@ -60,6 +62,9 @@ class SplitMix(Plugin):
     extras_down: ClassVar[dict[str, ExtraSpec]] = {"bases": ExtraSpec(1 << 10, torch.int64, ndim=1, low=0)}
 
     bases: int = Field(4, ge=1, le=1 << 10, description="networks that the model is split into, each 1 / bases as wide")
+    first_steps: int | None = Field(
+        None, ge=0, description="server steps of each base in round 1 (none: all together as many as --pretrain-steps)"
+    )
     _masks: State = PrivateAttr(default_factory=dict)
 
     @hookimpl
@@ -86,8 +91,19 @@ class SplitMix(Plugin):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
+        if round == 1:
+            self._train_bases(server)
         turns = torch.randperm(self.bases, generator=server.stream("splitmix", round)).tolist()
         return [self._plan(server, self._draw(server, c, round, turns[i % self.bases])) for i, c in enumerate(clients)]
+
+    def _train_bases(self, server: Server) -> None:
+        """Trains each base on the server's data: cut apart, the model has forgotten most of what pre-training taught it."""
+        steps = server.options.pretrain_steps // self.bases if self.first_steps is None else self.first_steps
+        if steps and (server.has_public or self.first_steps):
+            plans = [self._plan(server, [base]) for base in range(self.bases)]
+            own = [server.train(p.take(server.state), steps, "splitmix", 1, sizes=p.sizes, client=b) for b, p in enumerate(plans)]
+            updates = [Update(b, plan.put(state), 1.0) for b, (plan, state) in enumerate(zip(plans, own, strict=True))]
+            server.state = running_mean(server.state, updates)
 
     def _draw(self, server: Server, client: Client, round: int, first: int) -> list[int]:
         """A client's bases: `first`, by which all get their turn, and others at random."""

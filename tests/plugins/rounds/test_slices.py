@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.plain import HIDDEN, UNEQUAL, Federation, cross_entropy, cut, descend, forward, kl, leading, mean, paste
+from helpers.plain import HIDDEN, UNEQUAL, Federation, cross_entropy, cut, descend, forward, kl, leading, mean, paste, tune
 
 WIDTHS = (1.0, 0.5, 0.25)
 
@@ -105,9 +105,11 @@ def test_fjord(simulate, distil):
     plain.follow(lambda state, r: mean(state, slices(plain, state, r, [leading(w) for w in WIDTHS], lambda c: loss(c, r))))
 
 
-def test_splitmix(simulate):
+@pytest.mark.parametrize("steps", [0, 20])
+def test_splitmix(simulate, steps):
     """each base is a network with a loss of its own, but for the head's bias, which all share; the model is their mean"""
-    values = {**UNEQUAL, "model_args": {"hidden": [9, 6]}, "levels": "1,0.67,0.2", "set": {"splitmix": {"bases": 3}}}
+    values = {**UNEQUAL, "model_args": {"hidden": [9, 6]}, "levels": "1,0.67,0.2", "server_batch_size": 8}
+    values["set"] = {"splitmix": {"bases": 3, "first_steps": steps}}
     plain = Federation(simulate(0, extract="splitmix", aggregate="overlap", **values))
     groups = [(torch.arange(3 * b, 3 * b + 3), torch.arange(2 * b, 2 * b + 2)) for b in range(3)]
     before, own, seen = plain.made.pretrained, 3**0.5, set()
@@ -116,18 +118,32 @@ def test_splitmix(simulate):
     assert plain.first["3.weight"].count_nonzero() == before["3.weight"].numel() / 3
     assert torch.allclose(plain.first["5.weight"], before["5.weight"] / own)
 
+    def base(state, b):
+        return cut({**state, "5.weight": 3 * state["5.weight"]}, groups[b])
+
+    def on_the_server(state):
+        pasted = []
+        for b in range(3):
+            rows = plain.cycle(len(plain.x), 8, steps, "splitmix", 1, b)
+            judge = lambda w: cross_entropy(w, plain.held_x, plain.held_y)  # noqa: E731
+            loss = lambda w, at: cross_entropy(w, plain.x[at], plain.y[at])  # noqa: E731
+            own = tune(base(state, b), judge, loss, rows, plain.options.server_lr)
+            pasted.append(paste({**own, "5.weight": own["5.weight"] / 3}, groups[b], state))
+        return mean(state, pasted)
+
     def one_round(state, r):
+        state = on_the_server(state) if r == 1 else state
         turns, pasted = torch.randperm(3, generator=plain.stream("splitmix", r)).tolist(), []
         for c, number in zip(plain.clients, (3, 2, 1), strict=True):
             rest = [b for b in torch.randperm(3, generator=plain.stream("splitmix", r, c)).tolist() if b != turns[c]]
             held = [turns[c], *rest][:number]
             seen.add((c, *sorted(held)))
-            bases = {b: cut({**state, "5.weight": 3 * state["5.weight"]}, groups[b]) for b in held}
+            bases = {b: base(state, b) for b in held}
             flat = {f"{b}/{n}": t for b, w in bases.items() for n, t in w.items() if n != "5.bias"} | {"5.bias": state["5.bias"]}
 
             def loss(w, x, y, held=held):
                 each = [{n.split("/")[1]: t for n, t in w.items() if n.startswith(f"{b}/")} | {"5.bias": w["5.bias"]} for b in held]
-                return sum(F.cross_entropy(forward(base, x), y) for base in each)
+                return sum(F.cross_entropy(forward(own, x), y) for own in each)
 
             trained = descend(flat, plain.batches(c, r), loss)
             parts = [paste({n: trained.get(f"{b}/{n}", trained["5.bias"]) for n in bases[b]}, groups[b], state) for b in held]
@@ -141,7 +157,7 @@ def test_splitmix(simulate):
     x, _ = plain.examples(0)
     for assignment in plain.made.last.assignments.values():  # what a client is sent answers with the mean of its bases
         plan, state = assignment.plan, plain.made.server.state
-        each = [forward(cut({**state, "5.weight": 3 * state["5.weight"]}, groups[b]), x) for b in plan.bases]
+        each = [forward(base(state, b), x) for b in plan.bases]
         assert torch.allclose(plain.made.server.logits(plan.take(state), x, plan.sizes), torch.stack(each).mean(0), atol=1e-5)
 
 
