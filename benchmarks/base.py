@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
 RUN: dict[str, Any] = {
     "model": "encoder", "tokens": 16, "clients": 100, "partition": "iid", "own_test": 0.25, "extract": "loraranks",
     "levels": "1,0.5,0.25,0.125", "adapter": "lora:rank=8,alpha=16,target=attention", "rounds": 2, "epochs": 1, "batch_size": 2,
-    "server_data": 8, "pretrain_steps": 2, "eval_batch_size": 8, "workers": 2,
+    "server_data": 8, "server_batch_size": 2, "pretrain_steps": 2, "eval_batch_size": 8, "workers": 2,
 }  # fmt: skip
 
 
@@ -74,13 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", default="local,processes")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the clients in each of two rounds")
     asked = parser.parse_args()
     print("| engine | base | memory, MB | without the base | difference | s |\n|---|---|---|---|---|---|", flush=True)
+    more = {"fraction": asked.fraction, "workers": asked.workers}
     for engine in asked.engines.split(","):
-        narrow, _ = measure("narrow", engine=engine, fraction=asked.fraction)
+        narrow, _ = measure("narrow", engine=engine, **more)
         for dtype in asked.dtypes.split(","):
-            large, seconds = measure("large", engine=engine, fraction=asked.fraction, base_dtype=dtype)
+            large, seconds = measure("large", engine=engine, base_dtype=dtype, **more)
             cells = f"{large:,.0f} | {narrow:,.0f} | {large - narrow:,.0f} | {seconds:.0f}"
             print(f"| `{engine}` | {dtype} | {cells} |", flush=True)
 

@@ -200,4 +200,5 @@ class Server:
                 batch=batch or self.options.server_batch_size, client=client, watch=watch,
                 keep=tuple(buffer for name, buffer in model.named_buffers() if name in state),  # a frozen base is all threads'
             )  # fmt: skip
+        model.zero_grad()
         return move_state(copy_state(model), "cpu")

@@ -17,6 +17,7 @@ from hetfl.hooks.manager import PluginManager
 from hetfl.models.frozen import frozen
 from hetfl.models.normalization import STATIC, drop_statistics, initial_statistics, measure_statistics
 from hetfl.models.state import State, load_state, move_state, tensors
+from hetfl.parallel import return_free_memory
 from hetfl.profiling.fleets import find_fleet
 from hetfl.profiling.meter import Meter
 from hetfl.profiling.node import Node, Profile
@@ -110,6 +111,9 @@ class ClientRuntime:
         existing = self._existing(sent, reply)
         reply = self._encode(task, sent, self._send_home(reply), existing)
         keep(state, "memory", task.client_state)
+        if self.builder.base:  # beside which gradients, and activations that the C library keeps, would add up
+            task.model.zero_grad()
+            return_free_memory()
         return self.pack(reply, existing)
 
     def _decode(self, sent: Instruction) -> Instruction:

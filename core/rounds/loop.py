@@ -10,6 +10,7 @@ import torch
 from hetfl.aggregation.updates import Merged, Update
 from hetfl.hooks.server import Server
 from hetfl.models.state import State
+from hetfl.parallel import return_free_memory
 from hetfl.profiling.cost import Cost
 from hetfl.rounds.arrivals import take_answers
 from hetfl.rounds.assignment import assign_submodels, profile_clients, sample_clients
@@ -30,6 +31,8 @@ MOST_NOTES = 200  # of a run
 def run_rounds(run: RunState, engine: Engine) -> None:
     """All rounds that are not done yet; the global model is `run.server.state` afterwards."""
     for number in range(run.history.rounds + 1, run.options.rounds + 1):
+        if run.server.builder.base:  # beside which what the C library keeps of tests and checkpoints would add up
+            return_free_memory()
         run_round(run, number, engine)
 
 

@@ -107,7 +107,7 @@ class SubmodelBuilder:
                     for name, tensor in self._cuts.pop(next(iter(self._cuts))).items():
                         if tensor is not self.base[name]:
                             self._there.pop(id(tensor), None)
-                index = self.widths.index(kept)
+                index = self.widths.cuts(kept)
                 blocks = ((name, t, take(t, index.get(name, {}))) for name, t in self.base.items())
                 self._cuts[key] = {name: t if small.shape == t.shape else self._lay_out(small.clone()) for name, t, small in blocks}
             return self._cuts[key]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetfl.models.state import State
-from hetfl.submodel.blocks import Index, cells, is_leading, take_blocks
+from hetfl.submodel.blocks import Index, cells, take_blocks
 from hetfl.submodel.depth import Depth
 from hetfl.submodel.widths import Kept, Widths, within
 
@@ -102,19 +102,13 @@ class Selection:
     @cached_property
     def cuts(self) -> dict[str, Index]:
         """`index` without the dims that are whole and in order."""
-
-        def cut(index: Index, shape: tuple[int, ...]) -> Index:
-            return Index({d: w for d, w in index.items() if len(w) < shape[d] or not is_leading(w)})
-
-        shapes = self.widths.shapes
-        return {name: cut(index, shapes[name]) if name in shapes else index for name, index in self.index.items()}
+        return self.widths.cuts(self.kept)
 
     @cached_property
     def whole(self) -> bool:
         """Whether this is the global model itself, every unit in its own place."""
-        cut = any(len(self.kept[g.name]) < g.size for g in self.widths.groups)
         plain = not self.masks and self.names is None and self.model is None
-        return plain and not cut and all(is_leading(units) for units in self.kept.values())
+        return plain and len(self.widths.whole(self.kept)) == len(self.widths.groups)
 
     def take(self, state: State) -> State:
         mine = state if self.names is None else {name: t for name, t in state.items() if name in self.names}

@@ -21,7 +21,7 @@ def build_submodel(widths: Widths, model: nn.Module, kept: Kept, shared: Mapping
     gives one of meta tensors.
     """
     memo: dict[int, Any] = {}
-    index = widths.index(kept)
+    index, whole = widths.cuts(kept), widths.whole(kept)
     for name, tensor in named_tensors(model).items():
         if shared and name in shared:
             memo[id(tensor)] = shared[name]
@@ -31,7 +31,7 @@ def build_submodel(widths: Widths, model: nn.Module, kept: Kept, shared: Mapping
     small_model = copy.deepcopy(model, memo)
     present = {path for path, _ in small_model.named_modules()}
     for (path, attribute), (counted, share) in widths.sizes.items():
-        if path in present:
+        if path in present and not counted.present <= whole:
             set_size(small_model.get_submodule(path), attribute, int(len(counted.index(kept)) / share))
     for layer in small_model.modules():
         refit_layer(layer)

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hetfl.submodel.blocks import Index
+from hetfl.submodel.blocks import Index, is_leading
 
 # For each group the units (kept,) that a submodel keeps, in its own order; or (kept, heads), where its heads keep different units:
 # number head * size + unit is the unit of that head.
@@ -60,6 +60,11 @@ class Axis:
     groups: tuple[str, ...]
     group: Tensor
     unit: Tensor
+
+    @cached_property
+    def present(self) -> frozenset[str]:
+        """The groups whose units lie along this dim."""
+        return frozenset(self.groups[g] for g in self.group.unique().tolist() if g >= 0)
 
     @cached_property
     def occurrence(self) -> Tensor:
@@ -135,7 +140,22 @@ class Widths:
 
     def index(self, kept: Kept) -> dict[str, Index]:
         """For each tensor that can be cut: dim -> the positions that `kept` leaves, in the order of the submodel."""
-        return {name: Index({dim: axis.index(kept) for dim, axis in axes.items()}) for name, axes in self.axes.items()}
+        return self._index(kept, frozenset())
+
+    def _index(self, kept: Kept, whole: frozenset[str]) -> dict[str, Index]:
+        """`index` without the dims along which no groups lie but those of `whole`."""
+        axes = {id(axis): axis for dims in self.axes.values() for axis in dims.values() if not axis.present <= whole}
+        found = {key: axis.index(kept) for key, axis in axes.items()}
+        placed = {name: [(d, found[id(axis)]) for d, axis in dims.items() if id(axis) in found] for name, dims in self.axes.items()}
+        return {name: Index(dims) for name, dims in placed.items()}
+
+    def whole(self, kept: Kept) -> frozenset[str]:
+        """The groups of which `kept` leaves all units in their order."""
+        return frozenset(g.name for g in self.groups if len(kept[g.name]) == g.size and is_leading(kept[g.name]))
+
+    def cuts(self, kept: Kept) -> dict[str, Index]:
+        """`index` without the dims that are whole and in order."""
+        return self._index(kept, self.whole(kept))
 
     def members(self) -> dict[str, list[str]]:
         """For each group the dims of tensors that it cuts, as NAME[DIM]."""
@@ -173,18 +193,21 @@ def freeze_groups(widths: Widths, reasons: dict[str, str]) -> Widths:
     if not reasons:
         return widths
     groups = tuple(g for g in widths.groups if g.name not in reasons)
-    names = tuple(g.name for g in groups)
+    names, known = tuple(g.name for g in groups), dict[int, Axis | None]()
+
+    def narrow(old: Axis) -> Axis | None:
+        if id(old) not in known:
+            known[id(old)] = narrow_axis(old, names)
+        return known[id(old)]
+
     axes: dict[str, dict[int, Axis]] = {}
     for name, dims in widths.axes.items():
         for dim, old in dims.items():
-            if (new := narrow_axis(old, names)) is not None:
+            if (new := narrow(old)) is not None:
                 axes.setdefault(name, {})[dim] = new
-    sizes = {
-        attribute: (new, share) for attribute, (old, share) in widths.sizes.items() if (new := narrow_axis(old, names)) is not None
-    }
+    sizes = {attribute: (new, share) for attribute, (old, share) in widths.sizes.items() if (new := narrow(old)) is not None}
     reductions = {
-        op: [(dim, new) for dim, old in dims if (new := narrow_axis(old, names)) is not None]
-        for op, dims in widths.reductions.items()
+        op: [(dim, new) for dim, old in dims if (new := narrow(old)) is not None] for op, dims in widths.reductions.items()
     }
     return replace(widths, groups=groups, axes=axes, frozen={**widths.frozen, **reasons}, sizes=sizes, reductions=reductions)
 

@@ -99,11 +99,15 @@ def form_widths(table: ChannelTable, model: nn.Module) -> Widths:
     occurrences, reasons = count_occurrences(lines), collect_reasons(table)
     cut = {channel: found for channel, found in occurrences.items() if channel not in reasons}
     groups, numbers = form_groups(cut, read_heads(table, cut))
-    names = tuple(g.name for g in groups)
+    names, known = tuple(g.name for g in groups), dict[tuple[int, ...], Axis | None]()
 
     def to_axis(line: Tensor) -> Axis | None:
-        pairs = [numbers.get(channel, (-1, -1)) for channel in line.tolist()]
-        return make_axis(names, pairs) if any(group >= 0 for group, _ in pairs) else None
+        """The axis of these channels; None where no group cuts them. Dims that have the same channels have one axis."""
+        channels = tuple(line.tolist())
+        if channels not in known:
+            pairs = [numbers.get(channel, (-1, -1)) for channel in channels]
+            known[channels] = make_axis(names, pairs) if any(group >= 0 for group, _ in pairs) else None
+        return known[channels]
 
     axes: dict[str, dict[int, Axis]] = {}
     for (name, dim), line in lines.items():
