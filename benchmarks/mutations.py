@@ -142,7 +142,7 @@ MUTATIONS = [
         ("splitmix trains the mean",
          "torch.stack([supervise(z, y) for z in answers]).sum()", "supervise(torch.stack([*answers]).mean(0), y)"),
         ("splitmix averages its losses", "for z in answers]).sum()", "for z in answers]).mean()"),
-        ("splitmix trains divided heads", "head.mul_(len(held))", "head.mul_(1)"),
+        ("splitmix trains divided heads", "multiply(heads.values(), len(held))", "multiply(heads.values(), 1)"),
         ("splitmix draws once for all", 'server.stream("splitmix", round, client.id)', 'server.stream("splitmix", round, 0)'),
         ("splitmix has no turns", "[first, *(base for base in order if base != first)]", "order"),
         ("splitmix joins its bases", "t * self._masks[name] if name in self._masks", "t"),

@@ -5,13 +5,13 @@ After the official code (illidanlab/SplitMix); docs/strategies/splitmix.md says 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetfl import (
     Client,
@@ -127,17 +127,19 @@ class SplitMix(Plugin):
         parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
         task.forward = lambda model, x: [part(x) for part in parts]
         task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
-        heads = [p for name, p in task.model.named_parameters() if name in find_heads(task.builder.widths)]
-        with torch.no_grad():
-            for head in heads:
-                head.mul_(len(held))
+        heads = {name: p for name, p in task.model.named_parameters() if name in find_heads(task.builder.widths)}
+        multiply(heads.values(), len(held))
         reply = yield
-        with torch.no_grad():
-            for head in heads:
-                head.div_(len(held))
-        divided = {n: t / len(held) for n, t in reply.state.items() if n in find_heads(task.builder.widths)}
-        reply.state = {**reply.state, **divided}
+        multiply(heads.values(), 1 / len(held))
+        reply.state = {name: t / len(held) if name in heads else t for name, t in reply.state.items()}
         return reply
+
+
+def multiply(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies them in place."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(factor)
 
 
 def split_units(size: int, bases: int) -> Sequence[Tensor]:
