@@ -58,7 +58,10 @@ class SplitMix(Plugin):
     A client's several plans are one: the units of all its bases, with masks over what would join one base to another.
     """
 
-    expected_failures: ClassVar[dict[str, str]] = {"respects_the_budget": "who can afford no base gets one all the same"}
+    expected_failures: ClassVar[dict[str, str]] = {
+        "full_width_is_the_whole_model": "bases share nothing: what would join them is left out",
+        "puts_back_what_it_takes": "the head's weights travel divided by the client's share of the bases",
+    }
     extras_down: ClassVar[dict[str, ExtraSpec]] = {"bases": ExtraSpec(1 << 10, torch.int64, ndim=1, low=0)}
 
     bases: int = Field(4, ge=1, le=1 << 10, description="networks that the model is split into, each 1 / bases as wide")
@@ -74,7 +77,8 @@ class SplitMix(Plugin):
             raise NotApplicable(f"{self.bases} bases need as many units in every layer, and {narrow.name} has {narrow.size}")
         if server.options.server_finetune_steps:
             raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
-        self._masks, heads, root = cut_apart(server.widths, self.bases), find_heads(server.widths), self.bases**0.5
+        self._masks = cut_apart(server.widths, self.bases)
+        heads, root = find_heads(server.widths), self.bases**0.5
         scales = dict.fromkeys(self._masks, root) | dict.fromkeys(heads, 1 / root)
         apart = {name: t * self._masks[name] if name in self._masks else t for name, t in server.state.items()}
         server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
@@ -112,6 +116,7 @@ class SplitMix(Plugin):
         return sorted([first, *(base for base in order if base != first)][:number])
 
     def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
+        self._masks = self._masks or cut_apart(server.widths, self.bases)
         units = {g.name: torch.cat([split_units(g.size, self.bases)[b] for b in bases]) for g in server.widths.groups}
         masks = Selection(server.widths, units).take(self._masks) if len(bases) > 1 else {}
         share = len(bases) / self.bases
