@@ -95,13 +95,14 @@ class Task:
         index, small = within(self.builder.widths, self.plan_sizes, kept), self.builder.module(sizes)
         own = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
         names = [name for name in tensors(self.model) if name in own]
-        apart = [n for n, _ in self.model.named_buffers() if not all(map(is_leading, index.get(n, {}).values()))]  # read as copies
+        buffers = [n for n, _ in self.model.named_buffers() if n in names]
+        apart = [n for n in buffers if not all(map(is_leading, index.get(n, {}).values()))]  # read as copies
 
         def answer(x: Tensor) -> Any:
             part = {name: take(own[name], index.get(name, {})) for name in names}
             answers = functional_call(small.train(), part, (x,))
-            for name in apart:
-                own[name][cells(index[name], own[name])] = part[name]
+            for name in apart:  # as batch norm writes: unseen by autograd, which keeps other parts' statistics until it goes back
+                own[name].data[cells(index[name], own[name])] = part[name]
             return answers
 
         return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetfl.models.state import copy_state, tensors
+from hetfl.models.state import copy_state, load_state, tensors
 from hetfl.submodel.blocks import take_blocks
 from hetfl.training.task import Task
 
@@ -46,3 +46,17 @@ def test_a_part_is_the_submodel_of_its_units_and_trains_the_whole_models_tensors
 def test_a_part_of_all_units_is_the_model_itself(simulate):
     task = make_task(simulate(0, extract="heterofl", aggregate="overlap").server)
     assert task.make_part({name: torch.arange(n) for name, n in task.full_sizes.items()}) is task.model
+
+
+def test_parts_train_by_one_backward_pass_as_by_one_each(simulate):
+    """the statistics of the leading part are a view of the model's, which the other parts write to"""
+    server = simulate(0, extract="heterofl", aggregate="overlap", model="cnn", model_args={"widths": [8, 8]}).server
+    task, x = make_task(server), torch.randn(6, 1, 8, 8)
+    parts = [task.make_part({g.name: units for g in server.widths.groups}) for units in torch.arange(8).split(4)]
+    sum(part(x).square().sum() for part in parts).backward()
+    together, statistics = [p.grad.clone() for p in task.model.parameters()], copy_state(task.model)
+    load_state(task.model, server.state).zero_grad()
+    for part in parts:
+        part(x).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, atol=1e-4) for g, p in zip(together, task.model.parameters(), strict=True))
+    assert all(torch.equal(t, statistics[name]) for name, t in tensors(task.model).items())
