@@ -121,6 +121,7 @@ def keep_last_good(now: RoundState, before: tuple[State, Mapping[str, Patches]])
     if has_finite_outputs(server, server.state) or not has_finite_outputs(server, before[0]):
         return
     server.state, server.branches, now.aggregated = before[0], dict(before[1]), before[0]
+    now.passes = []  # they were through the model that is given up
     now.alarm("the global model's outputs are NaN or infinite; it is again that of before the round")
 
 

@@ -10,6 +10,7 @@ import torch
 from helpers.runs import NORMED, run
 from hetfl.errors import UsageError
 from hetfl.models.state import load_state
+from hetfl.rounds import norm_statistics
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.messages import Failure
@@ -144,3 +145,25 @@ def test_statistics_that_are_known_are_not_asked_for_again_and_would_be_the_same
         again.state.own_statistics.clear()
         again.state.evaluator._known.clear()
         assert run_round(again.state, number, again.engine).row.results == row.results
+
+
+def test_a_model_that_is_gone_back_to_is_tested_with_statistics_of_its_own(simulate, monkeypatch):
+    """what clients passed through their parts of the model that was given up is not taken for it"""
+    values = {**CNN, "norm_policy": "static-slices", "levels": "1,0.5,0.5", "server_finetune_steps": 1}
+    made, again = (simulate(1, **values) for _ in range(2))
+    before = made.server.state
+    for each in (made, again):
+        spoilt = {name: torch.full_like(t, torch.nan) if t.is_floating_point() else t for name, t in each.server.state.items()}
+        monkeypatch.setattr(each.server, "train", lambda *_, spoilt=spoilt, **__: spoilt)
+    pooled, pool = [], norm_statistics.pool_passes
+    found = run_round(made.state, 2, made.engine).row.results
+
+    def forget(now):
+        pooled.append(pool(now))
+        now.passes = []
+        return pooled[-1]
+
+    monkeypatch.setattr(norm_statistics, "pool_passes", forget)
+    assert run_round(again.state, 2, again.engine).row.results == found
+    assert pooled
+    assert made.server.state is before
