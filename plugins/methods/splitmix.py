@@ -130,7 +130,7 @@ class SplitMix(Plugin):
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         held, supervise = task.extras["bases"].tolist(), task.loss
         parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
-        task.forward = lambda model, x: [part(x) for part in parts]
+        task.forward = lambda model, x: tuple(part(x) for part in parts)
         task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
         heads = {name: p for name, p in task.model.named_parameters() if name in find_heads(task.builder.widths)}
         multiply(heads.values(), len(held))
