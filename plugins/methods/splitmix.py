@@ -164,7 +164,8 @@ def locate_bases(full: dict[str, int], held: Sequence[int], bases: int) -> list[
 
 def cut_apart(widths: Widths, bases: int) -> State:
     """For each tensor whose inputs and outputs are channels: where both are of one base, bool in the tensor's shape."""
-    masks = {n: torch.zeros(widths.shapes[n], dtype=torch.bool) for n, axes in widths.axes.items() if len(axes) > 1}
+    wide = [name for name, axes in widths.axes.items() if len(axes) > 1 and name in widths.shapes]
+    masks = {name: torch.zeros(widths.shapes[name], dtype=torch.bool) for name in wide}
     for base in range(bases):
         index = widths.index({group.name: split_units(group.size, bases)[base] for group in widths.groups})
         for name, mask in masks.items():
@@ -174,4 +175,4 @@ def cut_apart(widths: Widths, bases: int) -> State:
 
 def find_heads(widths: Widths) -> frozenset[str]:
     """The weights whose inputs are channels and whose outputs are none."""
-    return frozenset(name for name, axes in widths.axes.items() if len(widths.shapes[name]) > 1 and 0 not in axes)
+    return frozenset(name for name, axes in widths.axes.items() if len(widths.shapes.get(name, ())) > 1 and 0 not in axes)
