@@ -171,13 +171,14 @@ def rows(all_of_it: dict[str, dict[str, list[Result]]]) -> list[str]:
 
 
 def versions() -> str:
+    from hetfl.cli.show import find_commit
+
     names = ("hetfl", "torch", "flwr", "ray", "pfl")
     found = []
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
-    found[0] += f" ({commit.stdout.strip()})" if commit.returncode == 0 else ""
+    found[0] += f" ({commit})" if (commit := find_commit(ROOT)) else ""
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hetfl.config import RunOptions
 from hetfl.data.dataset import ClientData, Examples
 from hetfl.data.kinds import CLASSIFY, TaskKind
-from hetfl.models.state import State, load_state, tensors
+from hetfl.models.state import State, call_at, list_places, load_state, named_tensors, tensors
 from hetfl.rng import stream
 from hetfl.submodel.blocks import cells, is_leading, put, take
 from hetfl.submodel.builder import SubmodelBuilder
@@ -93,14 +92,13 @@ class Task:
         if sizes == self.plan_sizes:
             return self.model
         index, small = within(self.builder.widths, self.plan_sizes, kept), self.builder.module(sizes)
-        own = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
-        names = [name for name in tensors(self.model) if name in own]
+        places, own, names = list_places(small), named_tensors(self.model), list(tensors(self.model))
         buffers = [n for n, _ in self.model.named_buffers() if n in names]
         apart = [n for n in buffers if not all(map(is_leading, index.get(n, {}).values()))]  # read as copies
 
         def answer(x: Tensor) -> Any:
             part = {name: take(own[name], index.get(name, {})) for name in names}
-            answers = functional_call(small.train(), part, (x,))
+            answers = call_at(places, small.train(), part, (x,))
             for name in apart:  # as batch norm writes: unseen by autograd, which keeps other parts' statistics until it goes back
                 own[name].data[cells(index[name], own[name])] = part[name]
             return answers

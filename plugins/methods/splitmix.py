@@ -102,8 +102,10 @@ class SplitMix(Plugin):
 
     def _train_bases(self, server: Server) -> None:
         """Trains each base on the server's data: cut apart, the model has forgotten most of what pre-training taught it."""
-        steps = server.options.pretrain_steps // self.bases if self.first_steps is None else self.first_steps
-        if steps and (server.has_public or self.first_steps):
+        steps = self.first_steps
+        if steps is None:
+            steps = server.options.pretrain_steps // self.bases if server.has_public else 0
+        if steps:
             plans = [self._plan(server, [base]) for base in range(self.bases)]
             own = [server.train(p.take(server.state), steps, "splitmix", 1, sizes=p.sizes, client=b) for b, p in enumerate(plans)]
             updates = [Update(b, plan.put(state), 1.0) for b, (plan, state) in enumerate(zip(plans, own, strict=True))]
@@ -117,7 +119,8 @@ class SplitMix(Plugin):
 
     def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
         self._masks = self._masks or cut_apart(server.widths, self.bases)
-        units = {g.name: torch.cat([split_units(g.size, self.bases)[b] for b in bases]) for g in server.widths.groups}
+        parts = {g.name: split_units(g.size, self.bases) for g in server.widths.groups}
+        units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
         masks = Selection(server.widths, units).take(self._masks) if len(bases) > 1 else {}
         share = len(bases) / self.bases
         return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.widths))
@@ -132,7 +135,8 @@ class SplitMix(Plugin):
         parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
         task.forward = lambda model, x: tuple(part(x) for part in parts)
         task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
-        heads = {name: p for name, p in task.model.named_parameters() if name in find_heads(task.builder.widths)}
+        names = find_heads(task.builder.widths)
+        heads = {name: p for name, p in task.model.named_parameters() if name in names}
         multiply(heads.values(), len(held))
         reply = yield
         multiply(heads.values(), 1 / len(held))
