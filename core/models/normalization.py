@@ -85,6 +85,10 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     """
     layers, found, examples = find_tracking_norms(model), dict[str, Moments](), 0
 
+    def forget(layer: Any, _: object) -> None:  # 0 times what is not finite is not 0
+        layer.running_mean.zero_()
+        layer.running_var.zero_()
+
     def note(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         def add(layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...], _: Tensor) -> None:
             now = Moments.of(layer, inputs[0])
@@ -95,6 +99,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     with ExitStack() as after, torch.no_grad():
         model.eval()
         for name, layer in layers.items():
+            after.callback(layer.register_forward_pre_hook(forget).remove)
             after.callback(layer.register_forward_hook(note(name)).remove)
             after.callback(setattr, layer, "momentum", layer.momentum)
             layer.train().momentum = 1.0
@@ -102,7 +107,6 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
             if len(y) > 1:
                 model(x)
                 examples += len(y)
-    with torch.no_grad():
         for name, m in found.items():
             layers[name].running_mean.copy_(m.mean)  # type: ignore[union-attr]
             layers[name].running_var.copy_(m.variance)  # type: ignore[union-attr]

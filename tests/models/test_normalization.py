@@ -32,6 +32,15 @@ def test_unequal_batches_count_by_their_examples():
     assert torch.allclose(state["0.running_var"], values.var(1, correction=0))
 
 
+def test_statistics_before_the_pass_do_not_matter():
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    expected, _ = measure_statistics(model, [(x, torch.zeros(8))])
+    model[0].running_mean.fill_(torch.inf)
+    model[0].running_var.fill_(torch.nan)
+    found, _ = measure_statistics(model, [(x, torch.zeros(8))])
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
 @pytest.mark.parametrize("policy", ["none", "instance", "layer", "group"])
 def test_replacements_of_batch_norm(tmp_path, policy):
     """spec heterofl 2.4: none, IN (as many groups as channels), LN (1 group), GN (4 groups)"""
