@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -15,7 +16,8 @@ RATIOS = (0.75, 0.5, 0.25)
 IMAGES, BATCH = 500, 64
 
 
-def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) -> dict[str, Any]:
+def measure(net: str, shape: tuple[int, ...], steps: int, repeats: int, args: dict[str, Any]) -> dict[str, Any]:
+    """Medians of `repeats` after one to warm up, in turn."""
     from hetfl.config import resolve
     from hetfl.data.dataset import Examples, ServerData
     from hetfl.hooks.server import Server
@@ -74,8 +76,8 @@ def measure(net: str, shape: tuple[int, ...], steps: int, args: dict[str, Any]) 
     def method() -> None:
         compress(plain_form)
 
-    work = (plain, tuned, fast, method)
-    found = {w.__name__: seconds(w) for w in (*work, *work)}  # the second of each counts
+    rows = [{w.__name__: seconds(w) for w in (plain, tuned, fast, method)} for _ in range(1 + repeats)][1:]
+    found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     extract, slower = found["tuned"], found["method"] - found["fast"]
     return {
         "net": net, "plain": found["plain"], "extract": extract, "share": found["fast"] / extract,
@@ -90,7 +92,7 @@ def seconds(work: Any) -> float:
 
 
 def main() -> None:
-    nets = [measure("fedconv-cnn", (1, 28, 28), 60, {"size": 28}), measure("resnet18", (3, 32, 32), 4, {})]
+    nets = [measure("fedconv-cnn", (1, 28, 28), 60, 7, {"size": 28}), measure("resnet18", (3, 32, 32), 4, 2, {})]
     report(nets=nets)
 
 

@@ -90,28 +90,39 @@ def bundle_blocks(blocks: Sequence[Block]) -> list[Bundle]:
 
 
 class Correlation:
-    """The images (taps, rows, columns) of a block, ready to be correlated: as windows where those are small, else spectra."""
+    """The images (taps, rows, columns) of a block, ready to be correlated: as windows where those are small, else spectra.
+
+    Spectra are taken along the dims in which kernels have more than one entry, the dims that are cut.
+    """
 
     def __init__(self, block: Block, x: Tensor) -> None:
         self.block = block
         (sr, sc), (kr, kc) = block.small, block.kernel
         few = block.taps * sr * sc * kr * kc <= MOST_ENTRIES
+        self.dims = [dim for dim, entries in ((1, kr), (2, kc)) if entries > 1]
         self.windows = x.unfold(1, kr, 1).unfold(2, kc, 1).reshape(block.taps, sr * sc, kr * kc) if few else None
-        self.spectrum = None if few else torch.fft.rfft2(x)
+        self.spectrum = None if few else torch.fft.rfftn(x, dim=self.dims)
 
     def __call__(self, k: Tensor) -> Tensor:
         """The valid correlation of each tap's image (n, m) with its kernel (kr, kc): (taps, n - kr + 1, m - kc + 1).
 
         `k` are kernels, or gradients in the shape of the small images: their correlation has the kernels' shape.
         """
+        if self.windows is None:
+            return self.correlate_spectra(k)
         rows, columns = self.block.large
-        height, width = rows - k.shape[1] + 1, columns - k.shape[2] + 1
-        if self.spectrum is not None:
-            circular: Tensor = torch.fft.irfft2(self.spectrum * torch.fft.rfft2(k, s=(rows, columns)).conj(), s=(rows, columns))
-            return circular[:, :height, :width]
-        assert self.windows is not None
         windows = self.windows if k.shape[1:] == self.block.kernel else self.windows.mT
-        return torch.bmm(windows, k.reshape(len(k), -1, 1)).view(-1, height, width)
+        return torch.bmm(windows, k.reshape(len(k), -1, 1)).view(-1, rows - k.shape[1] + 1, columns - k.shape[2] + 1)
+
+    def correlate_spectra(self, k: Tensor) -> Tensor:
+        """The same by spectra; a gradient, which is as long as the image in a dim that is not cut, is summed along it."""
+        rows, columns = self.block.large
+        lengths = [self.block.large[dim - 1] for dim in self.dims]
+        product = self.spectrum * torch.fft.rfftn(k, s=lengths, dim=self.dims).conj()
+        for dim in {1, 2}.difference(self.dims):
+            product = product if k.shape[dim] == 1 else product.sum(dim, keepdim=True)
+        circular: Tensor = torch.fft.irfftn(product, s=lengths, dim=self.dims)
+        return circular[:, : rows - k.shape[1] + 1, : columns - k.shape[2] + 1]
 
 
 class CompressBundle(torch.autograd.Function):

@@ -45,15 +45,15 @@ class Block:
     taps: int
     conv: bool = False
 
-    @property
+    @cached_property
     def large(self) -> Shape:
         return len(self.rows.positions), len(self.columns.positions)
 
-    @property
+    @cached_property
     def small(self) -> Shape:
         return self.rows.kept, self.columns.kept
 
-    @property
+    @cached_property
     def kernel(self) -> Shape:
         return self.large[0] - self.small[0] + 1, self.large[1] - self.small[1] + 1
 
