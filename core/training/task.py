@@ -44,6 +44,7 @@ class Task:
     penalties           functions of the model that are added to the loss
     constants           the client's own tensors that `forward` and `penalties` read here when they are called: those of one task
                         may stand for a group of clients, each with tensors of its own (`Plugin.stackable`)
+    parts               the modules that parts of `model` run in (`make_part`), each with its number of units of each group
     train               what trains the task where no plugin does; None: the core's own training
     """
 
@@ -64,6 +65,7 @@ class Task:
     loss: Callable[[Any, Tensor], Tensor] = CLASSIFY.loss
     penalties: list[Callable[[nn.Module], Tensor]] = field(default_factory=list)
     constants: State = field(default_factory=dict)
+    parts: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
     train: Callable[[Task], Reply] | None = None
 
     @property
@@ -92,6 +94,7 @@ class Task:
         if sizes == self.plan_sizes:
             return self.model
         index, small = within(self.builder.widths, self.plan_sizes, kept), self.builder.module(sizes)
+        self.parts[small] = sizes
         places, own, names = list_places(small), named_tensors(self.model), list(tensors(self.model))
         buffers = [n for n, _ in self.model.named_buffers() if n in names]
         apart = [n for n in buffers if not all(map(is_leading, index.get(n, {}).values()))]  # read as copies

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from hetfl import (
@@ -32,6 +31,7 @@ from hetfl import (
     running_mean,
 )
 from hetfl.submodel.blocks import cells
+from hetfl.submodel.builder import SubmodelBuilder
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,6 @@ class SplitMix(Plugin):
     first_steps: int | None = Field(
         None, ge=0, description="server steps of each base in round 1 (none: all together as many as --pretrain-steps)"
     )
-    _masks: State = PrivateAttr(default_factory=dict)
 
     @hookimpl
     def prepare(self, server: Server) -> None:
@@ -77,20 +76,21 @@ class SplitMix(Plugin):
             raise NotApplicable(f"{self.bases} bases need as many units in every layer, and {narrow.name} has {narrow.size}")
         if server.options.server_finetune_steps:
             raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
-        self._masks = cut_apart(server.widths, self.bases)
-        heads, root = find_heads(server.widths), self.bases**0.5
-        scales = dict.fromkeys(self._masks, root) | dict.fromkeys(heads, 1 / root)
-        apart = {name: t * self._masks[name] if name in self._masks else t for name, t in server.state.items()}
+        masks = server.masks = cut_apart(server.widths, self.bases)
+        heads, root = find_heads(server.builder), self.bases**0.5
+        scales = dict.fromkeys(masks, root) | dict.fromkeys(heads, 1 / root)
+        apart = {name: t * masks[name] if name in masks else t for name, t in server.state.items()}
         server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
         self._prove_mean(server)
 
     def _prove_mean(self, server: Server) -> None:
-        """Raises NotApplicable where the model's answer is not the mean of its bases'."""
-        x = server.example
+        """Raises NotApplicable where the model's answer is not the mean of its bases', with heads drawn for it: some begin at 0."""
+        x, generator = server.example, server.stream("splitmix proof")
         assert x is not None
-        plans = [self._plan(server, [base]) for base in range(self.bases)]
-        each = torch.stack([server.logits(plan.take(server.state), x, plan.sizes) for plan in plans])
-        if not torch.allclose(server.logits(server.state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
+        heads = {name: torch.randn(server.state[name].shape, generator=generator) for name in sorted(find_heads(server.builder))}
+        plans, state = [self._plan(server, [base]) for base in range(self.bases)], {**server.state, **heads}
+        each = torch.stack([server.logits(plan.take(state), x, plan.sizes) for plan in plans])
+        if not torch.allclose(server.logits(state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
             raise NotApplicable("parts of this model act on each other (norms or attention over channels): it is no mean of bases")
 
     @hookimpl
@@ -118,12 +118,11 @@ class SplitMix(Plugin):
         return sorted([first, *(base for base in order if base != first)][:number])
 
     def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
-        self._masks = self._masks or cut_apart(server.widths, self.bases)
         parts = {g.name: split_units(g.size, self.bases) for g in server.widths.groups}
         units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
-        masks = Selection(server.widths, units).take(self._masks) if len(bases) > 1 else {}
+        masks = Selection(server.widths, units).take(server.masks) if len(bases) > 1 else {}
         share = len(bases) / self.bases
-        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.widths))
+        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.builder))
 
     @hookimpl
     def client_extras(self, plan: Plan) -> State | None:
@@ -135,7 +134,7 @@ class SplitMix(Plugin):
         parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
         task.forward = lambda model, x: tuple(part(x) for part in parts)
         task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
-        names = find_heads(task.builder.widths)
+        names = find_heads(task.builder)
         heads = {name: p for name, p in task.model.named_parameters() if name in names}
         multiply(heads.values(), len(held))
         reply = yield
@@ -177,6 +176,10 @@ def cut_apart(widths: Widths, bases: int) -> State:
     return masks
 
 
-def find_heads(widths: Widths) -> frozenset[str]:
+def find_heads(builder: SubmodelBuilder) -> frozenset[str]:
     """The weights whose inputs are channels and whose outputs are none."""
-    return frozenset(name for name, axes in widths.axes.items() if len(widths.shapes.get(name, ())) > 1 and 0 not in axes)
+    shapes, modules = builder.widths.shapes, builder.model.named_modules()
+    tables = {f"{path}.weight" for path, m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}  # of rows, not inputs
+    return frozenset(
+        n for n, axes in builder.widths.axes.items() if len(shapes.get(n, ())) > 1 and 0 not in axes and n not in tables
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,20 +16,25 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Scaler(Plugin):
-    """x / s at the input of every norm, or after each hidden layer of a model without norms; s: the share of units a client has."""
+    """x / s at the input of every norm, or after each hidden layer of a model without norms; s: the share of units a client has.
+
+    Where a client trains parts of its model apart (fjord's narrower batches, splitmix's bases), s is each part's own share.
+    """
 
     stackable: ClassVar[bool] = True
 
     @hookimpl(wrapper=True, trylast=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
-        with scale_activations(task.model, width_ratio(task)):
+        with ExitStack() as scaled:
+            for model, sizes in {task.model: task.plan_sizes, **task.parts}.items():
+                scaled.enter_context(scale_activations(model, width_ratio(sizes, task.full_sizes)))
             return (yield)
 
 
-def width_ratio(task: Task) -> float:
-    """The width ratio that the client really has: kept units over all units; 1 with an architecture of its own."""
-    kept = sum(task.plan_sizes.get(name, 0) for name in task.full_sizes)
-    return kept / sum(task.full_sizes.values()) if kept else 1.0
+def width_ratio(sizes: Mapping[str, int], full: Mapping[str, int]) -> float:
+    """The width ratio that a model of `sizes` really has: its units over all units; 1 with an architecture of its own."""
+    kept = sum(sizes.get(name, 0) for name in full)
+    return kept / sum(full.values()) if kept else 1.0
 
 
 @contextmanager

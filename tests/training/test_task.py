@@ -5,19 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.tasks import make_task
 from hetfl.models.state import copy_state, load_state, tensors
 from hetfl.submodel.blocks import take_blocks
-from hetfl.training.task import Task
 
 PARTS = {"the first half": range(4), "the second half": range(4, 8), "scattered": (1, 2, 6, 7), "in another order": (5, 0, 7, 2)}
-
-
-def make_task(server):
-    """A task whose model is the whole of `server`'s."""
-    full = server.builder.full
-    names = ("client", "round", "data", "options", "extras", "client_state")
-    model = server.builder.load(server.state).train()
-    return Task(**dict.fromkeys(names), model=model, plan_sizes=full, full_sizes=full, builder=server.builder)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("units", PARTS.values(), ids=PARTS)

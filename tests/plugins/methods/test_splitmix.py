@@ -22,6 +22,39 @@ class Scaled(nn.Module):
         return out
 
 
+class Normed(nn.Module):
+    """A network that normalises over its channels, with a head that begins at 0."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(channels * size**2, 8), nn.LayerNorm(8), nn.Linear(8, classes)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.norm(self.first(x.flatten(1)))))
+        return out
+
+
+class Bag(nn.Module):
+    """Words' mean, one hidden layer."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.words, self.first, self.head = nn.Embedding(17, 8), nn.Linear(8, 8), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.first(self.words(x.flatten(1).clamp(0, 16).long()).mean(1))))
+        return out
+
+
+def answer_by_bases(made):
+    """What the global model answers to two inputs, and the mean of what its bases do."""
+    server, plugin = made.server, made.plugins.plugins["extract.splitmix"]
+    plans = [plugin._plan(server, [base]) for base in range(plugin.bases)]
+    each = [server.logits(plan.take(server.state), server.example, plan.sizes) for plan in plans]
+    return server.logits(server.state, server.example), torch.stack(each).mean(0)
+
+
 def test_clients_of_several_bases_train_with_the_masked_loss(simulate):
     made = simulate(1, extract="splitmix", aggregate="overlap", wrap=["maskloss"], set={"splitmix": {"bases": 2}})
     assert not [row["fault"] for row in made.state.client_rows if "fault" in row]
@@ -37,6 +70,7 @@ def test_a_buffer_outside_the_state_may_lie_along_channels(simulate):
     ("values", "why"),
     [
         ({"model": "cnn", "model_args": {"widths": [8, 8]}, "norm_policy": "layer"}, "no mean of bases"),
+        ({"model": f"{__name__}:Normed", "model_args": {}, "set": {"splitmix": {"bases": 2}}}, "no mean of bases"),
         ({"set": {"splitmix": {"bases": 400}}}, "400 bases need as many units in every layer"),
         ({"server_finetune_steps": 3}, "would join the bases"),
     ],
@@ -50,7 +84,20 @@ def test_all_clients_of_a_net_with_batch_norm_train_and_it_answers_with_the_mean
     values = {"model": "cnn", "model_args": {"widths": [8, 8]}, "levels": "1,0.5,0.25"}
     made = simulate(2, extract="splitmix", aggregate="overlap", **values)
     assert not [row["fault"] for row in made.state.client_rows if "fault" in row]
-    server, plugin = made.server, made.plugins.plugins["extract.splitmix"]
-    plans = [plugin._plan(server, [base]) for base in range(4)]
-    each = [server.logits(plan.take(server.state), server.example, plan.sizes) for plan in plans]
-    assert torch.allclose(server.logits(server.state, server.example), torch.stack(each).mean(0), atol=1e-5)
+    assert torch.allclose(*answer_by_bases(made), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [["dp"], ["dp", "clip"]])
+def test_noise_between_the_bases_does_not_join_them(simulate, wrap):
+    pytest.importorskip("dp_accounting")
+    values = {"levels": "1,0.5,0.25", "set": {"splitmix": {"bases": 2}, "dp": {"noise": 0.5}}}
+    made = simulate(2, extract="splitmix", aggregate="overlap", wrap=wrap, **values)
+    assert torch.allclose(*answer_by_bases(made), atol=1e-4)
+
+
+def test_an_embedding_is_no_head(simulate):
+    made = simulate(
+        2, extract="splitmix", aggregate="overlap", model=f"{__name__}:Bag", model_args={}, set={"splitmix": {"bases": 2}}
+    )
+    assert not [row["fault"] for row in made.state.client_rows if "fault" in row]
+    assert torch.allclose(*answer_by_bases(made), atol=1e-5)

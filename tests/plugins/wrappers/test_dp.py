@@ -41,7 +41,7 @@ class Columns:
 def serve(state, sampled, averages="covering", key=bytes(32), population=None):
     """What dp sees of a server."""
     return SimpleNamespace(
-        state=state, sampled=sampled, population=population or sampled, averages=averages, notes=[],
+        state=state, sampled=sampled, population=population or sampled, averages=averages, notes=[], masks={},
         options=SimpleNamespace(norm_policy="aggregate", rounds=1, schedule="sync"),
         secret_normal=lambda purpose, number, shape: secret_normal(key, purpose, number, tuple(shape)),
     )  # fmt: skip
@@ -265,6 +265,14 @@ def test_entries_behind_a_mask_are_covered_by_nobody():
     covered = [Coverage(0, {"w": Patch(torch.empty(0), {}, torch.tensor([1.0, 0.0, 0.5]))}, False),
                Coverage(1, {"w": Patch(torch.empty(0))}, False)]  # fmt: skip
     assert find_shares(server, covered)["w"].tolist() == [0.5, 0.25, 0.375]
+
+
+def test_entries_that_no_plan_ever_takes_get_no_noise():
+    server, dp = serve({n: torch.zeros(shape) for n, shape in SHAPES.items()}, 1), DP(noise=2.0)
+    server.masks = {"w": torch.eye(3, 4, dtype=torch.bool)}
+    found = release(dp, server, [(Columns(range(4)), {n: torch.zeros(shape) for n, shape in SHAPES.items()}, 1)]).state
+    assert torch.equal(found["w"] != 0, server.masks["w"])
+    assert found["b"].all()
 
 
 def test_another_seed_is_another_noise():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hetfl.plugins.wrappers.scaler import scale_activations
+from helpers.tasks import make_task
+from hetfl.plugins.wrappers.scaler import Scaler, scale_activations
 
 
 def test_scaler_acts_in_training_only():
@@ -53,3 +54,20 @@ def test_scaler_leaves_no_trace_in_the_statistics(simulate):
     covered = slice(0, 2)
     ratio = scaled["1.running_var"][covered] / bare["1.running_var"][covered]
     assert ratio.max() < 2
+
+
+@pytest.mark.parametrize("model", [{}, {"model": "cnn", "model_args": {"widths": [8, 8]}}], ids=["without norms", "with norms"])
+def test_parts_that_train_apart_are_scaled_by_their_own_share(simulate, model):
+    server = simulate(0, extract="heterofl", aggregate="overlap", **model).server
+    task, x = make_task(server), 1e-2 * torch.randn(6, 1, 8, 8)
+    plan = server.select({g.name: torch.arange(g.size // 4) for g in server.widths.groups})
+    part, alone = task.make_part(plan.kept), server.builder.load(plan.take(server.state), plan.sizes).train()
+    bare, fit = part(x), Scaler().fit(task)
+    next(fit)
+    scaled = part(x)
+    with pytest.raises(StopIteration):
+        fit.send(None)
+    with scale_activations(alone, sum(plan.sizes.values()) / sum(task.full_sizes.values())):
+        assert torch.allclose(scaled, alone(x), atol=1e-5)
+    assert not torch.allclose(scaled, bare, rtol=1e-2, atol=1e-3)
+    assert torch.allclose(part(x), bare, atol=1e-5)
