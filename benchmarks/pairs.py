@@ -34,7 +34,7 @@ SETS: dict[str, dict[str, Any]] = {
     "digits": {"dataset": "digits"},
     "mnist": {"dataset": "mnist", "limit": 1000},
     "ag_news": {
-        "dataset": "ag_news", "limit": 2000, "tokens": 24, "vocab": 2048, "optimizer": "adam", "lr": 0.002,
+        "dataset": "ag_news", "limit": 8000, "tokens": 24, "vocab": 2048, "optimizer": "adam", "lr": 0.002,
         "model_args": {"width": 32, "layers": 1, "dropout": 0.0},
     },
     "sp_sw_har": {"dataset": "sp_sw_har", "limit": 1000, "model_args": {"widths": [16, 32, 32]}},
