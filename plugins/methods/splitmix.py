@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from hetfl import (
@@ -66,8 +67,9 @@ class SplitMix(Plugin):
 
     bases: int = Field(4, ge=1, le=1 << 10, description="networks that the model is split into, each 1 / bases as wide")
     first_steps: int | None = Field(
-        None, ge=0, description="server steps of each base in round 1 (none: all together as many as --pretrain-steps)"
+        None, ge=0, description="server steps of each base before the first clients (none: together as many as --pretrain-steps)"
     )
+    _trained: bool = PrivateAttr(False)
 
     @hookimpl
     def prepare(self, server: Server) -> None:
@@ -95,7 +97,7 @@ class SplitMix(Plugin):
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
-        if round == 1:
+        if not self._trained:
             self._train_bases(server)
         turns = torch.randperm(self.bases, generator=server.stream("splitmix", round)).tolist()
         return [self._plan(server, self._draw(server, c, round, turns[i % self.bases])) for i, c in enumerate(clients)]
@@ -110,6 +112,13 @@ class SplitMix(Plugin):
             own = [server.train(p.take(server.state), steps, "splitmix", 1, sizes=p.sizes, client=b) for b, p in enumerate(plans)]
             updates = [Update(b, plan.put(state), 1.0) for b, (plan, state) in enumerate(zip(plans, own, strict=True))]
             server.state = running_mean(server.state, updates)
+        self._trained = True
+
+    def state_dict(self) -> State:
+        return {"trained": torch.tensor(self._trained)}
+
+    def load_state_dict(self, state: State) -> None:
+        self._trained = bool(state["trained"])
 
     def _draw(self, server: Server, client: Client, round: int, first: int) -> list[int]:
         """A client's bases: `first`, by which all get their turn, and others at random."""

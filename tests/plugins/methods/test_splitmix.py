@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetfl import NotApplicable
+from helpers.runs import STOPPABLE
+from hetfl import Client, NotApplicable, Profile
+from hetfl.config import resolve
 
 
 class Scaled(nn.Module):
@@ -93,6 +95,20 @@ def test_noise_between_the_bases_does_not_join_them(simulate, wrap):
     values = {"levels": "1,0.5,0.25", "set": {"splitmix": {"bases": 2}, "dp": {"noise": 0.5}}}
     made = simulate(2, extract="splitmix", aggregate="overlap", wrap=wrap, **values)
     assert torch.allclose(*answer_by_bases(made), atol=1e-4)
+
+
+def test_bases_are_taught_once_before_the_first_clients_whatever_the_round(simulate):
+    made = simulate(0, extract="splitmix", aggregate="overlap", set={"splitmix": {"bases": 2, "first_steps": 40}})
+    server, plugin, steps = made.server, made.plugins.plugins["extract.splitmix"], [made.server.steps]
+    for round in (4, 5):
+        plugin.extract(server, [Client(0, Profile(1.0))], round)
+        steps.append(server.steps - steps[0])
+    assert steps[1:] == [80, 80]
+
+
+def test_a_run_that_goes_on_does_not_teach_its_bases_again(tmp_path, stops):
+    values = {"extract": "splitmix", "aggregate": "overlap", "set": {"splitmix": {"bases": 2, "first_steps": 40}}}
+    assert stops.changes_nothing(tmp_path, resolve({**STOPPABLE, **values}))
 
 
 def test_an_embedding_is_no_head(simulate):
