@@ -129,6 +129,22 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
     return lines
 
 
+def average(rows: Sequence[Row]) -> list[str]:
+    """The lines of the means over all data sets and alphas, by seed, the best mean level first; none where runs are missing."""
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["name"], {}).setdefault(row["seed"], []).append(row)
+    if len({len(runs) for seeds in found.values() for runs in seeds.values()}) != 1 or any(row["status"] != "ok" for row in rows):
+        return []
+    means = {
+        name: {c: [statistics.fmean(list_values(runs, c)) for runs in seeds.values()] for c in COLUMNS}
+        for name, seeds in found.items()
+    }
+    order = sorted(means, key=lambda name: -statistics.fmean(means[name][COLUMNS[0]]))
+    lines = [f"| {name} | " + " | ".join(show_spread(means[name][c]) for c in COLUMNS) + " |" for name in order]
+    return ["| pair | mean level | worst level | global | its control |", "|---|---|---|---|---|", *lines, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sets", default=",".join(SETS))
@@ -145,6 +161,8 @@ def main() -> None:
     rows = run_named(runs, given.out, given.jobs, given.known)
     done = [(a, n) for a in alphas for n in sets if any((r["data set"], r["alpha"]) == (n, a) for r in rows)]
     tables = [line for a, n in done for line in (f"{n}, alpha {a:g}:", "", *table(rows, n, a), "")]
+    if len(done) > 1 and (means := average(rows)):
+        tables += [f"Mean of these {len(done)} tables:", "", *means]
     print("\n".join(tables))
     if given.page:
         fill_section(given.page, "pairs", "\n".join(tables))
