@@ -98,8 +98,8 @@ class Correlation:
     def __init__(self, block: Block, x: Tensor) -> None:
         self.block = block
         (sr, sc), (kr, kc) = block.small, block.kernel
-        few = block.taps * sr * sc * kr * kc <= MOST_ENTRIES
         self.dims = [dim for dim, entries in ((1, kr), (2, kc)) if entries > 1]
+        few = not self.dims or block.taps * sr * sc * kr * kc <= MOST_ENTRIES
         self.windows = x.unfold(1, kr, 1).unfold(2, kc, 1).reshape(block.taps, sr * sc, kr * kc) if few else None
         self.spectrum = None if few else torch.fft.rfftn(x, dim=self.dims)
 

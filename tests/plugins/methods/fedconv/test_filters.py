@@ -133,16 +133,17 @@ def test_tuning_reaches_every_filter_and_leaves_the_global_model(tmp_path):
     assert all(torch.equal(STATE[n], before[n]) for n in STATE)
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, few):
+@pytest.mark.parametrize("few", [True, False], ids=["windows", "spectra"])
+@pytest.mark.parametrize("kept", [(4, 5), (7, 5), (4, 6), (7, 6)], ids=["both cut", "columns cut", "rows cut", "whole"])
+def test_filtering_is_its_formula_and_its_gradients_are_autograds(monkeypatch, kept, few):
     """The fused step against the method's own form (spec fedconv 2.3), by windows and by spectra."""
     monkeypatch.setattr(fast, "MOST_ENTRIES", 1 << 20 if few else 0)
     g = torch.Generator().manual_seed(0)
-    block = Block("w", Part(torch.arange(7), 4), Part(torch.arange(6), 5), 3)
-    x = torch.randn(3, 7, 6, generator=g)
-    weights = [torch.randn(*s, generator=g).requires_grad_() for s in ((3,), (3,), (3,), (3, 4, 2))]
+    block = Block("w", Part(torch.arange(7), kept[0]), Part(torch.arange(6), kept[1]), 3)
+    x, shape = torch.randn(3, 7, 6, generator=g), (3, *block.kernel)
+    weights = [torch.randn(*s, generator=g).requires_grad_() for s in ((3,), (3,), (3,), shape)]
 
-    bundle, keep = fast.Bundle([0], [(3, 4, 2)]), torch.ones(3)
+    bundle, keep = fast.Bundle([0], [shape]), torch.ones(3)
     ours, theirs = (
         fast.compress_bundle(*weights[:3], weights[3].flatten(), keep, bundle, [fast.Correlation(block, x)])[0],
         plain_form([block], [x], [1.0])([weights])[0],
