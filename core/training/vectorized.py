@@ -17,6 +17,7 @@ from hetfl.models.frozen import frozen
 from hetfl.models.normalization import BATCH_NORM
 from hetfl.models.state import State, tensors
 from hetfl.rng import stream
+from hetfl.submodel.builder import fast_layout
 from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
 from hetfl.training.local import batch_rows
 from hetfl.training.stacking import EagerStep, ModelStack, TaskStack, align_batches, run_steps
@@ -31,6 +32,8 @@ ENTRIES = 1 << 20  # parameters of a group on CPU, all clients together
 MOST = 32  # clients in a group
 
 POSITIONS = 8192  # batch x input positions up to which convolutions are stacked on CPU
+
+PLAIN_SMALL, PLAIN_POSITIONS = 200_000, 10_240  # the same of nets without pooling, which gain nothing by channels_last alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,11 @@ def group_size(model: nn.Module, options: RunOptions, shape: tuple[int, ...], dr
 
 def is_worthwhile(model: nn.Module, count: int, positions: int) -> bool:
     """Whether stacking is faster on CPU: for few parameters (`count`), and for convolutions on few `positions` of a batch."""
-    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-    return count <= SMALL and (not convolves or positions <= POSITIONS)
+    if not any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        return count <= SMALL
+    if fast_layout(model) == torch.contiguous_format:
+        return count <= PLAIN_SMALL and positions <= PLAIN_POSITIONS
+    return count <= SMALL and positions <= POSITIONS
 
 
 def allows_padding(model: nn.Module) -> bool:

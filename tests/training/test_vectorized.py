@@ -192,5 +192,9 @@ def test_auto_is_a_rule_on_device_parameters_and_batch():
     assert vectorized.group_size(large, auto, (1, 28, 28), False) == 1
     assert vectorized.group_size(conv, auto, (1, 6, 6), False) > 1
     assert vectorized.group_size(conv, resolve({"batch_size": 512}), (1, 28, 28), False) == 1
+    plain, ten = ZOO["preresnet18"](classes=10, channels=3, widths=[8, 16, 32, 64]), resolve({"batch_size": 10})
+    assert vectorized.group_size(plain, ten, (3, 32, 32), False) > 1
+    assert vectorized.group_size(plain, auto, (3, 32, 32), False) == 1
+    assert vectorized.group_size(ZOO["preresnet18"](classes=10, channels=3), ten, (3, 32, 32), False) == 1
     assert vectorized.group_size(large, resolve({"vmap": "on"}), (1, 28, 28), False) > 1
     assert vectorized.group_size(small, resolve({"vmap": "off"}), (1, 6, 6), False) == 1
