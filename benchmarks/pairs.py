@@ -131,10 +131,12 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
 
 def average(rows: Sequence[Row]) -> list[str]:
     """The lines of the means over all data sets and alphas, by seed, the best mean level first; none where runs are missing."""
-    found: dict[str, dict[int, list[Row]]] = {}
-    for row in rows:
-        found.setdefault(row["name"], {}).setdefault(row["seed"], []).append(row)
-    if len({len(runs) for seeds in found.values() for runs in seeds.values()}) != 1 or any(row["status"] != "ok" for row in rows):
+    found: dict[str, dict[int, list[Row]]] = {name: {} for name in PAIRS}
+    there: dict[str, set[tuple[Any, ...]]] = {name: set() for name in PAIRS}
+    for row in (row for row in rows if row["status"] == "ok" and row["name"] in PAIRS):
+        found[row["name"]].setdefault(row["seed"], []).append(row)
+        there[row["name"]].add((row["data set"], row["alpha"], row["seed"]))
+    if len({frozenset(runs) for runs in there.values()}) > 1 or not all(there.values()):
         return []
     means = {
         name: {c: [statistics.fmean(list_values(runs, c)) for runs in seeds.values()] for c in COLUMNS}

@@ -39,7 +39,8 @@ class Server:
     `wanted` clients are to be chosen for the round; `sampled` of `population` take part, drawn uniformly, or all of as many.
     `averages` tells over whom the aggregation takes a mean ("covering" an entry, or "all"; None: it takes none). `key` is the
     server's secret: 32 bytes that never leave it but for its checkpoints; with `hides_sample` even who takes part is drawn from it.
-    `masks`, bool by name, are False at entries of the global model that no plan of the run ever takes; they get no noise.
+    `reachable`, bool by name, is False at entries of the global model that no plan of the run ever takes, and that get no noise:
+    set in `prepare` alone, and so from nothing that clients sent.
     `kind` is the run's kind of task, `classes` the numbers that a model answers with. `public` is the server's labelled data, if it
     `has_public`; `taken` counts the training steps on it by their batch size,
     `steps_saved` and `epochs_saved` what early stopping left out.
@@ -53,7 +54,7 @@ class Server:
         self.kind = kind
         self.widths, self.has_public = builder.widths, public is not None
         self.branches: dict[str, Patches] = {}
-        self.masks: State = {}
+        self.reachable: State = {}
         self.example: Tensor | None = None  # two random inputs, for a look at what a model computes
         self.clients: dict[int, Client] = {}
         self.taken, self.steps_saved, self.epochs_saved = Counter[int](), 0, 0.0

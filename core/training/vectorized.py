@@ -33,7 +33,7 @@ MOST = 32  # clients in a group
 
 POSITIONS = 8192  # batch x input positions up to which convolutions are stacked on CPU
 
-PLAIN_SMALL, PLAIN_POSITIONS = 200_000, 10_240  # the same of nets without pooling, which gain nothing by channels_last alone
+PLAIN_SMALL, PLAIN_POSITIONS = 200_000, 10_240  # the same of nets whose fast layout is contiguous
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ After the official code (illidanlab/SplitMix); docs/strategies/splitmix.md says 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -78,22 +79,27 @@ class SplitMix(Plugin):
             raise NotApplicable(f"{self.bases} bases need as many units in every layer, and {narrow.name} has {narrow.size}")
         if server.options.server_finetune_steps:
             raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
-        masks = server.masks = cut_apart(server.widths, self.bases)
+        masks = server.reachable = cut_apart(server.widths, self.bases)
         heads, root = find_heads(server.builder), self.bases**0.5
+        if frozen := heads - server.state.keys():
+            raise NotApplicable(
+                f"{min(frozen)} is frozen: it adds up what the bases answer, each client's by its own number of them"
+            )
         scales = dict.fromkeys(masks, root) | dict.fromkeys(heads, 1 / root)
         apart = {name: t * masks[name] if name in masks else t for name, t in server.state.items()}
         server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
         self._prove_mean(server)
 
     def _prove_mean(self, server: Server) -> None:
-        """Raises NotApplicable where the model's answer is not the mean of its bases', with heads drawn for it: some begin at 0."""
-        x, generator = server.example, server.stream("splitmix proof")
+        """Raises NotApplicable where the model's answer is not the mean of its bases', with drawn values: layers may begin at 0."""
+        x, state = server.example, draw_values(server)
         assert x is not None
-        heads = {name: torch.randn(server.state[name].shape, generator=generator) for name in sorted(find_heads(server.builder))}
-        plans, state = [self._plan(server, [base]) for base in range(self.bases)], {**server.state, **heads}
+        plans = [self._plan(server, [base]) for base in range(self.bases)]
         each = torch.stack([server.logits(plan.take(state), x, plan.sizes) for plan in plans])
         if not torch.allclose(server.logits(state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
-            raise NotApplicable("parts of this model act on each other (norms or attention over channels): it is no mean of bases")
+            raise NotApplicable(
+                "parts of this model act on each other (as norms or attention over channels do): it is no mean of bases"
+            )
 
     @hookimpl
     def extract(self, server: Server, clients: Sequence[Client], round: int) -> list[Plan]:
@@ -129,7 +135,7 @@ class SplitMix(Plugin):
     def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
         parts = {g.name: split_units(g.size, self.bases) for g in server.widths.groups}
         units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
-        masks = Selection(server.widths, units).take(server.masks) if len(bases) > 1 else {}
+        masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
         share = len(bases) / self.bases
         return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.builder))
 
@@ -150,6 +156,16 @@ class SplitMix(Plugin):
         multiply(heads.values(), 1 / len(held))
         reply.state = {name: t / len(held) if name in heads else t for name, t in reply.state.items()}
         return reply
+
+
+def draw_values(server: Server) -> State:
+    """The global model with random parameters, those between bases 0, of a size at which deep models stay finite."""
+    generator, state = server.stream("splitmix proof"), dict(server.state)
+    for name in [n for n, _ in server.builder.model.named_parameters() if n in state]:
+        t = state[name]
+        values = (torch.randn(t.shape, generator=generator) / math.prod(t.shape[1:]) ** 0.5).to(t)
+        state[name] = values * server.reachable[name] if name in server.reachable else values
+    return state
 
 
 def multiply(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -13,7 +13,7 @@ z C on a sensitivity of 2 C, and the accountant (Google's dp-accounting, REPLACE
 Why not the mean over the clients that cover an entry. Its denominator c changes with a client's plan, so replacing one client
 moves (sum of d) / c by what the OTHERS sent as well, and noise on covered entries alone shows who covers them. What such an
 aggregation merged is turned back into the sum, and every entry of a tensor that travelled gets noise, but those that no plan of the
-run can ever take (`Server.masks`, fixed before any client takes part: nothing of a client is to be hidden there).
+run can ever take (`Server.reachable`, fixed before any client takes part: nothing of a client is to be hidden there).
 
 Not covered: metrics and losses in the run folder, and which tensors (by name) travel.
 """
@@ -78,7 +78,7 @@ class DP(Plugin):
         """old + (sum of updates + noise) / sampled, of a tensor whose `mean` is the old one and the sum over (sampled x share)."""
         old, deviation = server.state[name], self.noise * self.norm / server.sampled
         noise = server.secret_normal(f"dp {name}", round, old.shape) * deviation
-        noise = noise * server.masks[name] if name in server.masks else noise
+        noise = noise * server.reachable[name] if name in server.reachable else noise
         released = old + (mean - old) * share + noise.to(old.dtype)
         return released.clamp(min=0) if name.endswith("running_var") else released
 

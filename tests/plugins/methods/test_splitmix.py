@@ -37,6 +37,39 @@ class Normed(nn.Module):
         return out
 
 
+class Gated(Normed):
+    """A network whose norm over its channels lies behind a factor that begins at 0."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__(classes, channels, size)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x.flatten(1)))
+        out: Tensor = self.head(h + self.gate * self.norm(h))
+        return out
+
+
+class Double(nn.Sequential):
+    """A network of float64."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(channels * size**2, 8), nn.ReLU(), nn.Linear(8, classes))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x.double())
+        return out
+
+
+class FixedHead(nn.Sequential):
+    """A network of which the head stays as it is."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(channels * size**2, 8), nn.ReLU(), nn.Linear(8, classes))
+        self[3].requires_grad_(False)
+
+
 class Bag(nn.Module):
     """Words' mean, one hidden layer."""
 
@@ -73,6 +106,14 @@ def test_a_buffer_outside_the_state_may_lie_along_channels(simulate):
     [
         ({"model": "cnn", "model_args": {"widths": [8, 8]}, "norm_policy": "layer"}, "no mean of bases"),
         ({"model": f"{__name__}:Normed", "model_args": {}, "set": {"splitmix": {"bases": 2}}}, "no mean of bases"),
+        (
+            {"model": f"{__name__}:Gated", "model_args": {}, "set": {"splitmix": {"bases": 2}}, "pretrain_steps": 0},
+            "no mean of bases",
+        ),
+        (
+            {"model": f"{__name__}:FixedHead", "model_args": {}, "set": {"splitmix": {"bases": 2}}, "adapter": "own"},
+            "3.weight is frozen",
+        ),
         ({"set": {"splitmix": {"bases": 400}}}, "400 bases need as many units in every layer"),
         ({"server_finetune_steps": 3}, "would join the bases"),
     ],
@@ -111,9 +152,10 @@ def test_a_run_that_goes_on_does_not_teach_its_bases_again(tmp_path, stops):
     assert stops.changes_nothing(tmp_path, resolve({**STOPPABLE, **values}))
 
 
-def test_an_embedding_is_no_head(simulate):
+@pytest.mark.parametrize("model", ["Bag", "Double"])
+def test_an_embedding_is_no_head_and_any_precision_will_do(simulate, model):
     made = simulate(
-        2, extract="splitmix", aggregate="overlap", model=f"{__name__}:Bag", model_args={}, set={"splitmix": {"bases": 2}}
+        2, extract="splitmix", aggregate="overlap", model=f"{__name__}:{model}", model_args={}, set={"splitmix": {"bases": 2}}
     )
     assert not [row["fault"] for row in made.state.client_rows if "fault" in row]
     assert torch.allclose(*answer_by_bases(made), atol=1e-5)

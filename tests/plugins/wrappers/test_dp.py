@@ -41,7 +41,7 @@ class Columns:
 def serve(state, sampled, averages="covering", key=bytes(32), population=None):
     """What dp sees of a server."""
     return SimpleNamespace(
-        state=state, sampled=sampled, population=population or sampled, averages=averages, notes=[], masks={},
+        state=state, sampled=sampled, population=population or sampled, averages=averages, notes=[], reachable={},
         options=SimpleNamespace(norm_policy="aggregate", rounds=1, schedule="sync"),
         secret_normal=lambda purpose, number, shape: secret_normal(key, purpose, number, tuple(shape)),
     )  # fmt: skip
@@ -269,9 +269,9 @@ def test_entries_behind_a_mask_are_covered_by_nobody():
 
 def test_entries_that_no_plan_ever_takes_get_no_noise():
     server, dp = serve({n: torch.zeros(shape) for n, shape in SHAPES.items()}, 1), DP(noise=2.0)
-    server.masks = {"w": torch.eye(3, 4, dtype=torch.bool)}
+    server.reachable = {"w": torch.eye(3, 4, dtype=torch.bool)}
     found = release(dp, server, [(Columns(range(4)), {n: torch.zeros(shape) for n, shape in SHAPES.items()}, 1)]).state
-    assert torch.equal(found["w"] != 0, server.masks["w"])
+    assert torch.equal(found["w"] != 0, server.reachable["w"])
     assert found["b"].all()
 
 
