@@ -33,7 +33,6 @@ from hetfl import (
     running_mean,
 )
 from hetfl.submodel.blocks import cells
-from hetfl.submodel.builder import SubmodelBuilder
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ class SplitMix(Plugin):
         if server.options.server_finetune_steps:
             raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
         masks = server.reachable = cut_apart(server.widths, self.bases)
-        heads, root = find_heads(server.builder), self.bases**0.5
+        heads, root = find_heads(server.builder.model, server.widths), self.bases**0.5
         if frozen := heads - server.state.keys():
             raise NotApplicable(
                 f"{min(frozen)} is frozen: it adds up what the bases answer, each client's by its own number of them"
@@ -137,7 +136,9 @@ class SplitMix(Plugin):
         units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
         masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
         share = len(bases) / self.bases
-        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.builder))
+        return Mix(
+            server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.builder.model, server.widths)
+        )
 
     @hookimpl
     def client_extras(self, plan: Plan) -> State | None:
@@ -149,7 +150,7 @@ class SplitMix(Plugin):
         parts = [task.make_part(units) for units in locate_bases(task.full_sizes, held, self.bases)]
         task.forward = lambda model, x: tuple(part(x) for part in parts)
         task.loss = lambda answers, y: torch.stack([supervise(z, y) for z in answers]).sum()
-        names = find_heads(task.builder)
+        names = find_heads(task.builder.model, task.builder.widths)
         heads = {name: p for name, p in task.model.named_parameters() if name in names}
         multiply(heads.values(), len(held))
         reply = yield
@@ -201,10 +202,10 @@ def cut_apart(widths: Widths, bases: int) -> State:
     return masks
 
 
-def find_heads(builder: SubmodelBuilder) -> frozenset[str]:
+def find_heads(model: nn.Module, widths: Widths) -> frozenset[str]:
     """The weights whose inputs are channels and whose outputs are none."""
-    shapes, modules = builder.widths.shapes, builder.model.named_modules()
-    tables = {f"{path}.weight" for path, m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}  # of rows, not inputs
+    embeddings = (path for path, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    tables = {f"{path}.weight" for path in embeddings}  # of rows, not of inputs
     return frozenset(
-        n for n, axes in builder.widths.axes.items() if len(shapes.get(n, ())) > 1 and 0 not in axes and n not in tables
+        n for n, axes in widths.axes.items() if len(widths.shapes.get(n, ())) > 1 and 0 not in axes and n not in tables
     )
