@@ -112,7 +112,8 @@ accuracy / global accuracy; `hfl reproduce heterofl-cifar10-ablation`):
   0.03 and 0.01, too. The four-layer CNN learns without.
 - **The net**: after 40 rounds one of a sixth of the parameters is 11 points ahead globally. **Rounds**: the ResNet with both parts
   has 19 % globally after 2 rounds, 24 after 20 and 31 after 40, the slides 53 after 800.
-- **The split**: IID the ResNet has 54.4 globally where it has 31.4 with two classes a client, on the slides 77.1 (400 rounds) and 52.9.
+- **The split**: IID the ResNet has 54.4 globally where it has 31.4 with two classes a client, on the slides 77.1
+  (400 rounds) and 52.9.
 
 The seven sources' settings themselves were not run here; single settings move the figure by as much as the sources differ.
 HeteroFL's own ablation (table 2 of its slides) moves the local accuracy of a-e from 37.8 (nothing) over 89.1 (mask alone) to 92.8
