@@ -131,16 +131,15 @@ def table(rows: Sequence[Row], dataset: str, alpha: float) -> list[str]:
 
 def average(rows: Sequence[Row]) -> list[str]:
     """The lines of the means over all data sets and alphas, by seed, the best mean level first; none where runs are missing."""
-    found: dict[str, dict[int, list[Row]]] = {name: {} for name in PAIRS}
-    there: dict[str, set[tuple[Any, ...]]] = {name: set() for name in PAIRS}
-    for row in (row for row in rows if row["status"] == "ok" and row["name"] in PAIRS):
-        found[row["name"]].setdefault(row["seed"], []).append(row)
-        there[row["name"]].add((row["data set"], row["alpha"], row["seed"]))
-    if len({frozenset(runs) for runs in there.values()}) > 1 or not all(there.values()):
+    ended = [row for row in rows if row["status"] == "ok"]
+    found = {name: {(r["data set"], r["alpha"], r["seed"]): r for r in ended if r["name"] == name} for name in PAIRS}
+    cases = {*found[next(iter(PAIRS))]}
+    if not cases or any(runs.keys() != cases for runs in found.values()):
         return []
+    seeds = sorted({seed for _, _, seed in cases})
     means = {
-        name: {c: [statistics.fmean(list_values(runs, c)) for runs in seeds.values()] for c in COLUMNS}
-        for name, seeds in found.items()
+        name: {c: [statistics.fmean(list_values((r for r in runs.values() if r["seed"] == s), c)) for s in seeds] for c in COLUMNS}
+        for name, runs in found.items()
     }
     order = sorted(means, key=lambda name: -statistics.fmean(means[name][COLUMNS[0]]))
     lines = [f"| {name} | " + " | ".join(show_spread(means[name][c]) for c in COLUMNS) + " |" for name in order]

@@ -13,7 +13,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
         "the layer of any model that makes the logits, and the features before it",
     ),
     "models.normalization": (("NORMS", "list_prunable"), "norm layers, and the parameters that belong to none"),
-    "models.state": (("load_state", "tensors"), "the tensors of a model by name"),
+    "models.state": (("apply_masks", "load_state", "tensors"), "the tensors of a model by name"),
     "profiling.capacity": (
         ("WidthGrid", "assign_mix", "find_largest_width", "parse_grid", "parse_mix", "parse_quantity", "parse_ratio"),
         "options that give capacities",
@@ -26,6 +26,7 @@ TOOLBOX: dict[str, tuple[tuple[str, ...], str]] = {
     "submodel.encoding": (("pack_bits", "unpack_bits"), "masks as one bit an entry"),
     "submodel.ranks": (("find_rank_groups",), "the width groups that are ranks of adapters"),
     "submodel.tracing.residual": (("find_blocks",), "the residual blocks of a model"),
+    "submodel.tracing.verify": (("draw_values",), "random values for a proof of what a model computes"),
     "submodel.units": (
         ("Gate", "apply_gates", "find_gates", "locate_gates", "mean_powers", "select_largest", "select_units", "sum_powers"),
         "importance of the units of width groups, and gates on them",

@@ -27,6 +27,11 @@ def tensors(model: nn.Module) -> State:
     return {name: tensor.detach() for name, tensor in named_tensors(model).items() if name in kept}
 
 
+def apply_masks(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+    """`state` with 0 where `masks` (bool, in the shapes of its tensors, of some of them) are False."""
+    return {name: t * masks[name] if name in masks else t for name, t in state.items()}
+
+
 Places = list[tuple[str, str]]
 
 

@@ -16,7 +16,7 @@ from hetfl.data.dataset import FederatedDataset
 from hetfl.hooks.manager import PluginManager
 from hetfl.models.frozen import frozen
 from hetfl.models.normalization import STATIC, drop_statistics, initial_statistics, measure_statistics
-from hetfl.models.state import State, load_state, move_state, tensors
+from hetfl.models.state import State, apply_masks, load_state, move_state, tensors
 from hetfl.parallel import return_free_memory
 from hetfl.profiling.fleets import find_fleet
 from hetfl.profiling.meter import Meter
@@ -237,7 +237,7 @@ class ClientRuntime:
         if len(found) < len(wanted):
             initial = self.builder.initial(sent.sizes, sent.model)
             found = {name: found.get(name, initial[name]) for name in wanted}
-        return {name: t * sent.masks[name] if name in sent.masks else t for name, t in found.items()}
+        return apply_masks(found, sent.masks)
 
     def _existing(self, sent: Instruction, reply: Reply) -> Mapping[str, Tensor]:
         """The masks of what comes back: those sent, cut as the reply was, and the client's own over them."""

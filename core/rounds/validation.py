@@ -15,7 +15,7 @@ from hetfl.hooks.answers import find_extras_fault
 from hetfl.hooks.manager import PluginManager
 from hetfl.hooks.server import Server
 from hetfl.hooks.values import ExtraSpec
-from hetfl.models.state import State
+from hetfl.models.state import State, apply_masks
 from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure
 from hetfl.rounds.rows import OWN_ACCURACY, RESERVED, SECONDS
 from hetfl.submodel import encoding
@@ -115,7 +115,7 @@ class ReplyValidator:
             if fault := mask_fault(reply.masks, assignment.plan.masks, assignment.state):
                 return assignment, fault
             plan = assignment.plan.narrow({}, reply.masks)
-            arrived = {n: t * reply.masks[n] if n in reply.masks else t for n, t in assignment.arrived.items()}
+            arrived = apply_masks(assignment.arrived, reply.masks)
             assignment = replace(assignment, plan=plan, state=plan.take(source), arrived=arrived)
         return assignment, None
 

@@ -65,10 +65,6 @@ class SubmodelBuilder:
             del mine[next(iter(mine))]
         return found
 
-    def built(self) -> list[nn.Module]:
-        """This thread's modules: all that can run here without being built first."""
-        return list(self._local.__dict__.get("modules", {}).values())
-
     def _place(self, model: nn.Module) -> nn.Module:
         """`model` in the layout and on the device of the run; what is frozen of it is there once for all threads."""
         with replacing(model, self._move):

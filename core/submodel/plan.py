@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hetfl.models.state import State
+from hetfl.models.state import State, apply_masks
 from hetfl.submodel.blocks import Index, cells, take_blocks
 from hetfl.submodel.depth import Depth
 from hetfl.submodel.widths import Kept, Widths, within
@@ -112,8 +112,7 @@ class Selection:
 
     def take(self, state: State) -> State:
         mine = state if self.names is None else {name: t for name, t in state.items() if name in self.names}
-        small = take_blocks(mine, self.cuts)
-        return {name: t * self.masks[name] if name in self.masks else t for name, t in small.items()}
+        return apply_masks(take_blocks(mine, self.cuts), self.masks)
 
     def put(self, trained: State) -> dict[str, Patch]:
         return {name: Patch(values, self.cuts.get(name, WHOLE), self.masks.get(name)) for name, values in trained.items()}

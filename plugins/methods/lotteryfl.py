@@ -28,7 +28,7 @@ from hetfl import (
     unflatten_state,
 )
 from hetfl.models.normalization import list_prunable
-from hetfl.models.state import load_state, tensors
+from hetfl.models.state import apply_masks, load_state, tensors
 from hetfl.plugins.methods.pruning import BUDGET, choose_share, note_remaining, remaining_share, send_budget
 from hetfl.submodel.encoding import pack_bits, unpack_bits
 
@@ -90,7 +90,7 @@ class LotteryFL(Plugin):
         task.masks = {name: prune_smallest(w, task.masks.get(name), 1 - after / now) for name, w in weights.items()}
         note_remaining(task, after)
         first = {name: task.client_state[INITIAL + name] for name in state}
-        load_state(task.model, {name: t * task.masks[name] if name in task.masks else t for name, t in first.items()})
+        load_state(task.model, apply_masks(first, task.masks))
 
     @hookimpl
     def recover(self, replies: Iterable[ReceivedReply]) -> Iterator[Update]:

@@ -98,7 +98,7 @@ class Prototypes(Plugin):
         goals = torch.zeros(len(known), dim).to(task.extras["prototypes"])
         goals[known] = task.extras["prototypes"]
         head = find_head(task.model, train.x[train.index[:2]], len(known))
-        with watching_features(task.builder.built(), head) as seen:
+        with watching_features([task.model, *task.parts], head) as seen:
             task.loss = lambda out, y: loss(out, y) + self.weight * measure_distance(seen.last, goals[y], known[y])
             reply = yield
             read = partial(read_features, task, seen, dim)

@@ -5,7 +5,6 @@ After the official code (illidanlab/SplitMix); docs/strategies/splitmix.md says 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +31,9 @@ from hetfl import (
     hookimpl,
     running_mean,
 )
+from hetfl.models.state import apply_masks
 from hetfl.submodel.blocks import cells
+from hetfl.submodel.tracing.verify import draw_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class SplitMix(Plugin):
         None, ge=0, description="server steps of each base before the first clients (none: together as many as --pretrain-steps)"
     )
     _trained: bool = PrivateAttr(False)
+    _heads: frozenset[str] = PrivateAttr(frozenset())
 
     @hookimpl
     def prepare(self, server: Server) -> None:
@@ -79,20 +81,22 @@ class SplitMix(Plugin):
         if server.options.server_finetune_steps:
             raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
         masks = server.reachable = cut_apart(server.widths, self.bases)
-        heads, root = find_heads(server.builder.model, server.widths), self.bases**0.5
-        if frozen := heads - server.state.keys():
+        self._heads, root = find_heads(server.builder.model, server.widths), self.bases**0.5
+        if frozen := self._heads - server.state.keys():
             raise NotApplicable(
                 f"{min(frozen)} is frozen: it adds up what the bases answer, each client's by its own number of them"
             )
-        scales = dict.fromkeys(masks, root) | dict.fromkeys(heads, 1 / root)
-        apart = {name: t * masks[name] if name in masks else t for name, t in server.state.items()}
+        scales = dict.fromkeys(masks, root) | dict.fromkeys(self._heads, 1 / root)
+        apart = apply_masks(server.state, masks)
         server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
         self._prove_mean(server)
 
     def _prove_mean(self, server: Server) -> None:
         """Raises NotApplicable where the model's answer is not the mean of its bases', with drawn values: layers may begin at 0."""
-        x, state = server.example, draw_values(server)
+        x, generator = server.example, server.stream("splitmix proof")
         assert x is not None
+        drawn = {name: draw_values(name, t, generator) for name, t in server.state.items()}
+        state = apply_masks(drawn, server.reachable)
         plans = [self._plan(server, [base]) for base in range(self.bases)]
         each = torch.stack([server.logits(plan.take(state), x, plan.sizes) for plan in plans])
         if not torch.allclose(server.logits(state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
@@ -136,9 +140,7 @@ class SplitMix(Plugin):
         units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
         masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
         share = len(bases) / self.bases
-        return Mix(
-            server.widths, units, masks, bases=tuple(bases), share=share, heads=find_heads(server.builder.model, server.widths)
-        )
+        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=self._heads)
 
     @hookimpl
     def client_extras(self, plan: Plan) -> State | None:
@@ -157,16 +159,6 @@ class SplitMix(Plugin):
         multiply(heads.values(), 1 / len(held))
         reply.state = {name: t / len(held) if name in heads else t for name, t in reply.state.items()}
         return reply
-
-
-def draw_values(server: Server) -> State:
-    """The global model with random parameters, those between bases 0, of a size at which deep models stay finite."""
-    generator, state = server.stream("splitmix proof"), dict(server.state)
-    for name in [n for n, _ in server.builder.model.named_parameters() if n in state]:
-        t = state[name]
-        values = (torch.randn(t.shape, generator=generator) / math.prod(t.shape[1:]) ** 0.5).to(t)
-        state[name] = values * server.reachable[name] if name in server.reachable else values
-    return state
 
 
 def multiply(parameters: Iterable[nn.Parameter], factor: float) -> None:

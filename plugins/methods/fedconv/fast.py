@@ -108,21 +108,21 @@ class Correlation:
 
         `k` are kernels, or gradients in the shape of the small images: their correlation has the kernels' shape.
         """
+        rows, columns = self.block.large
+        height, width = rows - k.shape[1] + 1, columns - k.shape[2] + 1
         if self.windows is None:
-            return self.correlate_spectra(k)
-        rows, columns = self.block.large
+            return self.correlate_circularly(k)[:, :height, :width]
         windows = self.windows if k.shape[1:] == self.block.kernel else self.windows.mT
-        return torch.bmm(windows, k.reshape(len(k), -1, 1)).view(-1, rows - k.shape[1] + 1, columns - k.shape[2] + 1)
+        return torch.bmm(windows, k.reshape(len(k), -1, 1)).view(-1, height, width)
 
-    def correlate_spectra(self, k: Tensor) -> Tensor:
-        """The same by spectra; a gradient, which is as long as the image in a dim that is not cut, is summed along it."""
-        rows, columns = self.block.large
+    def correlate_circularly(self, k: Tensor) -> Tensor:
+        """The circular correlation along the cut dims, by spectra; in the other dim a gradient, as long as the image, is summed."""
         lengths = [self.block.large[dim - 1] for dim in self.dims]
         product = self.spectrum * torch.fft.rfftn(k, s=lengths, dim=self.dims).conj()
         for dim in {1, 2}.difference(self.dims):
             product = product if k.shape[dim] == 1 else product.sum(dim, keepdim=True)
         circular: Tensor = torch.fft.irfftn(product, s=lengths, dim=self.dims)
-        return circular[:, : rows - k.shape[1] + 1, : columns - k.shape[2] + 1]
+        return circular
 
 
 class CompressBundle(torch.autograd.Function):

@@ -50,11 +50,18 @@ class Gated(Normed):
         return out
 
 
-class Double(nn.Sequential):
-    """A network of float64."""
+class Small(nn.Sequential):
+    """One hidden layer."""
 
     def __init__(self, classes: int, channels: int, size: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(channels * size**2, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+class Double(Small):
+    """A network of float64."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__(classes, channels, size)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,11 +69,11 @@ class Double(nn.Sequential):
         return out
 
 
-class FixedHead(nn.Sequential):
+class FixedHead(Small):
     """A network of which the head stays as it is."""
 
     def __init__(self, classes: int, channels: int, size: int) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(channels * size**2, 8), nn.ReLU(), nn.Linear(8, classes))
+        super().__init__(classes, channels, size)
         self[3].requires_grad_(False)
 
 
