@@ -160,7 +160,7 @@ def test_a_sweep_passes_settings_to_wraps_and_to_classes(own):
     assert trial.name.startswith("Last-overlap-")
 
 
-class Halves(Plugin):
+class Inverted(Plugin):
     """The first half for everyone."""
 
     shift: int = Field(0, ge=0, description="where it begins")
@@ -185,34 +185,34 @@ def add():
 
 
 def test_an_object_is_found_by_its_name_and_taken_as_it_is(add):
-    plugin = Halves(shift=3)
+    plugin = Inverted(shift=3)
     name = add("extract", plugin)
-    assert name == "Halves"
+    assert name == "Inverted"
     assert name not in {e.name for e in registry.entries()}
-    loaded = loading.load_plugins(resolve({"extract": name})).plugins["extract.Halves"]
+    loaded = loading.load_plugins(resolve({"extract": name})).plugins["extract.Inverted"]
     assert (loaded.shift, loaded is plugin) == (3, False), "a copy, so that each run begins afresh"
-    other = loading.load_plugins(resolve({"extract": name, "set": {"Halves": {"shift": 1}}})).plugins["extract.Halves"]
+    other = loading.load_plugins(resolve({"extract": name, "set": {"Inverted": {"shift": 1}}})).plugins["extract.Inverted"]
     assert (other.shift, plugin.shift) == (1, 3)
-    with pytest.raises(UsageError, match=r"engine 'processes' runs clients in other processes, .* 'Halves'"):
+    with pytest.raises(UsageError, match=r"engine 'processes' runs clients in other processes, .* 'Inverted'"):
         loading.load_plugins(resolve({"extract": name, "engine": "processes"}))
     registry.remove_local("extract", name)
-    with pytest.raises(UsageError, match="unknown extract plugin 'Halves'"):
+    with pytest.raises(UsageError, match="unknown extract plugin 'Inverted'"):
         registry.find("extract", name)
 
 
 def test_a_class_is_configured_and_names_do_not_collide(add):
-    name = add("extract", Halves)
+    name = add("extract", Inverted)
     assert loading.load_plugins(resolve({"extract": name, "set": {name: {"shift": 2}}})).plugins[f"extract.{name}"].shift == 2
-    assert add("extract", Halves) == name
-    assert add("extract", Halves(shift=1)) == "Halves-2"
-    assert add("extract", Halves(shift=1)) == "Halves-3"
-    full = type("full", (Halves,), {"__doc__": "Bears a built-in's name."})
+    assert add("extract", Inverted) == name
+    assert add("extract", Inverted(shift=1)) == "Inverted-2"
+    assert add("extract", Inverted(shift=1)) == "Inverted-3"
+    full = type("full", (Inverted,), {"__doc__": "Bears a built-in's name."})
     assert add("extract", full) == "full-2"
     assert registry.find("extract", "full").source == "built-in"
 
 
 def test_objects_of_many_threads_have_names_of_their_own(add):
-    plugins, names = [Halves() for _ in range(32)], []
+    plugins, names = [Inverted() for _ in range(32)], []
     threads = [threading.Thread(target=lambda p=p: names.append(add("extract", p))) for p in plugins]
     for thread in threads:
         thread.start()
@@ -221,7 +221,7 @@ def test_objects_of_many_threads_have_names_of_their_own(add):
     assert len(set(names)) == 32
 
 
-@pytest.mark.parametrize(("role", "plugin"), [("extract", 3), ("extract", int), ("extractor", Halves)])
+@pytest.mark.parametrize(("role", "plugin"), [("extract", 3), ("extract", int), ("extractor", Inverted)])
 def test_what_is_no_plugin_is_not_taken(role, plugin):
     with pytest.raises(UsageError):
         loading.load_plugins(resolve({"extract": registry.add_local(role, plugin)}))
