@@ -1,9 +1,14 @@
-"""FedConv's server phase: tuning the compressors of three size classes beside the same steps without filters."""
+"""FedConv's server phase: tuning the compressors of three size classes beside the same steps without filters.
+
+`python -m benchmarks.speed.server profile` prints what torch spends both on, of fedconv-cnn.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +29,6 @@ def measure(net: str, shape: tuple[int, ...], steps: int, repeats: int, args: di
     from hetfl.hooks.values import Client
     from hetfl.models import zoo as models
     from hetfl.models.state import tensors
-    from hetfl.parallel import Pool
     from hetfl.plugins.methods.fedconv.compression import Compressor, plain_form
     from hetfl.plugins.methods.fedconv.fast import fast_form
     from hetfl.plugins.methods.fedconv.filters import Filters
@@ -40,7 +44,8 @@ def measure(net: str, shape: tuple[int, ...], steps: int, repeats: int, args: di
     widths = trace(model, torch.randn(2, *shape), verify=False)
     x, y, cut = torch.randn(IMAGES, *shape), torch.arange(IMAGES) % 10, IMAGES * 3 // 4
     public = ServerData(Examples(x, y, torch.arange(cut)), Examples(x, y, torch.arange(cut, IMAGES)))
-    server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, public, Pool(1))
+    pool: Any = SimpleNamespace(map=lambda function, items: [function(item) for item in items])  # in this thread, for the profile
+    server = Server(resolve({}), SubmodelBuilder(model, widths), tensors(model), 10, public, pool)
 
     def plain() -> None:
         server.predict(server.state, x)  # the teacher
@@ -76,6 +81,9 @@ def measure(net: str, shape: tuple[int, ...], steps: int, repeats: int, args: di
     def method() -> None:
         compress(plain_form)
 
+    if "profile" in sys.argv:
+        print_profile(plain)
+        print_profile(tuned)
     rows = [{w.__name__: seconds(w) for w in (plain, tuned, fast, method)} for _ in range(1 + repeats)][1:]
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     extract, slower = found["tuned"], found["method"] - found["fast"]
@@ -91,8 +99,18 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - began
 
 
+def print_profile(work: Any) -> None:
+    """What torch spends a second run of `work` on."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        work()
+    print(work.__name__, seen.key_averages().table(sort_by="cpu_time_total", row_limit=40, max_name_column_width=60))
+
+
 def main() -> None:
-    nets = [measure("fedconv-cnn", (1, 28, 28), 60, 7, {"size": 28}), measure("resnet18", (3, 32, 32), 4, 2, {})]
+    nets = [measure("fedconv-cnn", (1, 28, 28), 60, 7, {"size": 28})]
+    if "profile" not in sys.argv:
+        nets.append(measure("resnet18", (3, 32, 32), 4, 2, {}))
     report(nets=nets)
 
 
