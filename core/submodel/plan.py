@@ -112,7 +112,8 @@ class Selection:
 
     def take(self, state: State) -> State:
         mine = state if self.names is None else {name: t for name, t in state.items() if name in self.names}
-        return apply_masks(take_blocks(mine, self.cuts), self.masks)
+        blocks = take_blocks(mine, self.cuts)
+        return apply_masks(blocks, self.masks) if self.masks else blocks
 
     def put(self, trained: State) -> dict[str, Patch]:
         return {name: Patch(values, self.cuts.get(name, WHOLE), self.masks.get(name)) for name, values in trained.items()}
