@@ -1,6 +1,7 @@
 """Clients of one shape one by one and as a stacked model, on one thread: milliseconds a client for one local epoch.
 
-`python -m benchmarks.speed.vmap_groups bounds` measures the nets beside which the bounds of --vmap auto for convolutions were set.
+`python -m benchmarks.speed.vmap_groups bounds` measures the nets beside which the bounds of --vmap auto for convolutions were set,
+`… cuda` groups of several sizes on a GPU, each recorded as a CUDA graph (`four streams`: groups of one on four threads).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +36,23 @@ BOUNDS: tuple[Case, ...] = (
     ("resnet18", {"widths": WIDTHS[1]}, (1, 28, 28), 40, 10, 10), ("cnn1d", {}, (1, 50, 6), 128, 32, 10),
 )  # fmt: skip
 
+WHOLE = [64, 128, 256, 512]
+
+NARROW = [[width // by for width in WHOLE] for by in (1, 4, 16)]
+
+ON_GPU: tuple[Case, ...] = (
+    *(("resnet18", {"widths": w}, (3, 32, 32), 20 * b, b, c) for w in NARROW[:2] for b, c in ((64, 2), (32, 10))),
+    *(("preresnet18", {"widths": w, "blocks": [1, 1, 1, 2]}, (3, 32, 32), 200, 10, 10) for w in NARROW),
+    *(("cnn", {"widths": w}, (1, 28, 28), 300, 10, 10) for w in NARROW),
+    ("fedconv-cnn", {}, (1, 28, 28), 600, 32, 10), ("mlp", {"hidden": [200, 200]}, (1, 28, 28), 600, 32, 10),
+)  # fmt: skip
+
 ROWS = 2000
 
 
-def measure(net: str, args: dict[str, Any], shape: tuple[int, ...], examples: int, batch: int, clients: int) -> dict[str, Any]:
+def measure(
+    net: str, args: dict[str, Any], shape: tuple[int, ...], examples: int, batch: int, clients: int, device: str = "cpu"
+) -> dict[str, Any]:
     from hetfl.config import resolve
     from hetfl.data.dataset import Examples
     from hetfl.models import zoo as models
@@ -47,11 +63,12 @@ def measure(net: str, args: dict[str, Any], shape: tuple[int, ...], examples: in
     from hetfl.submodel.builder import to_fast_layout
     from hetfl.training import local as train
     from hetfl.training import vectorized
+    from hetfl.training.cuda_graphs import GraphPool
 
     known = {"classes": 10, "channels": shape[0], "size": shape[1] if shape[1] == shape[2] else shape[1:]}
     given = {k: v for k, v in known.items() if k in inspect.signature(models.ZOO[net]).parameters}
-    model = to_fast_layout(models.ZOO[net](**given, **args)).train()
-    x, y = torch.randn(ROWS, *shape), torch.arange(ROWS) % 10
+    model = to_fast_layout(models.ZOO[net](**given, **args)).train().to(device)
+    x, y = torch.randn(ROWS, *shape).to(device), (torch.arange(ROWS) % 10).to(device)
     options = resolve({"lr": 0.01, "epochs": 1, "batch_size": batch})
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [vectorized.Member(i, state, Examples(x, y, torch.randperm(ROWS)[:examples].sort().values)) for i in range(clients)]
@@ -67,18 +84,29 @@ def measure(net: str, args: dict[str, Any], shape: tuple[int, ...], examples: in
                 optimizer.step()
             copied(model)
 
-    def together() -> None:
-        for start in range(0, clients, vectorized.MOST):
-            vectorized.train(model, members[start : start + vectorized.MOST], options, 1)
+    pool = GraphPool() if device != "cpu" else None
+    most = vectorized.MOST if pool is None else clients
 
+    def together(size: int = most, start: int = 0, stride: int = 1) -> None:
+        for first in range(start, clients, size * stride):
+            vectorized.train(model, members[first : first + size], options, 1, pool)
+
+    def streams() -> None:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda start: together(1, start, 4), range(4)))
+
+    ways: dict[str, Callable[[], None]] = {"alone": alone, "together": together}
+    if pool is not None:
+        ways |= {f"groups of {size}": partial(together, size) for size in (1, 2, 5) if size < clients} | {"four streams": streams}
     count = sum(p.numel() for p in model.parameters())
     return {
         "net": net,
         "size": shape[1],
         "batch": batch,
         "examples": examples,
+        "clients": clients,
         "parameters": count,
-        **{w.__name__: median(w) / clients for w in (alone, together)},
+        **{name: round(median(way) / clients, 2) for name, way in ways.items()},
     }
 
 
@@ -88,13 +116,21 @@ def median(work: Callable[[], None]) -> float:
     for _ in range(6):
         began = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times[1:])
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    report(cases=[measure(*case) for case in (BOUNDS if "bounds" in sys.argv else CASES)])
+    device = "cuda" if "cuda" in sys.argv else "cpu"
+    cases = ON_GPU if device == "cuda" else BOUNDS if "bounds" in sys.argv else CASES
+    found = []
+    for case in cases:
+        found.append(measure(*case, device))
+        print(found[-1], file=sys.stderr, flush=True)
+    report(cases=found)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hetfl.parallel import Pool
 from hetfl.rounds.client import ClientRuntime
 from hetfl.rounds.messages import Answer, ClientState, Content, Failure, Instruction, Kind
 from hetfl.training import vectorized
+from hetfl.training.stacking import NotStackableError
 
 SLIGHT = 1e7  # parameters x examples up to which several clients share a job
 JOBS_PER_WORKER = 8  # that a worker gets at least, where there are enough clients
@@ -44,7 +45,9 @@ class Job:
 
 
 class Workers(Protocol):
-    """Who answers: `split` deals calls out as jobs, `work` does one of these, in any thread."""
+    """Who answers: `split` deals calls out as jobs, `work` does one of these, in any thread; `notices` are still to be said."""
+
+    notices: list[str]
 
     def split(self, calls: Sequence[Call]) -> Sequence[Job]: ...
     def work(self, job: Job) -> list[Answer]: ...
@@ -99,7 +102,7 @@ class LocalEngine(KeepingEngine):
 
     def __init__(self, workers: Workers, clients: int, pool: Pool, timeout: float | None = None) -> None:
         super().__init__(clients)
-        self._workers, self._pool, self._timeout = workers, pool, timeout
+        self._workers, self._pool, self._timeout, self.notices = workers, pool, timeout, workers.notices
 
     def answers(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Answer]]:
         """Every call with its answer, in the order of the jobs."""
@@ -121,7 +124,7 @@ class ThreadWorkers:
     """Answers for all clients of one process; `group_size` is how many clients may train as one."""
 
     def __init__(self, runtime: ClientRuntime, workers: int, group_size: int = 1) -> None:
-        self._runtime, self._workers, self._group_size = runtime, workers, group_size
+        self._runtime, self._workers, self._group_size, self.notices = runtime, workers, group_size, list[str]()
         self._slight = SLIGHT if runtime.options.timeout is None else 0.0  # a client that may be given up has a job of its own
         self._examples = runtime.federation.train_sizes
         # of submodels by their sizes: tensors, and whether they may be padded
@@ -167,14 +170,24 @@ class ThreadWorkers:
         return (shape, None if padded else self._examples[call.client]) if sent.state.keys() >= names else None
 
     def work(self, job: Job) -> list[Answer]:
-        """The answers of a job, in its clients' order; a Failure for a client that raises."""
-        if job.group:
-            try:
-                sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
-                return [*self._runtime.train_group([c.client for c in job.calls], sent, [c.state for c in job.calls])]
-            except Exception:
-                pass
-        return [self._answer(call) for call in job.calls]
+        """The answers of a job, in its clients' order; a Failure for a client that raises.
+
+        A group that fails trains client by client, with a notice where these do not fail.
+        """
+        if not job.group:
+            return [self._answer(call) for call in job.calls]
+        try:
+            sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
+            return [*self._runtime.train_group([c.client for c in job.calls], sent, [c.state for c in job.calls])]
+        except NotStackableError:
+            return [self._answer(call) for call in job.calls]
+        except Exception as error:
+            why = Failure.of(error).reason
+            answers = [self._answer(call) for call in job.calls]
+            if not any(isinstance(answer, Failure) for answer in answers):
+                who = ", ".join(str(call.client) for call in job.calls)
+                self.notices.append(f"clients of one shape could not train as one and trained one by one ({who}): {why}")
+            return answers
 
     def _answer(self, call: Call) -> Answer:
         try:

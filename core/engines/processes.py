@@ -45,6 +45,7 @@ class ProcessWorkers:
     """Answers calls in `workers` other processes; `config` is the text of the run's resolved config, `builder` the run's own."""
 
     def __init__(self, config: str, builder: SubmodelBuilder, workers: int, timeout: float | None) -> None:
+        self.notices: list[str] = []
         self._timeout, self._folder = timeout, TemporaryDirectory(prefix="hetfl-base-")
         given = share_base(builder, Path(self._folder.name) / "model")
         resource_tracker.ensure_running()  # of spawn; where a worker thread begins it, that thread hears SIGINT from then on

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from hetfl.data.kinds import TaskKind
 from hetfl.models.frozen import frozen
 from hetfl.models.state import State
 from hetfl.training.local import learning_rate
-from hetfl.training.stacking import EagerStep, ModelStack, copy_into
+from hetfl.training.stacking import EagerStep, ModelStack, TaskStack, copy_into
+from hetfl.training.task import Task
 
 KEPT = 16  # steps (of a model, a number of clients and a learning rate) that wait in a pool to be used again
 
@@ -34,18 +35,19 @@ LOCAL = threading.local()
 class GraphedSteps:
     """A step that looks like EagerStep to its caller: one fixed-size step for each width of a batch, recorded on a GPU.
 
-    Models, optimiser and batches stay in the same tensors from call to call and from round to round. The module is a copy of its
-    own, for `functional_call` writes to it while a step is recorded.
+    Models, optimiser and batches stay in the same tensors from call to call. `make_stack` makes the models, on `stream`. With
+    `recorded_width` no other width is recorded, for steps that are not used again.
     """
 
     in_place = True
 
-    def __init__(self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, kind: TaskKind) -> None:
-        device = next(model.parameters()).device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self, make_stack: Callable[[], ModelStack], options: RunOptions, round: int, kind: TaskKind, stream: Any,
+        recorded_width: int | None = None,
+    ) -> None:  # fmt: skip
+        self.stream, self._recorded_width = stream, recorded_width
         with on_stream(self.stream):
-            own = copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train()
-            self._step = EagerStep(ModelStack(own, states), options, round, kind, in_place=True)
+            self._step = EagerStep(make_stack(), options, round, kind, in_place=True)
         self.stack, self._width = self._step.stack, 0
         self._graphs: dict[int, GraphStep] = {}
 
@@ -54,12 +56,12 @@ class GraphedSteps:
         """The number of CUDA graphs that were recorded."""
         return sum(graph.recorded for graph in self._graphs.values())
 
-    def load(self, states: Sequence[State], width: int) -> None:
-        """Begins the training of other clients: copies their `states` in and resets the optimiser.
-
-        Batches are padded to `width` rows; 0: each has a step of its own width, for models that must not see padding.
-        """
+    def pad(self, width: int) -> None:
+        """Pads batches to `width` rows; 0: each has a step of its own width, for models that must not see padding."""
         self._width = width
+
+    def load(self, states: Sequence[State]) -> None:
+        """Begins the training of other clients: copies their `states` in and resets the optimiser."""
         with torch.no_grad():
             copy_into(self.stack.values, states)
             for tensor in self._optimizer_tensors():
@@ -70,7 +72,7 @@ class GraphedSteps:
         width = self._width or x.shape[1]
         if width not in self._graphs:
             self._graphs[width] = GraphStep(self._step, width, x, y)
-            if x.is_cuda:
+            if x.is_cuda and self._recorded_width in (None, width):
                 self._record(self._graphs[width])
         return self._graphs[width](x, y, weights)
 
@@ -111,7 +113,8 @@ class GraphStep:
         for fixed, value in ((self._x, x), (self._y, y), (self._weights, weights)):
             fixed[:, : value.shape[1]].copy_(value)
         if self._graph is None:
-            self._compute()
+            with RECORDING:
+                self._compute()
         else:
             self._graph.replay()
         return self._losses
@@ -120,9 +123,11 @@ class GraphStep:
         self._losses.copy_(self._step(self._x, self._y, self._weights))
 
     def record(self) -> None:
-        """Records the step on this thread's current stream.
+        """Records the step on this thread's current stream, while no other thread records or computes a step (RECORDING).
 
-        What other threads do on the GPU meanwhile is theirs (`thread_local`); by default it would spoil the recording.
+        What else other threads do on the GPU meanwhile is theirs (`thread_local`); by default it would spoil the recording. Steps
+        computed beside it, and graph.capture_begin in the place of torch.cuda.graph, were tried together: the same seed then did
+        not always give the same bits (docs/gpu.md).
         """
         with RECORDING:
             for _ in range(WARM_UP):
@@ -144,9 +149,9 @@ class GraphPool:
     def borrow(
         self, model: nn.Module, states: Sequence[State], options: RunOptions, round: int, width: int, kind: TaskKind
     ) -> Iterator[GraphedSteps]:
-        """Steps for `model` and so many clients, loaded with `states`, for this thread alone; see GraphedSteps.load for `width`.
+        """Steps for `model` and so many clients, loaded with `states`, for this thread alone; see GraphedSteps.pad for `width`.
 
-        Steps that raise are not used again.
+        Their module is a copy, for `functional_call` writes to it while a step is recorded. Steps that raise are not used again.
         """
         key = (tuple((name, t.shape) for name, t in states[0].items()), len(states), learning_rate(options, round))
         with self._lock:
@@ -154,20 +159,46 @@ class GraphPool:
             steps = kept.pop() if kept else None
             if kept:
                 self._free[key] = kept
+
+        def copy_model() -> ModelStack:
+            return ModelStack(copy.deepcopy(model, {id(t): t for t in frozen(model).values()}).train(), states)
+
         if steps is None:
-            steps = GraphedSteps(model, states, options, round, kind)
-        before = steps.recorded
-        with on_stream(steps.stream):
-            steps.load(states, width)
+            device = next(model.parameters()).device
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            steps = GraphedSteps(copy_model, options, round, kind, stream)
+        with self._counted(steps):
+            steps.pad(width)
+            steps.load(states)
             yield steps
         with self._lock:
-            self.recorded += steps.recorded - before
             self._free.setdefault(key, []).append(steps)
             while sum(map(len, self._free.values())) > KEPT:
                 oldest = next(iter(self._free))
                 self._free[oldest].pop(0)
                 if not self._free[oldest]:
                     del self._free[oldest]
+
+    @contextlib.contextmanager
+    def make(self, tasks: Sequence[Task], options: RunOptions, round: int, width: int) -> Iterator[GraphedSteps]:
+        """Steps for these `tasks` alone, on this thread's stream: what plugins made of their forward passes is not used again.
+
+        Only whole batches are recorded: others come once an epoch.
+        """
+        stream = own_stream(next(tasks[0].model.parameters()).device)
+        steps = GraphedSteps(lambda: TaskStack(tasks), options, round, tasks[0].kind, stream, options.batch_size)
+        with self._counted(steps):
+            steps.pad(width)
+            yield steps
+
+    @contextlib.contextmanager
+    def _counted(self, steps: GraphedSteps) -> Iterator[None]:
+        """While it lasts, work goes to the stream of `steps`; what they have recorded then is counted."""
+        before = steps.recorded
+        with on_stream(steps.stream):
+            yield
+        with self._lock:
+            self.recorded += steps.recorded - before
 
 
 @contextlib.contextmanager

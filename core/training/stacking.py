@@ -78,15 +78,19 @@ class ModelStack:
         return [dict(zip(self.values, row, strict=True)) for row in rows]
 
 
+class NotStackableError(ValueError):
+    """Tasks have more of their own than a stack can give each: their clients train one by one."""
+
+
 class TaskStack(ModelStack):
     """The tasks of several clients as one: the first one's forward pass and penalties, on each client's tensors and constants.
 
-    Raises ValueError where a task has more of its own than that.
+    Raises NotStackableError where a task has more of its own than that.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         if any(task.masks or task.loss != task.kind.loss for task in tasks):
-            raise ValueError("clients whose tasks have masks or a loss of their own do not train as one")
+            raise NotStackableError("clients whose tasks have masks or a loss of their own do not train as one")
         self._task = tasks[0]
         super().__init__(self._task.model.train(), [tensors(task.model) for task in tasks])
         self._constants = stack_states([task.constants for task in tasks], next(self.model.parameters()).device)
@@ -182,12 +186,13 @@ def clip_factors(tensors: Sequence[Tensor], most: float, slack: float = 0.0) -> 
 class GroupBatch:
     """One step's batch of each client side by side: `rows` (clients, N) of the data set, as wide as the largest of them.
 
-    `weights` (clients, N) are 0 where a row is padding, else 1, or 1 / the client's number of rows. `ending` are the positions of
-    the clients that have no further batch.
+    `counts` are the clients' numbers of rows; `weights` (clients, N) are 0 where a row is padding, else 1, or 1 / the client's
+    number of rows. `ending` are the positions of the clients that have no further batch.
     """
 
     rows: Tensor
     weights: Tensor
+    counts: list[int]
     ending: list[int]
 
     def gather(self, data: Examples) -> tuple[Tensor, Tensor]:
@@ -206,8 +211,7 @@ class Step(Protocol):
 
 
 def run_steps(
-    step: Step, batches: Iterable[GroupBatch], data: Examples, device: torch.device,
-    options: RunOptions, draws: Sequence[torch.Generator],
+    step: Step, batches: Iterable[GroupBatch], data: Examples, options: RunOptions, draws: Sequence[torch.Generator],
 ) -> dict[int, tuple[State, float]]:  # fmt: skip
     """Takes `step` on each of `batches`: for each client that had one, by its position, its tensors after its last batch and the
     loss on that before the step.
@@ -218,10 +222,9 @@ def run_steps(
     for batch in batches:
         x, y = batch.gather(data)
         if options.augment:
-            counts = (batch.weights > 0).sum(1).tolist()
-            for k, (count, generator) in enumerate(zip(counts, draws, strict=True)):
+            for k, (count, generator) in enumerate(zip(batch.counts, draws, strict=True)):
                 x[k, :count] = augment(x[k, :count], options, generator)
-        losses = step(x, y, batch.weights.to(device))
+        losses = step(x, y, batch.weights)
         if batch.ending:
             now, last = step.stack.states(), losses.tolist()
             shared = step.in_place or len(ended) + len(batch.ending) < len(batch.rows)  # later steps write to these tensors
@@ -235,13 +238,21 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
     With `mean` a client's weights of a step sum to 1, so that the weighted sum of losses is the mean over its batch. With batches
     of 2 rows and of 1, the weights are (1/2, 1/2) and (1, 0).
     """
-    none = torch.zeros(0, dtype=torch.int64, device=next((rows.device for order in orders for rows in order), None))
-    for step in range(max(map(len, orders))):
-        rows = [order[step] if step < len(order) else none for order in orders]
-        counts = torch.tensor([len(r) for r in rows])
-        real = torch.arange(int(counts.max())) < counts[:, None]
-        weights = real / counts.clamp(min=1)[:, None] if mean else real.float()
-        yield GroupBatch(pad_sequence(rows, True), weights, [k for k, order in enumerate(orders) if len(order) == step + 1])
+    lengths = [[len(rows) for rows in order] for order in orders]
+    steps, width = max(map(len, orders)), max((n for counts in lengths for n in counts), default=0)
+    counts = torch.zeros(len(orders), steps, dtype=torch.int64)
+    some = next((rows for order in orders for rows in order), counts)
+    rows = some.new_zeros(len(orders), steps, width)
+    for k, order in enumerate(orders):
+        if order:
+            padded = pad_sequence(list(order), batch_first=True)
+            rows[k, : len(order), : padded.shape[1]] = padded
+            counts[k, : len(order)] = torch.tensor(lengths[k])
+    real = torch.arange(width) < counts[..., None]
+    weights = (real / counts.clamp(min=1)[..., None] if mean else real.float()).to(some.device)
+    for step, of_step in enumerate(counts.T.tolist()):
+        ending = [k for k, order in enumerate(orders) if len(order) == step + 1]
+        yield GroupBatch(rows[:, step, : max(of_step)], weights[:, step, : max(of_step)], of_step, ending)
 
 
 def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:
@@ -255,6 +266,6 @@ def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples]
             out, flat = stack(x).flatten(0, 1), y.flatten(0, 1)
             graded = kind.grade(out, flat)
             for total, values in zip((right, of, units, loss), (*graded, kind.losses(out, flat) * graded[2]), strict=True):
-                total += (values.view(step.weights.shape).cpu() * step.weights).sum(1)
+                total += (values.view(step.weights.shape).to(step.weights.device) * step.weights).sum(1).cpu()
     sums = zip(*(t.tolist() for t in (right, of, loss, units)), orders, strict=True)
     return [Score(r / max(o, 1), t / max(n, 1), sum(map(len, order))) for r, o, t, n, order in sums]

@@ -102,18 +102,20 @@ def train(
     It is plain, or with `tasks`, one for each member, as plugins have made them. With `graphs` every tensor stays where it is, so
     that a GPU can record the step; results are on the model's device.
     """
-    device, kind = next(model.parameters()).device, members[0].train.kind
+    kind = members[0].train.kind
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
     states = [m.state for m in members]
     widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
-        if tasks or graphs is None:
+        if graphs is None:
             step = EagerStep(TaskStack(tasks) if tasks else ModelStack(model.train(), states), options, round, kind)
+        elif tasks:
+            step = borrowed.enter_context(graphs.make(tasks, options, round, widest))
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest, kind))
         draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []
-        ended = run_steps(step, align_batches(orders, mean=True), members[0].train, device, options, draws)
+        ended = run_steps(step, align_batches(orders, mean=True), members[0].train, options, draws)
     return [MemberResult(*ended.get(k, (m.state, 0.0))) for k, m in enumerate(members)]
 
 

@@ -45,6 +45,8 @@ GROUPED = {
     "partition": "dirichlet",
     "clients": 6,
     "levels": "1:3,0.5:3",
+    "batch_size": 4,
+    "epochs": 4,
 }
 
 
@@ -143,6 +145,22 @@ def test_vmap_groups_are_recorded_as_cuda_graphs_and_change_no_bit(monkeypatch, 
     assert same(recorded.server.state, plain.server.state)
 
 
+@pytest.mark.parametrize("net", [CONV, NORMED], ids=["conv", "batch norm"])
+def test_wrapped_groups_are_recorded_and_come_to_the_same(monkeypatch, net):
+    """HeteroFL's own training: clients of unequal sizes and two classes, scaled and masked. With batch norm each is a group of its
+    own; their last batches, which come once an epoch, are not recorded. Batch norm of four examples and fewer lets rounding grow:
+    2.7e-3 between an H200 and a CPU."""
+    values = {**GROUPED, **net, "wrap": ["scaler", "maskloss"], "pretrain_steps": 0, "momentum": 0.9, "limit": 200}
+    recorded, many = ran("cuda", 3, **values), ran("cuda", 3, **{**values, "workers": 8})
+    monkeypatch.setattr(GraphedSteps, "_record", lambda self, graph: None)
+    plain, here = ran("cuda", 3, **values), ran("cpu", 3, **values)
+    assert pool_of(recorded).recorded >= 6
+    assert pool_of(plain).recorded == 0
+    assert same(recorded.server.state, plain.server.state)
+    assert same(recorded.server.state, many.server.state)
+    assert distance(recorded.server.state, here.server.state, here.initial) < CLOSE
+
+
 def test_recorded_groups_come_to_what_clients_come_to_one_by_one():
     """On the GPU, and on the CPU."""
     together, alone = ran("cuda", **{**GROUPED, **CONV}), ran("cuda", **{**GROUPED, **CONV, "vmap": "off"})
@@ -154,7 +172,7 @@ def test_recorded_groups_come_to_what_clients_come_to_one_by_one():
 
 def test_what_was_recorded_serves_every_later_round():
     one, three = ran("cuda", 1, **{**GROUPED, **CONV}), ran("cuda", 3, **{**GROUPED, **CONV})
-    assert pool_of(one).recorded == pool_of(three).recorded
+    assert pool_of(one).recorded == pool_of(three).recorded > 0
 
 
 @pytest.mark.parametrize("values", [

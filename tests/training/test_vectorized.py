@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers.states import same
 from hetfl import Plugin, hookimpl
 from hetfl.config import resolve
 from hetfl.data.dataset import Examples
@@ -134,13 +135,16 @@ def groups(made):
 NORMED = {"model": "cnn", "model_args": {"widths": [4, 8]}, "norm_policy": "static", "partition": "iid", "clients": 6, "limit": 246}
 
 
+@pytest.mark.parametrize("fixed", [False, True])  # in fixed places: what a GPU records
 @pytest.mark.parametrize("values", [
     {"wrap": ["scaler", "maskloss"], "alpha": 0.1},
     {"wrap": ["scaler", "maskloss"], **NORMED},
     {"wrap": ["topk", Near]},
 ], ids=["maskloss and padding", "scaled norms", "a penalty and a codec"])  # fmt: skip
-def test_clients_under_stackable_wraps_train_as_one(simulate, values):
-    given = Given()
+def test_clients_under_stackable_wraps_train_as_one(simulate, monkeypatch, values, fixed):
+    given, train = Given(), vectorized.train
+    if fixed:
+        monkeypatch.setattr(vectorized, "train", lambda m, g, o, r, _, tasks: train(m, g, o, r, GraphPool(), tasks))
     runs = {"off": None, "on": None}
     for vmap in runs:
         made = simulate(steps=0, **{**RUN, **given.names(values)}, vmap=vmap, workers=2)
@@ -157,6 +161,17 @@ def test_clients_under_stackable_wraps_train_as_one(simulate, values):
             k: v for k, v in b.items() if k in ("client", "bytes up", "seen")
         }
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2, abs=1e-3)
+
+
+def test_a_group_that_fails_trains_one_by_one_and_says_so(simulate, monkeypatch):
+    made, alone = simulate(steps=0, **RUN, vmap="on"), simulate(steps=0, **RUN, vmap="off")
+    monkeypatch.setattr(vectorized, "train", lambda *_: 1 / 0)
+    for run in (made, alone):
+        run_round(run.state, 1, run.engine)
+    said = made.state.rows[-1]["alarms"]
+    assert "could not train as one and trained one by one" in said
+    assert "division by zero" in said
+    assert same(made.server.state, alone.server.state)
 
 
 def test_a_task_with_a_loss_of_its_own_trains_by_itself(simulate):
