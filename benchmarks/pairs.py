@@ -71,6 +71,7 @@ PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "`fedrolex` x `kld` (`fleet`)": ("fedrolex", "kld", kld("fleet")),
     "`fjord` x `overlap`, fine-tuned": ("fjord", "overlap", TUNED),
     "`heterofl` x `overlap`, fine-tuned": ("heterofl", "overlap", TUNED),
+    "`fedrolex` x `overlap`, fine-tuned": ("fedrolex", "overlap", TUNED),
 }
 
 LOOK: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -80,6 +81,9 @@ LOOK: dict[str, tuple[str, str, dict[str, Any]]] = {
     "`fjord` x `kld` (`fleet`)": ("fjord", "kld", kld("fleet")),
     "`fjord` x `kld` (`fleet`, `distill=1`)": ("fjord", "kld", kld("fleet", distill=1.0)),
     "`fjord` x `overlap`, no server steps": ("fjord", "overlap", {}),
+    "`fjord` x `overlap`, fine-tuned, `server_lr=0.003`": ("fjord", "overlap", {**TUNED, "server_lr": 0.003}),
+    "`fjord` x `overlap`, fine-tuned, `server_lr=0.01`": ("fjord", "overlap", {**TUNED, "server_lr": 0.01}),
+    "`fjord` x `overlap`, fine-tuned, `server_lr=0.03`": ("fjord", "overlap", {**TUNED, "server_lr": 0.03}),
     "`splitmix` x `overlap`, its first 300 server steps": ("splitmix", "overlap", {}),
     "`splitmix` x `kld` (`fleet`), 10 + 36": ("splitmix", "kld", splitmix(10, 36, "fleet")),
     "`splitmix` x `kld` (`fleet`), 40 + 24": ("splitmix", "kld", splitmix(40, 24, "fleet")),

@@ -6,14 +6,12 @@ rates are chosen by the clients' held-out examples on a seed of their own (`--ch
 chooses nothing. Each run's figures go to docs/ranks/adapted.json, where a run that is there already is not run again; the table of
 docs/ranks.md is made from it. Without ag_news in $HETFL_DATA nothing is done.
 
-`--large --device cuda` does the same with an encoder of 23 million parameters (docs/ranks/large.json); its learning rates are
-given by `--base-lr` and `--rates`.
+`--large --device cuda` does the same with an encoder of 23 million parameters (docs/ranks/large.json).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -30,16 +28,18 @@ ROOT = Path(__file__).parents[1]
 PAGE, PLACE = ROOT / "docs" / "ranks.md", ROOT / "docs" / "ranks"
 
 MODEL: dict[str, Any] = {
-    "model": "encoder", "model_args": {"width": 96}, "tokens": 32, "server_data": 0.0, "control": False, "progress": False,
+    "model": "encoder", "tokens": 32, "server_data": 0.0, "control": False, "progress": False,
 }  # fmt: skip
-LARGE: dict[str, Any] = {"width": 512, "layers": 6, "heads": 8}
-BASE: dict[str, Any] = {"clients": 1, "partition": "iid", "extract": "full", "optimizer": "adam", "lr": 1e-3, "lr_round_decay": 0.7,
+BASE: dict[str, Any] = {"clients": 1, "partition": "iid", "extract": "full", "optimizer": "adam", "lr_round_decay": 0.7,
                         "rounds": 6, "epochs": 1, "eval_every": 6}  # fmt: skip
 ADAPT: dict[str, Any] = {
     "clients": 20, "fraction": 0.5, "alpha": 0.1, "levels": "1:5,0.5:5,0.25:5,0.125:5", "epochs": 1, "optimizer": "adam",
 }  # fmt: skip
 RANKS: dict[str, Any] = {"adapter": "lora:rank=16,alpha=16,target=linear", "extract": "loraranks"}
-RATES = {"whole": 1e-4, "adapters": 1e-3}  # --choose
+# the model, and learning rates: of the base, where all is trained and for adapters (--choose)
+SMALL: dict[str, Any] = {"name": "adapted", "model_args": {"width": 96}, "base": 1e-3, "whole": 1e-4, "adapters": 1e-3}
+LARGE: dict[str, Any] = {"name": "large", "model_args": {"width": 512, "layers": 6, "heads": 8}, "base": 1e-4, "whole": 1e-5,
+                         "adapters": 1e-4}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "full fine-tuning (`full` x `fedavg`)": {"extract": "full"},
     "widths (`heterofl` x `overlap`)": {"extract": "heterofl"},
@@ -66,12 +66,14 @@ def halve(source: Path, place: Path) -> tuple[Path, Path]:
     return place / "first" / "ag_news", place / "second" / "ag_news"
 
 
-def adapt(method: str, data: Path, base: Path, seed: int, rounds: int, lr: float = 0.0, device: str = "cpu") -> dict[str, Any]:
+def adapt(
+    size: dict[str, Any], method: str, data: Path, base: Path, seed: int, rounds: int, device: str, lr: float = 0.0
+) -> dict[str, Any]:
     """One run's row: accuracies after its last round, and what its clients took."""
     values, began = METHODS[method], time.process_time()
-    lr = lr or RATES["adapters" if "adapter" in values else "whole"]
-    run = hetfl.run(**MODEL, **ADAPT, **values, data=data, base=base, lr=lr, rounds=rounds, eval_every=rounds, seed=seed,
-                    partition_seed=seed, device=device)  # fmt: skip
+    lr = lr or size["adapters" if "adapter" in values else "whole"]
+    run = hetfl.run(**MODEL, **ADAPT, **values, model_args=size["model_args"], data=data, base=base, lr=lr, rounds=rounds,
+                    eval_every=rounds, seed=seed, partition_seed=seed, device=device)  # fmt: skip
     last, clients = run.metrics.iloc[-1], run.clients
     ends = {level: clients[clients["level"] == level].iloc[0] for level in (clients["level"].max(), clients["level"].min())}
     return {
@@ -83,11 +85,11 @@ def adapt(method: str, data: Path, base: Path, seed: int, rounds: int, lr: float
     }  # fmt: skip
 
 
-def choose(data: Path, base: Path, device: str) -> None:
+def choose(size: dict[str, Any], data: Path, base: Path, device: str) -> None:
     """Prints what each learning rate comes to on clients' held-out examples after four rounds of a seed that the table lacks."""
     for method in ("full fine-tuning (`full` x `fedavg`)", "`loraranks` x `overlap`"):
-        for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3):
-            found = adapt(method, data, base, 100, 4, lr, device)
+        for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3):
+            found = adapt(size, method, data, base, 100, 4, device, lr)
             print(method, lr, f"{found['accuracy']['submodel@own']:.1%}", f"{found['cpu seconds']:.0f} s", flush=True)
 
 
@@ -116,43 +118,41 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="23 million parameters in place of one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--begin", type=int, default=0, help="the first seed")
-    parser.add_argument("--rows", type=Path, help="file of the runs' figures")
-    parser.add_argument("--base-lr", type=float, default=BASE["lr"], help="learning rate of the base's training")
-    parser.add_argument(
-        "--rates", type=float, nargs=2, default=tuple(RATES.values()), help="where all is trained, and for adapters"
-    )
+    parser.add_argument("--rows", type=Path, help="file of the runs' figures; the page's table is then left as it is")
+    parser.add_argument("--base-lr", type=float, help="another learning rate of the base's training")
     asked = parser.parse_args()
+    size = LARGE if asked.large else SMALL
     source = Path(os.environ.get("HETFL_DATA", "")) / "ag_news"
     if not source.is_dir():
         raise SystemExit("there is no ag_news in $HETFL_DATA: nothing to do")
-    if asked.large:
-        MODEL["model_args"] = LARGE
-    RATES.update(zip(RATES, asked.rates, strict=True))
-    table = asked.rows or PLACE / ("large.json" if asked.large else "adapted.json")
+    table = asked.rows or PLACE / f"{size['name']}.json"
     first, second = halve(source, asked.place)
-    base = asked.place / "base"
+    base = asked.place / f"base-{size['name']}"
     if not (base / "summary.json").exists():
-        hetfl.run(**{**MODEL, **BASE, "lr": asked.base_lr, "device": asked.device}, data=first, out=base, overwrite=True)
+        hetfl.run(**MODEL, **BASE, model_args=size["model_args"], lr=asked.base_lr or size["base"], device=asked.device, data=first,
+                  out=base, overwrite=True)  # fmt: skip
     start = hetfl.load(base).metrics.iloc[-1]
     print(f"base: {start['global@test']:.1%} on test, {start['client@own']:.1%} on what it was not trained on", flush=True)
     if asked.choose:
-        choose(second, base, asked.device)
+        choose(size, second, base, asked.device)
         return
     rows = json.loads(table.read_text()) if table.exists() else []
-    seeds, done = itertools.count(asked.begin), 0
-    while done < asked.seeds:
-        seed = next(seeds)
+    done = 0
+    for seed in range(asked.begin, asked.begin + 10 * asked.seeds):
+        if done == asked.seeds:
+            break
         try:
             for method in METHODS:
                 if not any((r["method"], r["seed"], r["rounds"]) == (method, seed, asked.rounds) for r in rows):
-                    rows.append(adapt(method, second, base, seed, asked.rounds, device=asked.device))
+                    rows.append(adapt(size, method, second, base, seed, asked.rounds, asked.device))
                     print(json.dumps(rows[-1]), flush=True)
                     table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         except hetfl.UsageError as error:  # of the partition: some clients would hold nothing
             print(f"seed {seed} is passed over: {error}", flush=True)
             continue
         done += 1
-    fill_section(PAGE, "large" if asked.large else "adapted", f"\n{make_table(rows)}\n\n")
+    if asked.rows is None:
+        fill_section(PAGE, size["name"], f"\n{make_table(rows)}\n\n")
 
 
 if __name__ == "__main__":

@@ -174,20 +174,20 @@ class ThreadWorkers:
 
         A group that fails trains client by client, with a notice where these do not fail.
         """
-        if not job.group:
-            return [self._answer(call) for call in job.calls]
-        try:
-            sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
-            return [*self._runtime.train_group([c.client for c in job.calls], sent, [c.state for c in job.calls])]
-        except NotStackableError:
-            return [self._answer(call) for call in job.calls]
-        except Exception as error:
-            why = Failure.of(error).reason
-            answers = [self._answer(call) for call in job.calls]
-            if not any(isinstance(answer, Failure) for answer in answers):
-                who = ", ".join(str(call.client) for call in job.calls)
-                self.notices.append(f"clients of one shape could not train as one and trained one by one ({who}): {why}")
-            return answers
+        why = None
+        if job.group:
+            try:
+                sent = [call.content for call in job.calls if isinstance(call.content, Instruction)]
+                return [*self._runtime.train_group([c.client for c in job.calls], sent, [c.state for c in job.calls])]
+            except NotStackableError:
+                pass
+            except Exception as error:  # it goes, and what its frames hold of the group, before the clients train
+                why = Failure.of(error).reason
+        answers = [self._answer(call) for call in job.calls]
+        if why is not None and not any(isinstance(answer, Failure) for answer in answers):
+            who = ", ".join(str(call.client) for call in job.calls)
+            self.notices.append(f"clients of one shape could not train as one and trained one by one ({who}): {why}")
+        return answers
 
     def _answer(self, call: Call) -> Answer:
         try:

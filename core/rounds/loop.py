@@ -139,10 +139,10 @@ def report_round(now: RoundState) -> None:
     row.add_mean_and_decile("client@own", accuracies)
     row.seconds = time.perf_counter() - now.began[0]
     columns, people = row.columns(), [c.columns() for c in row.clients.values()]
-    for text in [*dict.fromkeys(map(str, [*now.engine.notices, *run.server.alarms])), *run.watch.look(columns, people)]:
+    notices = [now.engine.notices.pop(0) for _ in range(len(now.engine.notices))]
+    for text in [*dict.fromkeys(map(str, [*notices, *run.server.alarms])), *run.watch.look(columns, people)]:
         now.alarm(text)
     run.server.alarms.clear()
-    now.engine.notices.clear()
     keep_notes(run)
     run.rows.append(row.columns() if row.alarms else columns)
     run.client_rows += people

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from hetfl.training.task import Task
 KEPT = 16  # steps (of a model, a number of clients and a learning rate) that wait in a pool to be used again
 
 WARM_UP = 3  # steps before a recording, as CUDA graphs ask for
+
+WORTHWHILE = 10  # steps of a width for which one is recorded that is not used again
 
 RECORDING = threading.Lock()  # torch records one graph at a time
 
@@ -180,13 +183,18 @@ class GraphPool:
                     del self._free[oldest]
 
     @contextlib.contextmanager
-    def make(self, tasks: Sequence[Task], options: RunOptions, round: int, width: int) -> Iterator[GraphedSteps]:
+    def make(
+        self, tasks: Sequence[Task], options: RunOptions, round: int, width: int, widths: Sequence[int]
+    ) -> Iterator[GraphedSteps]:
         """Steps for these `tasks` alone, on this thread's stream: what plugins made of their forward passes is not used again.
 
-        Only whole batches are recorded: others come once an epoch.
+        `widths` are those of all batches to come; the most frequent is recorded, `width` where they are padded to that, if it comes
+        WORTHWHILE times.
         """
+        often, times = Counter([width or w for w in widths]).most_common(1)[0] if widths else (0, 0)
         stream = own_stream(next(tasks[0].model.parameters()).device)
-        steps = GraphedSteps(lambda: TaskStack(tasks), options, round, tasks[0].kind, stream, options.batch_size)
+        recorded = often if times >= WORTHWHILE else 0
+        steps = GraphedSteps(lambda: TaskStack(tasks), options, round, tasks[0].kind, stream, recorded)
         with self._counted(steps):
             steps.pad(width)
             yield steps
@@ -203,10 +211,14 @@ class GraphPool:
 
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
-    """While it lasts, this thread's work on a GPU goes to `stream`, which is waited for at the end; None: nothing changes."""
+    """While it lasts, this thread's work on a GPU goes to `stream`, which waits for what is before it and is waited for at the end.
+
+    None: nothing changes.
+    """
     if stream is None:
         yield
         return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()

@@ -182,6 +182,9 @@ def clip_factors(tensors: Sequence[Tensor], most: float, slack: float = 0.0) -> 
     return factors
 
 
+WINDOW = 256  # steps whose batches are laid out at a time
+
+
 @dataclass(frozen=True, eq=False)
 class GroupBatch:
     """One step's batch of each client side by side: `rows` (clients, N) of the data set, as wide as the largest of them.
@@ -236,23 +239,29 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
     """The clients' batches side by side, step by step; `orders` holds for each client the rows (N,) of each of its batches.
 
     With `mean` a client's weights of a step sum to 1, so that the weighted sum of losses is the mean over its batch. With batches
-    of 2 rows and of 1, the weights are (1/2, 1/2) and (1, 0).
+    of 2 rows and of 1, the weights are (1/2, 1/2) and (1, 0). WINDOW steps are laid out at a time.
     """
+    for begin in range(0, max(map(len, orders)), WINDOW):
+        rows, counts = lay_out([order[begin : begin + WINDOW] for order in orders])
+        real = torch.arange(rows.shape[2]) < counts[..., None]
+        weights = (real / counts.clamp(min=1)[..., None] if mean else real.float()).to(rows.device)
+        for step, of_step in enumerate(counts.T.tolist()):
+            ending = [k for k, order in enumerate(orders) if len(order) == begin + step + 1]
+            yield GroupBatch(rows[:, step, : max(of_step)], weights[:, step, : max(of_step)], of_step, ending)
+
+
+def lay_out(orders: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The rows of all batches as one tensor (clients, steps, N), where the batches are, and their numbers (clients, steps)."""
     lengths = [[len(rows) for rows in order] for order in orders]
     steps, width = max(map(len, orders)), max((n for counts in lengths for n in counts), default=0)
     counts = torch.zeros(len(orders), steps, dtype=torch.int64)
-    some = next((rows for order in orders for rows in order), counts)
-    rows = some.new_zeros(len(orders), steps, width)
+    rows = next((rows for order in orders for rows in order), counts).new_zeros(len(orders), steps, width)
     for k, order in enumerate(orders):
         if order:
             padded = pad_sequence(list(order), batch_first=True)
             rows[k, : len(order), : padded.shape[1]] = padded
             counts[k, : len(order)] = torch.tensor(lengths[k])
-    real = torch.arange(width) < counts[..., None]
-    weights = (real / counts.clamp(min=1)[..., None] if mean else real.float()).to(some.device)
-    for step, of_step in enumerate(counts.T.tolist()):
-        ending = [k for k, order in enumerate(orders) if len(order) == step + 1]
-        yield GroupBatch(rows[:, step, : max(of_step)], weights[:, step, : max(of_step)], of_step, ending)
+    return rows, counts
 
 
 def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples], batch: int) -> list[Score]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -105,13 +106,14 @@ def train(
     kind = members[0].train.kind
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
     states = [m.state for m in members]
-    widest = max(len(rows) for order in orders for rows in order) if allows_padding(model) else 0
+    widths = [max(len(rows) for rows in step) for step in zip_longest(*orders, fillvalue=torch.empty(0))]
+    widest = max(widths, default=0) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
         if graphs is None:
             step = EagerStep(TaskStack(tasks) if tasks else ModelStack(model.train(), states), options, round, kind)
         elif tasks:
-            step = borrowed.enter_context(graphs.make(tasks, options, round, widest))
+            step = borrowed.enter_context(graphs.make(tasks, options, round, widest, widths))
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest, kind))
         draws = [stream(options.seed, "augment", round, m.client) for m in members] if options.augment else []

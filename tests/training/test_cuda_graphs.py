@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from hetfl.data.kinds import CLASSIFY
 from hetfl.models.state import tensors
 from hetfl.models.zoo import ZOO
 from hetfl.training import cuda_graphs
-from hetfl.training.cuda_graphs import GraphPool
+from hetfl.training.cuda_graphs import GraphedSteps, GraphPool
 from hetfl.training.device import fits_on_device
 
 
@@ -65,3 +67,19 @@ def test_steps_that_failed_are_not_lent_again_and_the_pool_stays_small(monkeypat
 
 def test_a_round_stays_in_main_memory_on_a_cpu():
     assert not fits_on_device("cpu", 1)
+
+
+@pytest.mark.parametrize(("width", "widths", "recorded"), [
+    (0, [8, 8, 3] * 6, 8),  # one by one: whole batches, not the last ones
+    (0, [8, 8, 3], 0),  # too few of any
+    (8, [8, 8, 3] * 6, 8),
+    (5, [5, 2] * 6, 5),  # no batch is whole: each is padded to the widest
+    (0, [], 0),
+])  # fmt: skip
+def test_wrapped_steps_are_recorded_for_the_most_frequent_width(monkeypatch, width, widths, recorded):
+    made = []
+    monkeypatch.setattr(cuda_graphs, "GraphedSteps", lambda *given: made.append(given) or GraphedSteps(*given))
+    task = SimpleNamespace(model=mlp(5), masks={}, loss=CLASSIFY.loss, kind=CLASSIFY, constants={}, penalties=[], forward=None)
+    with GraphPool().make([task], resolve({"batch_size": 8}), 1, width, widths) as steps:
+        assert steps._width == width
+    assert made[0][-1] == recorded

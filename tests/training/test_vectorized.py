@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -174,6 +175,40 @@ def test_a_group_that_fails_trains_one_by_one_and_says_so(simulate, monkeypatch)
     assert same(made.server.state, alone.server.state)
 
 
+def test_what_a_failed_group_held_is_gone_before_its_clients_train(simulate, monkeypatch):
+    made, held, seen = simulate(steps=0, **{**RUN, "workers": 1}, vmap="on"), [], []
+
+    def fail(*_):
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("out of memory")
+
+    def train(task):
+        seen.append(any(ref() is not None for ref in held))
+        return fit(task)
+
+    fit = made.plugins.fit
+    monkeypatch.setattr(vectorized, "train", fail)
+    monkeypatch.setattr(made.plugins, "fit", train)
+    run_round(made.state, 1, made.engine)
+    assert seen == [False] * RUN["clients"]
+
+
+def test_a_client_that_fails_in_its_group_and_alone_is_said_once(simulate):
+    class Failing(Near):
+        @hookimpl(wrapper=True)
+        def fit(self, task):
+            if task.client == 1:
+                raise RuntimeError("broken")
+            return (yield)
+
+    given = Given()
+    made = simulate(steps=0, **{**RUN, "rounds": 1}, **given.names({"wrap": [Failing]}), vmap="on")
+    run_round(made.state, 1, made.engine)
+    assert "trained one by one" not in made.state.rows[-1].get("alarms", "")
+    assert ["fault" in row for row in made.state.client_rows] == [row["client"] == 1 for row in made.state.client_rows]
+
+
 def test_a_task_with_a_loss_of_its_own_trains_by_itself(simulate):
     class Odd(Near):
         @hookimpl(wrapper=True)
@@ -187,6 +222,7 @@ def test_a_task_with_a_loss_of_its_own_trains_by_itself(simulate):
     run_round(made.state, 1, made.engine)
     assert seen == []
     assert [row["loss"] for row in made.state.client_rows] == [0.0] * RUN["clients"]
+    assert "alarms" not in made.state.rows[-1]
 
 
 @pytest.mark.parametrize(("values", "why"), [
