@@ -1,7 +1,8 @@
 """Clients of one shape one by one and as a stacked model, on one thread: milliseconds a client for one local epoch.
 
 `python -m benchmarks.speed.vmap_groups bounds` measures the nets beside which the bounds of --vmap auto for convolutions were set,
-`… cuda` groups of several sizes on a GPU, each recorded as a CUDA graph (`four streams`: groups of one on four threads).
+`HETFL_BENCH_DEVICE=cuda python -m …` groups of several sizes on a GPU, each recorded as a CUDA graph (`four streams`: groups of
+one on four threads).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.speed.work import report
+from benchmarks.speed.work import DEVICE, report, wait
 
 Case = tuple[str, dict[str, Any], tuple[int, ...], int, int, int]  # net, its arguments, an input's shape, examples, batch, clients
 
@@ -28,31 +29,27 @@ CASES: tuple[Case, ...] = (
     ("fedconv-cnn", {}, (1, 8, 8), 64, 32, 64), ("fedconv-cnn", {}, (1, 28, 28), 64, 32, 64),
 )  # fmt: skip
 
-WIDTHS = [[int(ratio * width) for width in (64, 128, 256, 512)] for ratio in (1 / 16, 1 / 8, 1 / 4)]
+WIDTHS = {by: [width // by for width in (64, 128, 256, 512)] for by in (1, 4, 8, 16)}
+
+SMALL, SPREAD = [WIDTHS[by] for by in (16, 8, 4)], [WIDTHS[by] for by in (1, 4, 16)]
 
 BOUNDS: tuple[Case, ...] = (
-    *(("preresnet18", {"widths": w, "blocks": [1, 1, 1, 2]}, (3, 32, 32), 4 * b, b, 10) for w in WIDTHS for b in (10, 32)),
-    *(("cnn", {"widths": w}, (3, 32, 32), 4 * b, b, 10) for w in WIDTHS for b in (10, 32)),
-    ("resnet18", {"widths": WIDTHS[1]}, (1, 28, 28), 40, 10, 10), ("cnn1d", {}, (1, 50, 6), 128, 32, 10),
+    *(("preresnet18", {"widths": w, "blocks": [1, 1, 1, 2]}, (3, 32, 32), 4 * b, b, 10) for w in SMALL for b in (10, 32)),
+    *(("cnn", {"widths": w}, (3, 32, 32), 4 * b, b, 10) for w in SMALL for b in (10, 32)),
+    ("resnet18", {"widths": WIDTHS[8]}, (1, 28, 28), 40, 10, 10), ("cnn1d", {}, (1, 50, 6), 128, 32, 10),
 )  # fmt: skip
 
-WHOLE = [64, 128, 256, 512]
-
-NARROW = [[width // by for width in WHOLE] for by in (1, 4, 16)]
-
 ON_GPU: tuple[Case, ...] = (
-    *(("resnet18", {"widths": w}, (3, 32, 32), 20 * b, b, c) for w in NARROW[:2] for b, c in ((64, 2), (32, 10))),
-    *(("preresnet18", {"widths": w, "blocks": [1, 1, 1, 2]}, (3, 32, 32), 200, 10, 10) for w in NARROW),
-    *(("cnn", {"widths": w}, (1, 28, 28), 300, 10, 10) for w in NARROW),
+    *(("resnet18", {"widths": w}, (3, 32, 32), 20 * b, b, c) for w in (WIDTHS[1], WIDTHS[4]) for b, c in ((64, 2), (32, 10))),
+    *(("preresnet18", {"widths": w, "blocks": [1, 1, 1, 2]}, (3, 32, 32), 200, 10, 10) for w in SPREAD),
+    *(("cnn", {"widths": w}, (1, 28, 28), 300, 10, 10) for w in SPREAD),
     ("fedconv-cnn", {}, (1, 28, 28), 600, 32, 10), ("mlp", {"hidden": [200, 200]}, (1, 28, 28), 600, 32, 10),
 )  # fmt: skip
 
 ROWS = 2000
 
 
-def measure(
-    net: str, args: dict[str, Any], shape: tuple[int, ...], examples: int, batch: int, clients: int, device: str = "cpu"
-) -> dict[str, Any]:
+def measure(net: str, args: dict[str, Any], shape: tuple[int, ...], examples: int, batch: int, clients: int) -> dict[str, Any]:
     from hetfl.config import resolve
     from hetfl.data.dataset import Examples
     from hetfl.models import zoo as models
@@ -67,8 +64,8 @@ def measure(
 
     known = {"classes": 10, "channels": shape[0], "size": shape[1] if shape[1] == shape[2] else shape[1:]}
     given = {k: v for k, v in known.items() if k in inspect.signature(models.ZOO[net]).parameters}
-    model = to_fast_layout(models.ZOO[net](**given, **args)).train().to(device)
-    x, y = torch.randn(ROWS, *shape).to(device), (torch.arange(ROWS) % 10).to(device)
+    model = to_fast_layout(models.ZOO[net](**given, **args)).train().to(DEVICE)
+    x, y = torch.randn(ROWS, *shape).to(DEVICE), (torch.arange(ROWS) % 10).to(DEVICE)
     options = resolve({"lr": 0.01, "epochs": 1, "batch_size": batch})
     state = {name: t.clone() for name, t in tensors(model).items()}
     members = [vectorized.Member(i, state, Examples(x, y, torch.randperm(ROWS)[:examples].sort().values)) for i in range(clients)]
@@ -84,7 +81,7 @@ def measure(
                 optimizer.step()
             copied(model)
 
-    pool = GraphPool() if device != "cpu" else None
+    pool = GraphPool() if DEVICE != "cpu" else None
     most = vectorized.MOST if pool is None else clients
 
     def together(size: int = most, start: int = 0, stride: int = 1) -> None:
@@ -116,19 +113,17 @@ def median(work: Callable[[], None]) -> float:
     for _ in range(6):
         began = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times[1:])
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    device = "cuda" if "cuda" in sys.argv else "cpu"
-    cases = ON_GPU if device == "cuda" else BOUNDS if "bounds" in sys.argv else CASES
+    cases = ON_GPU if DEVICE != "cpu" else BOUNDS if "bounds" in sys.argv else CASES
     found = []
     for case in cases:
-        found.append(measure(*case, device))
+        found.append(measure(*case))
         print(found[-1], file=sys.stderr, flush=True)
     report(cases=found)
 

@@ -252,15 +252,13 @@ def align_batches(orders: Sequence[Sequence[Tensor]], mean: bool) -> Iterator[Gr
 
 def lay_out(orders: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """The rows of all batches as one tensor (clients, steps, N), where the batches are, and their numbers (clients, steps)."""
-    lengths = [[len(rows) for rows in order] for order in orders]
-    steps, width = max(map(len, orders)), max((n for counts in lengths for n in counts), default=0)
-    counts = torch.zeros(len(orders), steps, dtype=torch.int64)
-    rows = next((rows for order in orders for rows in order), counts).new_zeros(len(orders), steps, width)
+    steps = max(map(len, orders))
+    counts = torch.tensor([[len(rows) for rows in order] + [0] * (steps - len(order)) for order in orders])
+    rows = next(rows for order in orders for rows in order).new_zeros(*counts.shape, int(counts.max()))
     for k, order in enumerate(orders):
         if order:
             padded = pad_sequence(list(order), batch_first=True)
             rows[k, : len(order), : padded.shape[1]] = padded
-            counts[k, : len(order)] = torch.tensor(lengths[k])
     return rows, counts
 
 
@@ -275,6 +273,6 @@ def evaluate(model: nn.Module, states: Sequence[State], data: Sequence[Examples]
             out, flat = stack(x).flatten(0, 1), y.flatten(0, 1)
             graded = kind.grade(out, flat)
             for total, values in zip((right, of, units, loss), (*graded, kind.losses(out, flat) * graded[2]), strict=True):
-                total += (values.view(step.weights.shape).to(step.weights.device) * step.weights).sum(1).cpu()
+                total += (values.view(step.weights.shape).cpu() * step.weights).sum(1)
     sums = zip(*(t.tolist() for t in (right, of, loss, units)), orders, strict=True)
     return [Score(r / max(o, 1), t / max(n, 1), sum(map(len, order))) for r, o, t, n, order in sums]

@@ -106,13 +106,13 @@ def train(
     kind = members[0].train.kind
     orders = [batch_rows(m.train, options, stream(options.seed, "batches", round, m.client), model) for m in members]
     states = [m.state for m in members]
-    widths = [max(len(rows) for rows in step) for step in zip_longest(*orders, fillvalue=torch.empty(0))]
-    widest = max(widths, default=0) if allows_padding(model) else 0
+    widest = max((len(rows) for order in orders for rows in order), default=0) if allows_padding(model) else 0
     step: EagerStep | GraphedSteps
     with contextlib.ExitStack() as borrowed:
         if graphs is None:
             step = EagerStep(TaskStack(tasks) if tasks else ModelStack(model.train(), states), options, round, kind)
         elif tasks:
+            widths = [max(len(rows) for rows in batches) for batches in zip_longest(*orders, fillvalue=torch.empty(0))]
             step = borrowed.enter_context(graphs.make(tasks, options, round, widest, widths))
         else:
             step = borrowed.enter_context(graphs.borrow(model, states, options, round, widest, kind))

@@ -119,6 +119,26 @@ class Near(Plugin):
         return reply
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 5), max_size=7), min_size=1, max_size=4), window=st.integers(1, 8), mean=st.booleans()
+)
+def test_batches_side_by_side_are_each_clients_own_in_order_whatever_the_window(sizes, window, mean):
+    orders = [[torch.randint(9, (n,)) for n in each] for each in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacking, "WINDOW", window)
+        steps = list(stacking.align_batches(orders, mean))
+    assert len(steps) == max(map(len, orders))
+    for k, order in enumerate(orders):
+        assert [step for step, batch in enumerate(steps) if k in batch.ending] == ([len(order) - 1] if order else [])
+        for step, batch in enumerate(steps):
+            rows = order[step] if step < len(order) else torch.zeros(0, dtype=torch.int64)
+            assert batch.counts[k] == len(rows)
+            assert torch.equal(batch.rows[k, : len(rows)], rows)
+            assert torch.equal(batch.weights[k, : len(rows)], torch.full((len(rows),), 1 / max(len(rows), 1) if mean else 1.0))
+            assert not batch.weights[k, len(rows) :].any()
+
+
 def groups(made):
     """The number of clients of each group that trained as one, whatever became of it."""
     runtime, found = made.engine._workers._runtime, []
