@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,13 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def collected():
+    """What a test leaves is collected at its end, while its own filters of warnings hold."""
+    yield
+    gc.collect()
 
 
 TINY = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.ray_nodes import cluster
+from helpers.ray_nodes import begins_ray, cluster
 from helpers.runs import FOUR_CLIENTS
 from hetfl.config import format_run_file, resolve
 from hetfl.data import loading
@@ -140,7 +140,7 @@ def test_a_cluster_without_a_free_core_is_waited_for_and_then_named(small):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own sockets
+@begins_ray
 def test_a_node_that_is_killed_costs_a_try_of_its_client_and_the_run_goes_on_elsewhere(tmp_path, stops):
     """Of two nodes one is killed in mid-round; then the run goes on, on the other. The bits are those of a run on threads."""
     runner.run(resolve(KILLED), RunFolder(tmp_path / "local").open(), NoCallback())

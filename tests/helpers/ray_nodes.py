@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, begun by the real `ray start` and ended again."""
+"""A Ray cluster of several nodes on this machine, begun by the real `ray start` and ended again; a mark for tests of Ray."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
+import pytest
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", "--disable-usage-stats"]
+
+
+def begins_ray(test):
+    """For a test that begins Ray, whose sockets and files close only when they are collected: here, not in a later test."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("collected")(test))
 
 
 class Cluster:

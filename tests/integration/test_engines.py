@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from helpers.ray_nodes import begins_ray
 from helpers.runs import FOUR_CLIENTS, play
 from helpers.states import same
 from hetfl.config import resolve
@@ -52,7 +53,7 @@ def folder_of(stops, path, engine, rounds=None, **values):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@begins_ray
 @pytest.mark.parametrize(
     ("engine", "values"),
     [

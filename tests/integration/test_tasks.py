@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hetfl
+from helpers.ray_nodes import begins_ray
 from helpers.runs import FOUR_CLIENTS
 from hetfl.config import resolve
 from hetfl.data.kinds import find_kind
@@ -106,7 +107,7 @@ def run_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@begins_ray
 def test_every_kind_gives_the_bits_of_the_local_engine_on_ray(run_on, stops):
     import ray
 
@@ -120,7 +121,7 @@ def test_every_kind_gives_the_bits_of_the_local_engine_on_ray(run_on, stops):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own processes
+@begins_ray
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_every_kind_gives_the_bits_of_the_local_engine_on_flowers_simulation(run_on, stops, kind):
     assert stops.equal(run_on(kind, "local"), run_on(kind, "flower-sim"))

@@ -7,6 +7,7 @@ import csv
 import pytest
 
 from helpers.cli import exit_code
+from helpers.ray_nodes import begins_ray
 from hetfl.errors import UsageError
 from hetfl.runs import runner, sweep
 from hetfl.runs.folder import RunFolder
@@ -30,7 +31,7 @@ def matrix(out, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own sockets
+@begins_ray
 def test_a_matrix_on_ray_is_the_one_on_this_machine_and_is_not_run_again(tmp_path, monkeypatch):
     """A cell that is not there is run, with a plugin of the user's; what is there is kept, and needs no Ray."""
     here = matrix(tmp_path / "here")
