@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 import time
 
@@ -76,3 +79,23 @@ def test_a_pool_that_is_closed_interrupts_what_runs_and_drops_what_waits():
     assert isinstance(first.future.exception(0), KeyboardInterrupt)
     assert second.started is None
     assert threading.active_count() == before - 1
+
+
+HELD = """
+import ctypes, sys, torch
+from hetfl.parallel import hold_little_memory
+hold_little_memory(int(sys.argv[1]))
+kept = [torch.ones(count) + 1 for count in range(24_000, 54_000, 100)]
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+ask = ctypes.CDLL(None).mallinfo2
+ask.restype = Info
+print(ask().fordblks)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_beside_a_large_base_tensors_of_a_small_batch_leave_no_holes():
+    """300 sums are kept, each a little larger than the one before, and what they are sums of is dropped."""
+    held = [int(subprocess.check_output([sys.executable, "-c", HELD, str(base)])) for base in (0, 1 << 28)]
+    assert held[1] < 2e6 < 10e6 < held[0]

@@ -23,10 +23,11 @@ MARK = "frozen_names"  # of a module: the names of its own parameters that becam
 def freeze(model: nn.Module, low: bool = False) -> nn.Module:
     """Makes the parameters of `model` that need no gradient buffers outside its state dict, in place; tied ones stay tied.
 
-    With `low` they are held in bfloat16, and cast to float32 when they are used (models/casting.py).
+    With `low` they are held in bfloat16, and cast to float32 when they are used (models/casting.py); the largest are cast last,
+    when what the others took is free.
     """
     made: dict[tuple[int, bool], Tensor] = {}
-    for module in list(model.modules()):
+    for module in sorted(model.modules(), key=lambda m: max((p.nbytes for p in m.parameters(recurse=False)), default=0)):
         names = [name for name, p in module._parameters.items() if p is not None and not p.requires_grad]
         for name in names:
             parameter = module._parameters.pop(name)

@@ -80,7 +80,7 @@ def finish_setup(
     """The setup of a traced model."""
     builder = SubmodelBuilder(model, widths, partial(build_model, options, federation), options.device)
     if builder.base:
-        hold_little_memory()
+        hold_little_memory(sum(t.nbytes for t in builder.base.values()))
     return_free_memory()  # tracing took cut copies of the model
     return Setup(options, federation, plugins, builder, make_meter(options, builder, federation))
 

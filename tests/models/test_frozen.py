@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetfl.models.adapters import AdapterSpec, add_adapters
 from hetfl.models.convnets import CNN
@@ -48,6 +49,29 @@ def test_tied_tensors_stay_tied_and_recurrent_layers_compute_with_them():
     assert torch.equal(net["a"](x)[0], before)
     net["a"].weight_ih_l0.zero_()
     assert not torch.equal(net["a"](x)[0], before), "the layer computes with a tensor that is not its own"
+
+
+class Casts(TorchDispatchMode):
+    """Notes how many values each cast to bfloat16 gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.counts.append(out.numel())
+        return out
+
+
+def test_the_largest_tensors_are_cast_last():
+    """When the others are free already: casting never takes much more than the model in float32."""
+    net = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 16), nn.Linear(16, 8)).requires_grad_(False)
+    with Casts() as casts:
+        freeze(net, low=True)
+    assert casts.counts[-1] == 800
+    assert sum(casts.counts) == 800 + 2 * 128 + 16 + 8
 
 
 def test_all_modules_have_one_base():
