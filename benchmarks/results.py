@@ -45,12 +45,12 @@ def published(extract: str) -> dict[str, Any]:
     return {name: values[name] for name in PARTS if name in values}
 
 
-def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[float], seeds: int) -> list[Named]:
-    """Every run with the name of its row."""
+def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[float], seeds: int, bare: bool) -> list[Named]:
+    """Every run with the name of its row; with `bare`, what runs as published runs bare, too."""
     found: list[Named] = []
     for extract, aggregate in cross_plugins(extracts, ["natural"]):
         parts = published(extract)
-        variants = {f"as published: {describe(parts)}": parts, "bare": {}} if parts else {"": {}}
+        variants = {f"as published: {describe(parts)}": parts, **({"bare": {}} if bare else {})} if parts else {"": {}}
         for variant, more in variants.items():
             name = f"`{extract}` x `{aggregate}`" + (f" ({variant})" if variant else "")
             trials = plan_trials({**base, **more}, [(extract, aggregate)], {"alpha": list(alphas)}, range(seeds))
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--alphas", default="0.1,10000")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--no-bare", action="store_true", help="run methods as published alone")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--page", type=Path, help="a page whose lines between <!-- NAME --> and <!-- end NAME --> are to be the tables"
@@ -121,7 +122,7 @@ def main() -> None:
         name, _, value = word.partition("=")
         base[name] = json.loads(value) if value[:1] in "[{" else value
     alphas = [float(a) for a in given.alphas.split(",")]
-    runs = plan_runs(given.extract.split(","), base, alphas, given.seeds)
+    runs = plan_runs(given.extract.split(","), base, alphas, given.seeds, not given.no_bare)
     rows = run_named(runs, given.out, given.jobs)
     (given.out / "results.csv").write_text(table_text(rows))
     tables = "\n".join(line for alpha in alphas for line in ("", f"Alpha {alpha:g}:", "", *table(rows, alpha), ""))
