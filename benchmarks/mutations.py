@@ -151,7 +151,7 @@ MUTATIONS = [
         ("splitmix joins its bases", "apply_masks(server.state, masks)", "server.state"),
         ("splitmix's bases forget what the server teaches", "server.state = running_mean(server.state, updates)", "pass"),
         ("splitmix's bases are taught every round", "if not self._trained:", "if True:"),
-        ("splitmix keeps the model's scale", "root) | dict.fromkeys(self._heads, 1 / root)", "1.0)"),
+        ("splitmix keeps the model's scale", "root) | dict.fromkeys(heads, 1 / root)", "1.0)"),
         ("splitmix's noise joins its bases", "masks = server.reachable = cut_apart", "masks = cut_apart"),
         ("splitmix is proven with the values that it has", "draw_values(name, t, generator)", "t"),
         ("splitmix takes an embedding for a head", " and n not in tables", ""),

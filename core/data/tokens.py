@@ -66,22 +66,29 @@ def pad_of(options: DataOptions) -> int:
 
 
 def identify_tokenizer(folder: Path | None) -> list[tuple[str, int, int]]:
-    """The files of a tokenizer's folder: names, sizes and times of change."""
-    files = [] if folder is None else sorted(path for path in folder.expanduser().glob("*") if path.name.startswith(STEMS))
+    """The files of a tokenizer's folder: names, sizes and times of change. Raises UsageError where it holds no tokenizer."""
+    if folder is None:
+        return []
+    refuse_no_tokenizer(folder)
+    files = sorted(path for path in folder.expanduser().glob("*") if path.name.startswith(STEMS))
     return [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in files]
 
 
 STEMS = ("tokenizer", "vocab", "merges", "spiece", "special_tokens", "added_tokens", "config.json")
 
 
+def refuse_no_tokenizer(folder: Path) -> None:
+    """Raises UsageError where `folder` holds no file that a tokenizer has."""
+    if not any((folder.expanduser() / name).exists() for name in TOKENIZERS):
+        raise UsageError(f"--tokenizer: the folder '{folder}' holds no tokenizer ({', '.join(TOKENIZERS)})")
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of transformers in a local folder. Raises UsageError where there is none, or transformers is not installed."""
-    path = folder.expanduser()
-    if not any((path / name).exists() for name in TOKENIZERS):
-        raise UsageError(f"--tokenizer: the folder '{folder}' holds no tokenizer ({', '.join(TOKENIZERS)})")
+    refuse_no_tokenizer(folder)
     try:
-        return import_library("transformers").AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return import_library("transformers").AutoTokenizer.from_pretrained(str(folder.expanduser()), local_files_only=True)
     except ImportError as error:
         raise UsageError(f"the tokenizer in '{folder}' needs transformers: pip install 'hetfl[transformers]' ({error})") from error
     except Exception as error:  # transformers raises anything for files that it cannot read

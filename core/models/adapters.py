@@ -16,22 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetfl.errors import NotApplicable, UsageError, nearest
+from hetfl.errors import NotApplicable, UsageError, nearest, unknown
 from hetfl.models.features import find_heads
 
-KEYS = ("rank", "alpha", "target")
+KEYS = ("rank", "alpha", "target", "heads")
+HEADS = ("trained", "frozen")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which read their children's weights, not their outputs
+MOST_RANKS = 1 << 14
 OWN = "own"  # --adapter: the model brings adapters of its own
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What --adapter says: LoRA of `rank` in the layers that `target` names, its output times `alpha` / `rank`."""
+    """What --adapter says: LoRA of `rank` in the layers that `target` names, its output times `alpha` / `rank`.
+
+    `heads`: whether the layers that answer as the model is to are trained whole.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     target: str = "linear"
+    heads: bool = True
 
     @property
     def scale(self) -> float:
@@ -55,14 +61,23 @@ def parse_adapter(text: str) -> AdapterSpec | None:
         key, _, value = pair.partition("=")
         if key not in KEYS:
             raise UsageError(f"an adapter has no option '{key}'{nearest(key, KEYS)} (known: {', '.join(KEYS)})")
+        if key in given or not value:
+            raise UsageError(f"--adapter {text}: '{key}' is given {'twice' if key in given else 'no value'}")
         given[key] = value
+    if given.get("heads", "trained") not in HEADS:
+        raise unknown("choice of heads", given["heads"], HEADS)
     try:
-        spec = AdapterSpec(int(given.get("rank", 8)), float(given.get("alpha", 16)), given.get("target", "linear"))
+        spec = AdapterSpec(
+            int(given.get("rank", 8)), float(given.get("alpha", 16)), given.get("target", "linear"), given.get("heads") != "frozen"
+        )
+    except ValueError:
+        spec = AdapterSpec(rank=0)
+    if not 1 <= spec.rank <= MOST_RANKS or not 0 < spec.alpha < math.inf:
+        raise UsageError(f"--adapter {text}: the rank is a count from 1 to {MOST_RANKS:,}, alpha a number above 0")
+    try:
         re.compile(spec.target)
-    except (ValueError, re.error) as error:
-        raise UsageError(f"--adapter {text}: {error}") from error
-    if spec.rank < 1 or not 0 < spec.alpha < math.inf:
-        raise UsageError(f"--adapter {text}: the rank is a count from 1 on, alpha a number above 0")
+    except re.error as error:
+        raise UsageError(f"--adapter {text}: the target is no regular expression: {error}") from error
     return spec
 
 
@@ -109,7 +124,7 @@ def make_halves(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
 
 def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, answer: tuple[int, ...]) -> nn.Module:
     """Puts adapters into `model`, in place, and freezes all of its own parameters but those of layers that answer as the model is
-    to, with `answer` numbers an example: these heads are trained whole.
+    to, with `answer` numbers an example: these heads are trained whole, where `spec` does not have them frozen.
 
     `x` is a batch to find the heads with. Raises NotApplicable where no layer is one that `spec` names.
     """
@@ -120,7 +135,7 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, x: Tensor, answer: tuple[i
         raise NotApplicable(f"not applicable: {explain_no_target(model, spec.target)}")
     model.requires_grad_(False)
     for name in heads:
-        layers[name].requires_grad_(True)
+        layers[name].requires_grad_(spec.heads)
     for name in chosen:
         parent, _, attribute = name.rpartition(".")
         setattr(layers[parent], attribute, Lora(layers[name], spec.rank, spec.scale))

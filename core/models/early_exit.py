@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hetfl.errors import NotApplicable
 from hetfl.models.frozen import MARK
 from hetfl.models.watching import run_watched
 
@@ -167,7 +168,11 @@ def find_stage_ends(model: nn.Module, x: Tensor) -> list[StageEnd]:
     A stage is a run of steps (`run_steps`) with as many channels; where that leaves one stage, every step with parameters of its
     own is one (a transformer's layers).
     """
-    steps = run_steps(model, x)
+    if not (steps := run_steps(model, x)):
+        raise NotApplicable(
+            f"not applicable: no module of this {type(model).__name__} stands between its layers and answers with features, so no "
+            "classifier can be put behind one"
+        )
     wider = [a for a, b in zip(steps, [*steps[1:], None], strict=True) if b is None or a.channels != b.channels]
     stages = drop_parameterless(model, wider)
     return stages if len(stages) > 2 else drop_parameterless(model, steps)

@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hetfl.data.catalog import GIVEN
 from hetfl.data.inputs import Inputs, default_model
@@ -34,6 +34,16 @@ ALIASES = {  # how factories call the facts about inputs that they can be given
 Factory = Callable[..., nn.Module]
 
 LOCAL: dict[str, tuple[Any, Factory]] = {}  # what programs have handed over, by name: the very object, and what builds from it
+
+
+def refuse_other_answers(name: str, model: nn.Module, x: Tensor, answer: tuple[int, ...]) -> None:
+    """Raises UsageError where `model` does not answer a batch (N, …) with logits (N, *answer)."""
+    with torch.no_grad():
+        out = model.eval()(x)
+    shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+    wanted = (len(x), *answer)
+    if not isinstance(out, Tensor) or out.shape != wanted:
+        raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
 
 
 def build_model(name: str, args: Mapping[str, Any], inputs: Inputs, seed: int) -> nn.Module:

@@ -138,6 +138,10 @@ def make_cutter(model: nn.Module, inputs: Inputs, axes: Sequence[str], adapter: 
     x = inputs.batch()
     if adapter and (spec := parse_adapter(adapter)):
         add_adapters(model, spec, x, inputs.answer)
+    if "depth" in axes and inputs.answer != (inputs.classes,):
+        raise NotApplicable(
+            "not applicable: exits answer with a number for each class, once for an example; --axis blocks needs none"
+        )
     deep = add_exits(copy.deepcopy(model), x, inputs.classes, EXITS, 0) if "depth" in axes else None
     builder = SubmodelBuilder(model, trace(model, x, heads=heads))
     ranks = find_rank_groups(builder.widths) if "rank" in axes or adapter else {}
@@ -158,13 +162,14 @@ def measure_axes(
     """Cuts one axis of the model `name` at a time, with the adapters that `adapter` asks for, and measures what is left.
 
     width: all channels but ranks; rank: those of adapters alone; depth: the layers up to one of EXITS classifiers; blocks: the
-    residual blocks, the first of which stay. Raises UsageError for another axis, and NotApplicable for ranks without adapters and
-    blocks of a model that has none.
+    residual blocks, the first of which stay. Raises UsageError for another axis and for a model that does not answer as the task
+    wants it, and NotApplicable for ranks without adapters, blocks of a model that has none and depth where an exit cannot answer.
     """
     for axis in axes:
         if axis not in AXES:
             raise unknown("axis", axis, AXES)
     model = normalization.replace_norms(factory.build_model(name, args, inputs, 0), norm_policy)
+    factory.refuse_other_answers(name, model, inputs.batch(), inputs.answer)
     cutter, found = make_cutter(model, inputs, axes, adapter, heads), []
     for axis, ratio in itertools.product(axes, levels):
         small = cutter.cut(axis, ratio)

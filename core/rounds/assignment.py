@@ -18,7 +18,8 @@ from hetfl.rounds.messages import LONGEST_LINE, NO_ANSWER, Assignment, Failure, 
 from hetfl.rounds.receiving import leave_out
 from hetfl.rounds.state import RoundState, RunState
 from hetfl.submodel import encoding
-from hetfl.submodel.plan import WHOLE, Plan, Selection
+from hetfl.submodel.blocks import is_leading
+from hetfl.submodel.plan import Plan, Selection
 
 LEAST_WIDTH = 1e-4  # that a device may claim
 EVERYTHING = Exchange()  # what travels where no plugin says
@@ -209,7 +210,9 @@ def refuse_scattered(server: Server, plans: Sequence[Plan | None]) -> None:
     """A frozen base is not sent: every node cuts its own by the numbers of units alone, so it can only keep the leading ones."""
     base = server.builder.base
     for plan in {id(p): p for p in plans if isinstance(p, Selection)}.values() if base else ():
-        if name := next((n for n in base if not plan.cuts.get(n, WHOLE).leads), None):
+        scattered = {group for group, units in plan.kept.items() if not is_leading(units)}
+        axes = plan.widths.axes
+        if name := next((n for n in base if any(axis.present & scattered for axis in axes.get(n, {}).values())), None):
             raise NotApplicable(
                 f"not applicable: the frozen base is not sent, so a node can cut it to leading channels alone, and this extraction "
                 f"keeps others of '{name}'; take one that keeps the leading ones, or cuts ranks alone (--extract loraranks)"

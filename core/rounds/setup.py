@@ -173,12 +173,7 @@ def trace_model(options: RunOptions, federation: FederatedDataset, plugins: Plug
     """The model of a run and its width groups. Raises UsageError where its answers do not fit the task."""
     name, x, model = model_of(options), sample(federation), adapt_model(options, federation, plugins)
     widths = trace_all_exits(options, federation, model, hollow=options.adapter is not None)
-    with torch.no_grad():
-        out = model.eval()(x)
-    shown = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-    wanted = (len(x), *federation.inputs.answer)
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        raise UsageError(f"model '{name}' returns {shown} for {len(x)} examples; logits of shape {wanted} are needed")
+    factory.refuse_other_answers(name, model, x, federation.inputs.answer)
     return (adapt_model(options, federation, plugins) if options.adapter else model), widths
 
 

@@ -159,7 +159,7 @@ def undo_rounding(reply: Reply, assignment: Assignment) -> Reply:
 
 
 def measure_change(state: State, before: State) -> Change:
-    """How far a client went that began with `before` and ended with `state`."""
+    """How far a client went that began with `before` and ended with `state`; 0 where that began as all zeros."""
     names = [name for name, t in state.items() if t.is_floating_point()]
     if not names:
         return Change()
@@ -168,7 +168,8 @@ def measure_change(state: State, before: State) -> Change:
     weights = torch.tensor([not name.endswith(encoding.STATISTICS) for name in names])
 
     def share(rows: Tensor) -> float:
-        return float(moved[rows].norm() / size[rows].norm().clamp(min=1e-12))
+        norm = size[rows].norm()
+        return float(moved[rows].norm() / norm) if norm > 0 else 0.0
 
     return Change(share(weights), share(torch.ones_like(weights)))
 

@@ -44,9 +44,10 @@ def describe_adapters(given: str | None, builder: SubmodelBuilder) -> list[str]:
     spec, layers = parse_adapter(given), len(list_adapters(tensors(builder.model)))
     scale = f", alpha / rank = {spec.scale:g} whatever ranks a client has" if spec else ""
     trained, base = sum(p.numel() for p in builder.model.parameters()), str(builder.base_hash)
+    heads = ", heads included" if any(".lora_" not in name for name, _ in builder.model.named_parameters()) else ""
     held = "; it is held in bfloat16, adapters and arithmetic are float32" if is_low(builder.model) else ""
     return [
-        f"adapters: {given}, in {plural(layers, 'layer')}{scale}; {trained:,} parameters are trained, heads included; "
+        f"adapters: {given}, in {plural(layers, 'layer')}{scale}; {trained:,} parameters are trained{heads}; "
         f"the base (sha256 {base[:12]}…) is not sent{held}"
     ]
 

@@ -15,7 +15,7 @@ from hetfl.config import RunOptions
 from hetfl.errors import UsageError
 from hetfl.files import reason
 from hetfl.models.adapters import Lora, parse_adapter
-from hetfl.models.folders import Logits
+from hetfl.models.folders import Logits, Pretrained
 from hetfl.models.state import tensors
 from hetfl.runs.summary import to_contiguous
 
@@ -31,12 +31,14 @@ def write_adapters(whole_model: nn.Module, names: Collection[str], options: RunO
     spec = parse_adapter(options.adapter) if options.adapter else None
     if spec is None:
         raise UsageError("the run has no adapters of hetfl's own to be exported: it had no --adapter lora")
-    model, before = (whole_model.net, "net.") if isinstance(whole_model, Logits) else (whole_model, "")
+    model, before = (whole_model.net, "net.") if isinstance(whole_model, Logits | Pretrained) else (whole_model, "")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Lora)}
     if any(layer.change is not None and bool(layer.change.any()) for layer in layers.values()):
         raise UsageError(
             "this run added what it learned to the frozen base, so its adapters alone are not its model; hetfl.load(RUN).model is"
         )
+    if unlike := next((name for name, layer in layers.items() if is_unlike_peft(layer.lora_A)), None):
+        raise UsageError(f"peft's adapter of a convolution neither dilates nor pads but with zeros, as '{unlike}' does")
     adapted = list(layers)
     trained = {name for name in tensors(model) if before + name in names}
     changes = {f"{name}.change" for name in layers}
@@ -55,3 +57,8 @@ def write_adapters(whole_model: nn.Module, names: Collection[str], options: RunO
         save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     except OSError as error:
         raise UsageError(f"'{folder}' cannot be written: {reason(error)}") from error
+
+
+def is_unlike_peft(half: nn.Module) -> bool:
+    """Whether peft's A of such a layer would compute something else: it has the kernel, stride and padding alone."""
+    return getattr(half, "padding_mode", "zeros") != "zeros" or any(step != 1 for step in getattr(half, "dilation", ()))

@@ -19,7 +19,7 @@ class FedSA(Plugin):
         own = {adapter.b for adapter in list_adapters(list(server.state))}
         if not own:
             raise NotApplicable(
-                "not applicable: fedsa shares one half of the adapters, and the model has none (--adapter lora:rank=8)"
+                "not applicable: fedsa shares one half of adapters, and no adapter (--adapter lora:rank=8) has two that are trained"
             )
         shared = frozenset(names) - own
         return Exchange(down=shared, up=shared)

@@ -65,7 +65,7 @@ def read_halves(updates: Updates, adapter: Adapter) -> tuple[Tensor, Tensor, Ten
     held = has_a.amax(2)
     whole = torch.equal(has_a, held[:, :, None].expand_as(has_a)) and torch.equal(has_b, held[:, None, :].expand_as(has_b))
     if not (whole and held.any(1).all()):
-        raise NotApplicable("not applicable: clients do not send both halves of the adapters with all of their inputs and outputs")
+        raise NotApplicable("not applicable: some clients send an adapter in part or not at all; whole products B A are averaged")
     return a, b, held
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hetfl import Client, Field, Plan, Plugin, ReceivedReply, Reply, Server, State, Task, hookimpl, unit_count, window
 from hetfl.models.adapters import Adapter
-from hetfl.models.state import tensors
 from hetfl.submodel.blocks import take
 from hetfl.submodel.ranks import find_rank_groups
 from hetfl.submodel.widths import Group, within
@@ -63,10 +62,11 @@ class LoraRanks(Plugin):
     @hookimpl(wrapper=True)
     def fit(self, task: Task) -> Generator[None, Reply, Reply]:
         tails = {g: (a, unit_count(task.plan_sizes[g], self.prune)) for g, a in find_rank_groups(task.builder.widths).items()}
-        before = {group: float(tail_norm(tensors(task.model), *tail)) for group, tail in tails.items()}
+        halves = list_values(task.model)
+        before = {group: tail_norm(halves, *tail).item() for group, tail in tails.items()}
         task.penalties.append(partial(sum_tails, tails=list(tails.values()), penalty=self.penalty))
         reply = yield
-        after = {group: float(tail_norm(reply.state, *tail)) for group, tail in tails.items()}
+        after = {group: tail_norm({**halves, **reply.state}, *tail).item() for group, tail in tails.items()}
         reply.kept = {g: torch.arange(first) for g, (_, first) in tails.items() if after[g] < before[g]}
         index = within(task.builder.widths, task.plan_sizes, reply.kept) if reply.kept else {}
         reply.state = {name: take(tensor, index.get(name, {})) for name, tensor in reply.state.items()}
@@ -88,6 +88,11 @@ class LoraRanks(Plugin):
             self._ranks.setdefault(int(client), {})[group] = int(count)
 
 
+def list_values(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `model` by name, with those of a frozen half."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
 def tail_norm(state: Mapping[str, Tensor], adapter: Adapter, first: int) -> Tensor:
     """||B[:, first:]|| ||A[first:]||: how much the ranks from `first` on can matter; 0 where there are none."""
     a, b = state[adapter.a][first:], state[adapter.b][:, first:]
@@ -97,5 +102,5 @@ def tail_norm(state: Mapping[str, Tensor], adapter: Adapter, first: int) -> Tens
 
 def sum_tails(model: nn.Module, tails: Sequence[tuple[Adapter, int]], penalty: float) -> Tensor:
     """The penalty on the last ranks of all adapters."""
-    state = dict(model.named_parameters())
-    return penalty * torch.stack([tail_norm(state, *tail) for tail in tails]).sum()
+    halves = list_values(model)
+    return penalty * torch.stack([tail_norm(halves, *tail) for tail in tails]).sum()

@@ -53,7 +53,7 @@ class Prototypes(Plugin):
     }  # fmt: skip
 
     weight: float = Field(1.0, ge=0, description="weight of the distance from the global prototypes (lambda)")
-    dim: int = Field(0, ge=0, description="numbers in a prototype; 0: as many as the whole model has features")
+    dim: int = Field(0, ge=0, le=1 << 16, description="numbers in a prototype; 0: as many as the whole model has features")
     _length: int = PrivateAttr(0)
     _prototypes: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))  # (classes, dim), once there are any
     _known: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.bool))

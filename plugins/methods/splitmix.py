@@ -71,22 +71,23 @@ class SplitMix(Plugin):
         None, ge=0, description="server steps of each base before the first clients (none: together as many as --pretrain-steps)"
     )
     _trained: bool = PrivateAttr(False)
-    _heads: frozenset[str] = PrivateAttr(frozenset())
 
     @hookimpl
     def prepare(self, server: Server) -> None:
         """Cuts the bases apart and gives their weights the scale of layers of their own width."""
         if narrow := next((g for g in server.widths.groups if g.size < self.bases), None):
-            raise NotApplicable(f"{self.bases} bases need as many units in every layer, and {narrow.name} has {narrow.size}")
-        if server.options.server_finetune_steps:
-            raise NotApplicable("fine-tuning on the server would join the bases: leave --server-finetune-steps at 0")
-        masks = server.reachable = cut_apart(server.widths, self.bases)
-        self._heads, root = find_heads(server.builder.model, server.widths), self.bases**0.5
-        if frozen := self._heads - server.state.keys():
             raise NotApplicable(
-                f"{min(frozen)} is frozen: it adds up what the bases answer, each client's by its own number of them"
+                f"not applicable: {self.bases} bases need as many units in all layers, {narrow.name} has {narrow.size}"
             )
-        scales = dict.fromkeys(masks, root) | dict.fromkeys(self._heads, 1 / root)
+        if server.options.server_finetune_steps:
+            raise NotApplicable("not applicable: fine-tuning on the server joins the bases: leave --server-finetune-steps at 0")
+        masks = server.reachable = cut_apart(server.widths, self.bases)
+        heads, root = find_heads(server.builder.model, server.widths), self.bases**0.5
+        if frozen := heads - server.state.keys():
+            raise NotApplicable(
+                f"not applicable: {min(frozen)} is frozen: it adds up what the bases answer, by each client's number of them"
+            )
+        scales = dict.fromkeys(masks, root) | dict.fromkeys(heads, 1 / root)
         apart = apply_masks(server.state, masks)
         server.state = {name: t * scales[name] if name in scales else t for name, t in apart.items()}
         self._prove_mean(server)
@@ -101,7 +102,8 @@ class SplitMix(Plugin):
         each = torch.stack([server.logits(plan.take(state), x, plan.sizes) for plan in plans])
         if not torch.allclose(server.logits(state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
             raise NotApplicable(
-                "parts of this model act on each other (as norms or attention over channels do): it is no mean of bases"
+                "not applicable: parts of this model act on each other (as norms or attention over channels do, or layers that are "
+                "frozen whole): it is no mean of bases"
             )
 
     @hookimpl
@@ -139,8 +141,8 @@ class SplitMix(Plugin):
         parts = {g.name: split_units(g.size, self.bases) for g in server.widths.groups}
         units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
         masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
-        share = len(bases) / self.bases
-        return Mix(server.widths, units, masks, bases=tuple(bases), share=share, heads=self._heads)
+        heads = find_heads(server.builder.model, server.widths)
+        return Mix(server.widths, units, masks, bases=tuple(bases), share=len(bases) / self.bases, heads=heads)
 
     @hookimpl
     def client_extras(self, plan: Plan) -> State | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 
+import pytest
 import torch
 
-from hetfl.data.tokens import hash_tokens
+from hetfl.data.tokens import hash_tokens, identify_tokenizer
+from hetfl.errors import UsageError
 
 
 def test_hashed_tokens():
@@ -19,3 +21,13 @@ def test_hashed_tokens():
     assert ids[2, 1:].tolist() == [0, 0, 0, 0]
     assert bool((ids[1, 1:] >= 2).all())
     assert int(hash_tokens(["word"], 2, 8192)[0, 1]) == 2 + zlib.crc32(b"word") % 8190
+
+
+def test_a_folder_without_a_tokenizer_is_refused_though_its_data_were_read_before(tmp_path):
+    """Its name would otherwise be that of hashed words, which may be in the cache."""
+    assert identify_tokenizer(None) == []
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UsageError, match="holds no tokenizer"):
+            identify_tokenizer(folder)
+    (tmp_path / "vocab.txt").write_text("a")
+    assert len(identify_tokenizer(tmp_path)) == 1

@@ -13,6 +13,8 @@ import hetfl
 from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, play, tuned
 from hetfl.config import resolve
 from hetfl.errors import NotApplicable, RunError, UsageError
+from hetfl.models.adapters import Lora
+from hetfl.models.folders import Pretrained
 from hetfl.models.frozen import base_hash, freeze, frozen
 from hetfl.rounds.loop import run_round
 from hetfl.rounds.reporting import NoCallback
@@ -20,10 +22,23 @@ from hetfl.rounds.setup import build_model
 from hetfl.runs import runner
 from hetfl.runs.experiment import prepare
 from hetfl.runs.folder import RunFolder
+from hetfl.runs.peft import write_adapters
+from hetfl.submodel.blocks import take
 from hetfl.submodel.encoding import payload_bytes
+from hetfl.submodel.widths import prefix
 
 SMALL = {"limit": 120, "clients": 3, "rounds": 2, "epochs": 1, "pretrain_steps": 5, "control": False, "levels": "1,0.5,0.5"}
 LORA = {"model": "mlp", "model_args": {"hidden": [12, 8]}, "adapter": "lora:rank=4,alpha=8"}
+
+QUERY = "layers.0.attention.q.base_layer.weight"
+
+
+def texts(place):
+    """A folder of 90 texts of three words in two classes."""
+    rows = [f"{'good' if i % 2 else 'bad'} w{i % 7} w{i % 5},{i % 2}" for i in range(90)]
+    for split in ("train", "test"):
+        (place / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return str(place)
 
 
 def test_what_is_sent_written_and_put_together_again(tmp_path):
@@ -146,6 +161,43 @@ def test_halves_that_stay_as_they_were_drawn_are_exported_too(tmp_path):
     run.export_peft(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("base_model.model.3.lora_A.weight"), run.model[3].lora_A.weight)
+
+
+def test_what_is_exported_of_a_wrapped_text_model_is_named_as_the_model_itself(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 4), Lora(torch.nn.Linear(4, 3), 2, 1.0))
+    write_adapters(
+        Pretrained(net, 0), ["net.1.lora_A.weight", "net.1.lora_B.weight"], resolve({**LORA, "extract": "full"}), tmp_path
+    )
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "1"
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert {*file.keys()} == {f"base_model.model.1.lora_{half}.weight" for half in "AB"}
+
+
+@pytest.mark.parametrize("how", [{"dilation": 2}, {"padding_mode": "circular"}])
+def test_a_convolution_that_pefts_adapter_would_compute_otherwise_is_not_exported(tmp_path, how):
+    net = torch.nn.Sequential(Lora(torch.nn.Conv2d(1, 2, 3, padding=1, **how), 2, 1.0))
+    with pytest.raises(UsageError, match="'0' does"):
+        write_adapters(net, ["0.lora_A.weight"], resolve({**LORA, "extract": "full"}), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_base_with_attention_is_cut_in_each_of_its_heads(simulate, tmp_path):
+    """A node, which is told numbers of units alone, has the very entries that the server counts the client's values for."""
+    values = {"dataset": texts(tmp_path), "model": "encoder", "adapter": "lora:rank=4,target=attention", "levels": "1,0.5,0.5",
+              "model_args": {"width": 8, "layers": 1, "heads": 2}, "tokens": 6, "vocab": 30}  # fmt: skip
+    made = simulate(1, extract="heterofl", **values)
+    plan = made.server.select(prefix(0.5))
+    assert not plan.cuts[QUERY].leads, "one head alone, or nothing is cut"
+    base = made.server.builder.base
+    assert torch.equal(frozen(made.server.builder.module(plan.sizes))[QUERY], take(base[QUERY], plan.cuts[QUERY]))
+    assert not any("fault" in row for row in made.state.client_rows)
+    with pytest.raises(NotApplicable, match="leading channels alone"):
+        simulate(1, extract="feddropout", **values)
+
+
+def test_clients_prune_ranks_of_which_one_half_is_frozen(simulate):
+    made = simulate(2, extract="loraranks", adapter="lora:rank=4", wrap=("ffa",), set={"loraranks": {"prune": 0.5, "penalty": 9.0}})
+    assert not any("fault" in row for row in made.state.client_rows)
 
 
 @pytest.mark.parametrize("aggregate", ["overlap", "flora"])

@@ -33,7 +33,9 @@ def test_what_an_adapter_option_says():
 @pytest.mark.parametrize(
     ("text", "word"),
     [("lara:rank=4", "did you mean 'lora'"), ("lora:rnk=4", "did you mean 'rank'"), ("lora:rank=four", "four"),
-     ("lora:rank=0", "from 1 on"), ("lora:target=(", "unterminated")],
+     ("lora:rank=0", "from 1 to 16,384"), ("lora:rank=99999999999", "from 1 to"), ("lora:target=(", "unterminated"),
+     ("lora:target=", "'target' is given no value"), ("lora:rank=4,rank=5", "'rank' is given twice"),
+     ("lora:alpha=", "'alpha' is given no value"), ("lora:heads=frosen", "did you mean 'frozen'")],
 )  # fmt: skip
 def test_what_is_no_adapter_is_said(text, word):
     with pytest.raises(UsageError, match=word.replace("(", "\\(")):
@@ -51,6 +53,12 @@ def test_attention_alone_is_adapted_and_the_head_is_trained_whole():
     halves = {f"layers.0.attention.{p}.lora_{h}.weight" for p in ("q", "k", "v", "out") for h in "AB"}
     assert trained == halves | {"head.weight", "head.bias"}
     assert torch.equal(model(x), before), "an adapter changed the model before it was trained"
+
+
+def test_heads_may_stay_as_they_are():
+    model, x = encoder()
+    add_adapters(model, parse_adapter("lora:rank=2,target=attention,heads=frozen"), x, (4,))
+    assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_layers_that_can_have_an_adapter_by_kind():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
 
+from hetfl.errors import NotApplicable
 from hetfl.models.convnets import FedConvCNN
 from hetfl.models.early_exit import add_exits, all_exits
 from hetfl.models.state import tensors
@@ -45,3 +48,19 @@ def test_a_model_may_bring_its_own_exits(simulate, monkeypatch):
     monkeypatch.setitem(models.ZOO, "exitnet", net)
     made = simulate(extract="scalefl", aggregate="overlap", model="exitnet", model_args={})
     assert made.server.builder.model.depth == 2
+
+
+class Bare(nn.Module):
+    """A model of parameters alone, without a module between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_model_without_features_between_its_layers_gets_no_exits():
+    with pytest.raises(NotApplicable, match="no classifier can be put behind one"):
+        add_exits(Bare(), torch.ones(2, 4), 3, 2, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hetfl.data.inputs import Inputs
-from hetfl.errors import NotApplicable
+from hetfl.data.kinds import find_kind
+from hetfl.errors import NotApplicable, UsageError
 from hetfl.profiling.inspection import measure_axes
 
 
@@ -38,3 +39,12 @@ def test_blocks_are_counted_on_the_cut_model():
     assert max(half.cost.macs / whole.cost.macs, half.cost.memory / whole.cost.memory) < 0.7
     with pytest.raises(NotApplicable, match="no residual blocks"):
         measure_axes("cnn", {"widths": (4, 4)}, Inputs((1, 8, 8), 10, None), ("blocks",), (1.0,), None)
+
+
+def test_an_axis_is_refused_where_the_model_cannot_answer():
+    texts, language = Inputs((6,), 4, 50), Inputs((6,), 50, 50, find_kind("lm"))
+    small = {"width": 8, "layers": 1, "heads": 2}
+    with pytest.raises(UsageError, match="logits of shape"):
+        measure_axes("decoder", small, texts, ["width"], [1.0], None)
+    with pytest.raises(NotApplicable, match="exits answer with a number for each class"):
+        measure_axes("decoder", small, language, ["depth"], [1.0], None)

@@ -71,6 +71,11 @@ def test_running_statistics_may_jump_where_weights_may_not():
     assert "statistics" in fault({**sent, "bn.running_var": torch.full((4,), 1e10)}, sent)
 
 
+def test_what_began_as_zeros_may_move_whatever_it_does():
+    """As the half of an adapter that alone is trained: it has no norm to go by."""
+    assert fault({"w": torch.ones(4)}, {"w": torch.zeros(4)}) is None
+
+
 def moved(by):
     return {"w": torch.tensor([1.0 + by])}
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from helpers.runs import STOPPABLE
 from hetfl import Client, NotApplicable, Profile
 from hetfl.config import resolve
+from hetfl.plugins.methods.splitmix import SplitMix
+from hetfl.testing.report import check_plugin
+from hetfl.testing.subject import Subject
 
 
 class Scaled(nn.Module):
@@ -121,8 +124,8 @@ def test_a_buffer_outside_the_state_may_lie_along_channels(simulate):
             {"model": f"{__name__}:FixedHead", "model_args": {}, "set": {"splitmix": {"bases": 2}}, "adapter": "own"},
             "3.weight is frozen",
         ),
-        ({"set": {"splitmix": {"bases": 400}}}, "400 bases need as many units in every layer"),
-        ({"server_finetune_steps": 3}, "would join the bases"),
+        ({"set": {"splitmix": {"bases": 400}}}, "400 bases need as many units in all layers"),
+        ({"server_finetune_steps": 3}, "joins the bases"),
     ],
 )
 def test_what_is_no_mean_of_bases_is_refused(simulate, values, why):
@@ -166,3 +169,7 @@ def test_an_embedding_is_no_head_and_any_precision_will_do(simulate, model):
     )
     assert not [row["fault"] for row in made.state.client_rows if "fault" in row]
     assert torch.allclose(*answer_by_bases(made), atol=1e-5)
+
+
+def test_its_state_is_all_in_its_state_dict():
+    assert [r.status for r in check_plugin(Subject("extract", SplitMix), only=["state_round_trips"]).results] == ["passed"]
