@@ -58,7 +58,7 @@ Everything that was found is spelt out in the run folder's `config.toml`, and a 
   constants or else the train split's own mean and standard deviation; `--mean` and `--std` (of raw values) set them. Arrays of
   two dimensions get one channel, so a window of 100 steps of 6 sensors is (1, 100, 6); `cnn1d` and `lstm` read its rows as time.
 - **Text** is lower-cased and split into words and marks, each hashed (CRC-32) to an id in [2, `--vocab`); 1 starts every text, 0
-  pads it to `--tokens`; or a [tokenizer](tasks.md#models-from-a-local-folder) does it.
+  pads it to `--tokens`; or a [tokenizer](tasks.md#models-from-a-folder-or-from-the-hugging-face-hub) does it.
   Nothing is downloaded and nothing learned from clients; two words may share an id.
 - **Augmentation**, of the clients' own pictures while they train: `--augment crop` moves a picture by up to `--crop-padding` pixels
   (4), black where nothing is left; `flip` mirrors every other one; `usual` is `crop,flip` for cifar10, cifar100 and cinic10 and

@@ -1,10 +1,13 @@
-"""Models of transformers in a local folder (config.json, model.safetensors, tokenizer files): `--model hf:FOLDER`, no network."""
+"""Models of transformers in a folder (config.json, model.safetensors, tokenizer files), a local one or the Hugging Face hub's:
+`--model hf:FOLDER` without network, `--model hf:NAME` or `hf:NAME@REVISION` with it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ from hetfl.errors import UsageError
 PREFIX = "hf:"
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+FETCHED = (*WEIGHTS, "model-*.safetensors", "*config.json", "*tokens.json", "merges.txt", *TOKENIZERS)  # of a model of the hub
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 
 AHEAD = {"is_decoder": True}  # of a configuration: a language model whose folder is of an encoder is not to see what it predicts
 
@@ -37,11 +44,31 @@ class Pretrained(nn.Module):
         return self.net(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
 
 
+def find_folder(name: str) -> Path:
+    """The folder `name`, or that of a copy of the Hugging Face hub's model. Raises UsageError where there is neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not HUB_NAME.fullmatch(name):
+        raise UsageError(f"--model {PREFIX}{name}: there is no such folder")
+    return fetch_model(name)
+
+
+@lru_cache
+def fetch_model(name: str) -> Path:
+    """The folder of the Hugging Face hub's model NAME or NAME@REVISION, which its library fetches once and keeps.
+
+    Raises UsageError where it is neither kept nor can be fetched.
+    """
+    model, _, revision = name.partition("@")
+    with explaining(f"--model {PREFIX}{name}: there is no such folder, and the Hugging Face hub gives no such model"):
+        hub = import_library("huggingface_hub")
+        return Path(hub.snapshot_download(model, revision=revision or None, allow_patterns=[*FETCHED]))
+
+
 def read_config(folder: str) -> dict[str, Any]:
     """What config.json of a model's folder says. Raises UsageError where it is no such folder."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise UsageError(f"--model {PREFIX}{folder}: there is no such folder")
+    path = find_folder(folder)
     try:
         found: dict[str, Any] = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -59,7 +86,7 @@ def follow_model(options: RunOptions) -> RunOptions:
     if options.model is None or not options.model.startswith(PREFIX):
         return options
     folder = options.model.removeprefix(PREFIX)
-    config, path, found = read_config(folder), Path(folder).expanduser(), dict[str, Any]()
+    config, path, found = read_config(folder), find_folder(folder), dict[str, Any]()
     if options.tokenizer is None and any((path / name).exists() for name in TOKENIZERS):
         found["tokenizer"] = path
     if "vocab" not in options.model_fields_set and "vocab_size" in config:
@@ -73,7 +100,7 @@ def load_folder(folder: str, inputs: Inputs, args: dict[str, Any]) -> nn.Module:
     Raises UsageError where transformers is not installed, and where the weights are not those of the model.
     """
     read_config(folder)
-    name, path = f"--model {PREFIX}{folder}", str(Path(folder).expanduser())
+    name, path = f"--model {PREFIX}{folder}", str(find_folder(folder))
     try:
         hub = import_library("transformers")
     except ImportError as error:

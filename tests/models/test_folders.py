@@ -14,7 +14,7 @@ from hetfl.data.inputs import Inputs
 from hetfl.data.kinds import KINDS
 from hetfl.errors import UsageError
 from hetfl.models.factory import build_model
-from hetfl.models.folders import follow_model
+from hetfl.models.folders import fetch_model, follow_model
 from hetfl.submodel.tracing.groups import trace
 
 TEXTS = [f"the {noun} is {word}" for word in ("red", "blue", "round", "old") for noun in ("cat", "dog", "house", "tree", "sea")] * 4
@@ -54,6 +54,28 @@ def test_what_is_no_models_folder_is_refused_in_a_sentence(tmp_path):
     (empty(tmp_path / "odd") / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"config\.json cannot be read"):
         follow_model(resolve({"model": f"hf:{tmp_path / 'odd'}"}))
+
+
+def test_what_is_no_folder_is_a_model_of_the_hub(tmp_path, monkeypatch):
+    """Fetched once; a local folder of the name comes first."""
+    asked = []
+
+    def fetch(model, revision, allow_patterns):
+        asked.append((model, revision))
+        if model == "no/such":
+            raise OSError("404 Client Error")
+        return str(empty(tmp_path / "kept", vocab_size=77))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    fetch_model.cache_clear()
+    assert [follow_model(resolve({"model": "hf:some-org/tiny@v1"})).vocab for _ in range(2)] == [77, 77]
+    assert asked == [("some-org/tiny", "v1")]
+    with pytest.raises(UsageError, match=r"no such folder, and the Hugging Face hub gives no such model: 404 Client Error$"):
+        follow_model(resolve({"model": "hf:no/such"}))
+    monkeypatch.chdir(tmp_path)
+    empty(tmp_path / "mine", vocab_size=5)
+    assert follow_model(resolve({"model": "hf:mine"})).vocab == 5
+    assert len(asked) == 2
 
 
 def test_data_follow_the_model_unless_they_are_told_otherwise(tmp_path):
