@@ -97,6 +97,12 @@ class Lora(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # type: ignore[arg-type]
         self.register_buffer("change", None)
 
+    def __getattr__(self, name: str) -> Any:
+        """As of any module, but that nobody can read a weight here: who computed with it would pass the adapter by."""
+        if name in ("weight", "bias"):
+            raise AttributeError(f"a module reads the {name} of a layer with an adapter: name others (--adapter lora:target=REGEX)")
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         learned: Tensor = self.lora_B(self.lora_A(x))
         if self.change is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,14 @@ def test_attention_alone_is_adapted_and_the_head_is_trained_whole():
     halves = {f"layers.0.attention.{p}.lora_{h}.weight" for p in ("q", "k", "v", "out") for h in "AB"}
     assert trained == halves | {"head.weight", "head.bias"}
     assert torch.equal(model(x), before), "an adapter changed the model before it was trained"
+
+
+def test_who_reads_a_weight_passes_no_adapter_by():
+    layer = Lora(nn.Linear(2, 2), 1, 1.0)
+    with pytest.raises(AttributeError, match="a module reads the weight of a layer with an adapter"):
+        nn.functional.linear(torch.ones(1, 2), layer.weight)
+    assert not hasattr(layer, "bias")
+    assert copy.deepcopy(layer).lora_A.weight.shape == (1, 2)
 
 
 def test_heads_may_stay_as_they_are():
