@@ -50,7 +50,9 @@ def plan_runs(extracts: Sequence[str], base: dict[str, Any], alphas: Sequence[fl
     found: list[Named] = []
     for extract, aggregate in cross_plugins(extracts, ["natural"]):
         parts = published(extract)
-        variants = {f"as published: {describe(parts)}": parts, **({"bare": {}} if bare else {})} if parts else {"": {}}
+        variants = {f"as published: {describe(parts)}": parts} if parts else {"": {}}
+        if parts and bare:
+            variants["bare"] = {}
         for variant, more in variants.items():
             name = f"`{extract}` x `{aggregate}`" + (f" ({variant})" if variant else "")
             trials = plan_trials({**base, **more}, [(extract, aggregate)], {"alpha": list(alphas)}, range(seeds))

@@ -77,9 +77,14 @@ def identify_tokenizer(folder: Path | None) -> list[tuple[str, int, int]]:
 STEMS = ("tokenizer", "vocab", "merges", "spiece", "special_tokens", "added_tokens", "config.json")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a file that only tokenizers have."""
+    return any((folder.expanduser() / name).exists() for name in TOKENIZERS)
+
+
 def refuse_no_tokenizer(folder: Path) -> None:
-    """Raises UsageError where `folder` holds no file that a tokenizer has."""
-    if not any((folder.expanduser() / name).exists() for name in TOKENIZERS):
+    """Raises UsageError where `folder` holds no tokenizer."""
+    if not has_tokenizer(folder):
         raise UsageError(f"--tokenizer: the folder '{folder}' holds no tokenizer ({', '.join(TOKENIZERS)})")
 
 

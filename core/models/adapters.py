@@ -56,7 +56,25 @@ def parse_adapter(text: str) -> AdapterSpec | None:
         raise UsageError(
             f"unknown adapter '{kind}'{nearest(kind, ['lora', OWN])} (known: lora:rank=8,alpha=16,target=linear; {OWN})"
         )
-    given: dict[str, Any] = {}
+    given = {"rank": "8", "alpha": "16", "target": "linear", "heads": "trained"} | split_options(text, rest)
+    if given["heads"] not in HEADS:
+        raise unknown("choice of heads", given["heads"], HEADS)
+    try:
+        rank, alpha = int(given["rank"]), float(given["alpha"])
+    except ValueError:
+        rank, alpha = 0, 0.0
+    if not 1 <= rank <= MOST_RANKS or not 0 < alpha < math.inf:
+        raise UsageError(f"--adapter {text}: the rank is a count from 1 to {MOST_RANKS:,}, alpha a number above 0")
+    try:
+        re.compile(given["target"])
+    except re.error as error:
+        raise UsageError(f"--adapter {text}: the target is no regular expression: {error}") from error
+    return AdapterSpec(rank, alpha, given["target"], given["heads"] == "trained")
+
+
+def split_options(text: str, rest: str) -> dict[str, str]:
+    """The options name=value,… of an adapter, `rest` of its `text`. Raises UsageError for one unknown, empty or given twice."""
+    given: dict[str, str] = {}
     for pair in re.split(rf",(?=(?:{'|'.join(KEYS)})=)", rest) if rest else ():
         key, _, value = pair.partition("=")
         if key not in KEYS:
@@ -64,21 +82,7 @@ def parse_adapter(text: str) -> AdapterSpec | None:
         if key in given or not value:
             raise UsageError(f"--adapter {text}: '{key}' is given {'twice' if key in given else 'no value'}")
         given[key] = value
-    if given.get("heads", "trained") not in HEADS:
-        raise unknown("choice of heads", given["heads"], HEADS)
-    try:
-        spec = AdapterSpec(
-            int(given.get("rank", 8)), float(given.get("alpha", 16)), given.get("target", "linear"), given.get("heads") != "frozen"
-        )
-    except ValueError:
-        spec = AdapterSpec(rank=0)
-    if not 1 <= spec.rank <= MOST_RANKS or not 0 < spec.alpha < math.inf:
-        raise UsageError(f"--adapter {text}: the rank is a count from 1 to {MOST_RANKS:,}, alpha a number above 0")
-    try:
-        re.compile(spec.target)
-    except re.error as error:
-        raise UsageError(f"--adapter {text}: the target is no regular expression: {error}") from error
-    return spec
+    return given
 
 
 class Lora(nn.Module):

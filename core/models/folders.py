@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hetfl.config import RunOptions
 from hetfl.data.inputs import Inputs
 from hetfl.data.lazy import import_library
-from hetfl.data.tokens import TOKENIZERS
+from hetfl.data.tokens import TOKENIZERS, has_tokenizer
 from hetfl.errors import UsageError
 
 PREFIX = "hf:"
@@ -87,7 +87,7 @@ def follow_model(options: RunOptions) -> RunOptions:
         return options
     folder = options.model.removeprefix(PREFIX)
     config, path, found = read_config(folder), find_folder(folder), dict[str, Any]()
-    if options.tokenizer is None and any((path / name).exists() for name in TOKENIZERS):
+    if options.tokenizer is None and has_tokenizer(path):
         found["tokenizer"] = path
     if "vocab" not in options.model_fields_set and "vocab_size" in config:
         found["vocab"] = config["vocab_size"]

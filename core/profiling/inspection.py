@@ -138,7 +138,7 @@ def make_cutter(model: nn.Module, inputs: Inputs, axes: Sequence[str], adapter: 
     x = inputs.batch()
     if adapter and (spec := parse_adapter(adapter)):
         add_adapters(model, spec, x, inputs.answer)
-    if "depth" in axes and inputs.answer != (inputs.classes,):
+    if "depth" in axes and inputs.kind.tokens:
         raise NotApplicable(
             "not applicable: exits answer with a number for each class, once for an example; --axis blocks needs none"
         )

@@ -208,11 +208,11 @@ def refuse_uncut(server: Server, clients: Sequence[Client], plans: Sequence[Plan
 
 def refuse_scattered(server: Server, plans: Sequence[Plan | None]) -> None:
     """A frozen base is not sent: every node cuts its own by the numbers of units alone, so it can only keep the leading ones."""
-    base = server.builder.base
+    base, axes = server.builder.base, server.widths.axes
+    cut = {name: frozenset[str]().union(*(axis.present for axis in axes.get(name, {}).values())) for name in base}
     for plan in {id(p): p for p in plans if isinstance(p, Selection)}.values() if base else ():
         scattered = {group for group, units in plan.kept.items() if not is_leading(units)}
-        axes = plan.widths.axes
-        if name := next((n for n in base if any(axis.present & scattered for axis in axes.get(n, {}).values())), None):
+        if name := next((name for name, groups in cut.items() if groups & scattered), None):
             raise NotApplicable(
                 f"not applicable: the frozen base is not sent, so a node can cut it to leading channels alone, and this extraction "
                 f"keeps others of '{name}'; take one that keeps the leading ones, or cuts ranks alone (--extract loraranks)"

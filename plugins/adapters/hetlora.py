@@ -21,10 +21,8 @@ class HetLora(Plugin):
     @hookimpl
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Merged:
         updates, adapters = Updates(updates, server.state), list_adapters(list(server.state))
-        if not adapters:
-            raise NotApplicable("not applicable: there are no adapters (--adapter lora:rank=8) of which both halves are sent")
-        if any(name not in u.patches for u in updates for x in adapters for name in (x.a, x.b)):
-            raise NotApplicable("not applicable: some clients send no such half of an adapter (other depths), and B A has no norm")
+        if not adapters or any(name not in u.patches for u in updates for x in adapters for name in (x.a, x.b)):
+            raise NotApplicable("not applicable: not every client sends both halves of every adapter (--adapter lora:rank=8)")
         norms = [
             float(torch.stack([multiply(u.patches[x.a].values, u.patches[x.b].values).norm() for x in adapters]).norm())
             for u in updates

@@ -98,7 +98,7 @@ class SplitMix(Plugin):
         assert x is not None
         drawn = {name: draw_values(name, t, generator) for name, t in server.state.items()}
         state = apply_masks(drawn, server.reachable)
-        plans = [self._plan(server, [base]) for base in range(self.bases)]
+        plans = self._make_plans(server, [[base] for base in range(self.bases)])
         each = torch.stack([server.logits(plan.take(state), x, plan.sizes) for plan in plans])
         if not torch.allclose(server.logits(state, x), each.mean(0), rtol=1e-3, atol=1e-4 * float(each.abs().max())):
             raise NotApplicable(
@@ -111,7 +111,7 @@ class SplitMix(Plugin):
         if not self._trained:
             self._train_bases(server)
         turns = torch.randperm(self.bases, generator=server.stream("splitmix", round)).tolist()
-        return [self._plan(server, self._draw(server, c, round, turns[i % self.bases])) for i, c in enumerate(clients)]
+        return self._make_plans(server, [self._draw(server, c, round, turns[i % self.bases]) for i, c in enumerate(clients)])
 
     def _train_bases(self, server: Server) -> None:
         """Trains each base on the server's data: cut apart, the model has forgotten most of what pre-training taught it."""
@@ -119,7 +119,7 @@ class SplitMix(Plugin):
         if steps is None:
             steps = server.options.pretrain_steps // self.bases if server.has_public else 0
         if steps:
-            plans = [self._plan(server, [base]) for base in range(self.bases)]
+            plans = self._make_plans(server, [[base] for base in range(self.bases)])
             own = [server.train(p.take(server.state), steps, "splitmix", 1, sizes=p.sizes, client=b) for b, p in enumerate(plans)]
             updates = [Update(b, plan.put(state), 1.0) for b, (plan, state) in enumerate(zip(plans, own, strict=True))]
             server.state = running_mean(server.state, updates)
@@ -137,12 +137,15 @@ class SplitMix(Plugin):
         number = max(1, int(self.bases * client.profile.width + 1e-9))
         return sorted([first, *(base for base in order if base != first)][:number])
 
-    def _plan(self, server: Server, bases: Sequence[int]) -> Mix:
+    def _make_plans(self, server: Server, draws: Iterable[Sequence[int]]) -> list[Plan]:
+        """A plan of the bases of each draw."""
         parts = {g.name: split_units(g.size, self.bases) for g in server.widths.groups}
-        units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
-        masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
-        heads = find_heads(server.builder.model, server.widths)
-        return Mix(server.widths, units, masks, bases=tuple(bases), share=len(bases) / self.bases, heads=heads)
+        heads, plans = find_heads(server.builder.model, server.widths), list[Plan]()
+        for bases in draws:
+            units = {name: torch.cat([part[b] for b in bases]) for name, part in parts.items()}
+            masks = Selection(server.widths, units).take(server.reachable) if len(bases) > 1 else {}
+            plans.append(Mix(server.widths, units, masks, bases=tuple(bases), share=len(bases) / self.bases, heads=heads))
+        return plans
 
     @hookimpl
     def client_extras(self, plan: Plan) -> State | None:

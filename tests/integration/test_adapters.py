@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 import hetfl
+from helpers.data_files import write
 from helpers.runs import AGGREGATIONS, FOUR_CLIENTS, STOPPABLE, play, tuned
 from hetfl.config import resolve
 from hetfl.errors import NotApplicable, RunError, UsageError
@@ -31,14 +32,6 @@ SMALL = {"limit": 120, "clients": 3, "rounds": 2, "epochs": 1, "pretrain_steps":
 LORA = {"model": "mlp", "model_args": {"hidden": [12, 8]}, "adapter": "lora:rank=4,alpha=8"}
 
 QUERY = "layers.0.attention.q.base_layer.weight"
-
-
-def texts(place):
-    """A folder of 90 texts of three words in two classes."""
-    rows = [f"{'good' if i % 2 else 'bad'} w{i % 7} w{i % 5},{i % 2}" for i in range(90)]
-    for split in ("train", "test"):
-        (place / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    return str(place)
 
 
 def test_what_is_sent_written_and_put_together_again(tmp_path):
@@ -183,7 +176,10 @@ def test_a_convolution_that_pefts_adapter_would_compute_otherwise_is_not_exporte
 
 def test_a_base_with_attention_is_cut_in_each_of_its_heads(simulate, tmp_path):
     """A node, which is told numbers of units alone, has the very entries that the server counts the client's values for."""
-    values = {"dataset": texts(tmp_path), "model": "encoder", "adapter": "lora:rank=4,target=attention", "levels": "1,0.5,0.5",
+    texts = {"text": [f"{'good' if i % 2 else 'bad'} w{i % 7} w{i % 5}" for i in range(90)], "label": [i % 2 for i in range(90)]}
+    for split in ("train", "test"):
+        write(tmp_path, texts, split)
+    values = {"dataset": str(tmp_path), "model": "encoder", "adapter": "lora:rank=4,target=attention", "levels": "1,0.5,0.5",
               "model_args": {"width": 8, "layers": 1, "heads": 2}, "tokens": 6, "vocab": 30}  # fmt: skip
     made = simulate(1, extract="heterofl", **values)
     plan = made.server.select(prefix(0.5))

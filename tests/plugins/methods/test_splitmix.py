@@ -95,7 +95,7 @@ class Bag(nn.Module):
 def answer_by_bases(made):
     """What the global model answers to two inputs, and the mean of what its bases do."""
     server, plugin = made.server, made.plugins.plugins["extract.splitmix"]
-    plans = [plugin._plan(server, [base]) for base in range(plugin.bases)]
+    plans = plugin._make_plans(server, [[base] for base in range(plugin.bases)])
     each = [server.logits(plan.take(server.state), server.example, plan.sizes) for plan in plans]
     return server.logits(server.state, server.example), torch.stack(each).mean(0)
 
