@@ -121,7 +121,8 @@ class RunOptions(DataOptions, TrainOptions, ServerOptions):
     adapter: str | None = Field(
         None,
         description="train low-rank adapters and the head alone: "
-        "lora:rank=8,alpha=16,target=attention|linear|conv|REGEX,heads=trained|frozen, or own: those that the model brings (docs/ranks.md)",
+        "lora:rank=8,alpha=16,target=attention|linear|conv|REGEX,heads=trained|frozen, or "
+        "own: those that the model brings (docs/ranks.md)",
     )
     base: Path | None = Field(None, description="weights that the model begins with: a .safetensors file or the folder of a run")
     base_dtype: Literal["float32", "bfloat16"] = Field(
