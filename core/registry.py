@@ -4,10 +4,11 @@ this process was handed as objects. None is imported to be listed or found."""
 from __future__ import annotations
 
 import ast
+import sys
 import threading
 import tomllib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
@@ -76,11 +77,19 @@ def builtins() -> tuple[Entry, ...]:
     return tuple(Entry(role, name, **fields) for role in ROLES for name, fields in table.get(role, {}).items())
 
 
-def third_party() -> list[Entry]:
-    """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …)."""
-    found = entry_points()  # reads all distributions: once, not once a role
+def third_party() -> tuple[Entry, ...]:
+    """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …); read again once a folder of
+    the path has changed, as it does where something is installed or removed."""
+    places = [Path(place).absolute() for place in sys.path]
+    return read_installed(tuple((str(place), place.stat().st_mtime_ns) for place in places if place.exists()))
+
+
+@lru_cache(maxsize=1)
+def read_installed(path: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    """The plugins of what is installed on `path`, which is sys.path and when its folders changed: it reads all distributions."""
+    found = entry_points()
     points = [(role, point) for role in ROLES for point in found.select(group=f"hetfl.{role}")]
-    return list(dict.fromkeys(read_entry_point(role, point) for role, point in points))
+    return tuple(dict.fromkeys(read_entry_point(role, point) for role, point in points))
 
 
 def read_entry_point(role: str, point: EntryPoint) -> Entry:

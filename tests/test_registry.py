@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_two_plugins_of_one_name_are_refused_and_both_named(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UsageError, match=r"built-in \(hetfl.plugins.methods.heterofl:HeteroFL\) and rival 1.0 \(rival:Rival\)"):
         registry.find("extract", "heterofl")
+
+
+def test_what_is_installed_or_removed_meanwhile_is_seen(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def listed():
+        return [entry.source for entry in registry.entries("extract") if entry.name == "late"]
+
+    assert listed() == []
+    dist(tmp_path, "late", "[hetfl.extract]\nlate = late:Late\n", "")
+    assert listed() == ["late 1.0"]
+    shutil.rmtree(tmp_path / "late-1.0.dist-info")
+    assert listed() == []
 
 
 def test_a_broken_plugin_fails_only_when_asked_for(tmp_path, monkeypatch):
