@@ -4,9 +4,11 @@ this process was handed as objects. None is imported to be listed or found."""
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import threading
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.machinery import PathFinder
@@ -80,8 +82,11 @@ def builtins() -> tuple[Entry, ...]:
 def third_party() -> tuple[Entry, ...]:
     """The plugins of installed distributions (entry-point groups hetfl.extract, hetfl.aggregate, …); read again once a folder of
     the path has changed, as it does where something is installed or removed."""
-    places = [Path(place).absolute() for place in sys.path]
-    return read_installed(tuple((str(place), place.stat().st_mtime_ns) for place in places if place.exists()))
+    changed = list[tuple[str, int]]()
+    for place in map(os.path.abspath, sys.path):
+        with suppress(OSError):
+            changed.append((place, os.stat(place).st_mtime_ns))
+    return read_installed(tuple(changed))
 
 
 @lru_cache(maxsize=1)
