@@ -7,7 +7,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -26,14 +25,13 @@ from hetfl.rounds.rows import RESERVED, ClientRow
 from hetfl.rounds.state import RunState, Underway
 from hetfl.runs.checkpoint import Snapshot
 from hetfl.runs.experiment import Experiment
+from hetfl.runs.versions import BITS, version
 from hetfl.submodel.blocks import Index
 from hetfl.submodel.plan import Patch, Patches
 
 HARMLESS = {  # change no result
     "out", "overwrite", "workers", "wait", "timeout", "checkpoint_every", "keep_checkpoints", "ray_address", "client_gpus"
 }  # fmt: skip
-
-BITS = ("hetfl", "torch", "numpy")  # packages on whose versions bits depend
 
 
 def capture(experiment: Experiment) -> Snapshot:

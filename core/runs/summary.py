@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
@@ -38,10 +37,9 @@ from hetfl.runs.cell import NOT_APPLICABLE
 from hetfl.runs.experiment import Experiment
 from hetfl.runs.folder import BASE_HASH
 from hetfl.runs.given import object_facts
+from hetfl.runs.versions import PACKAGES, version
 
 REAL = "real: who was merged when is no matter of the seed, and another run is another one"
-
-PACKAGES = ("hetfl", "torch", "flwr", "flwr-datasets", "datasets", "pluggy", "pydantic")
 
 
 def run_facts(experiment: Experiment) -> dict[str, Any]:
