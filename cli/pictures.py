@@ -46,9 +46,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, folder: RunFolder, name: str) -> None:
-    """Writes the figure under `name` in every form; where its parts lie is found once for all."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    """Writes the figure under `name` in every form."""
     for form, facts in FORMS.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, dpi=150, metadata=facts)
