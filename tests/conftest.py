@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import operator
 import os
 from types import SimpleNamespace
 
@@ -108,8 +109,19 @@ def weights(path):
 
 
 def equal(a, b):
-    x, y = weights(a), weights(b)
-    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) and timeless(a) == timeless(b)
+    """Whether two runs ended alike; what differs is printed, for who reads of the failure."""
+    found = [*differences(weights(a), weights(b), torch.equal)]
+    for table, other in zip(timeless(a), timeless(b), strict=True):
+        found += differences(dict(enumerate(table)), dict(enumerate(other)), operator.eq)
+    print(*found, sep="\n")  # noqa: T201 (pytest shows it where the test fails)
+    return found == []
+
+
+def differences(ours, others, same):
+    """Of two tables of values by name, those that are not the same, both beside each other."""
+    for name in sorted(ours.keys() | others.keys()):
+        if name not in ours or name not in others or not same(ours[name], others[name]):
+            yield f"{name}: {ours.get(name)} is not {others.get(name)}"
 
 
 def go_on(path):

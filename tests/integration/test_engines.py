@@ -13,6 +13,8 @@ from hetfl.runs.folder import RunFolder
 
 PRUNED = {"model": "mlp", "adapter": "lora:rank=4", "extract": "loraranks", "set": {"loraranks": {"prune": 0.5}}}
 
+TOKENS = {"dataset": "dialects", "model": "decoder", "model_args": {"width": 16, "layers": 1, "heads": 2}, "lr": 0.3, "limit": 80}
+
 
 def ran(engine, **values):
     made = play(resolve({**FOUR_CLIENTS, **values, "engine": engine}))
@@ -47,7 +49,7 @@ def test_every_kind_of_strategy_gives_the_same_in_processes(values):
 
 
 def folder_of(stops, path, engine, rounds=None, **values):
-    options = resolve({**FOUR_CLIENTS, "rounds": 3, **values, "engine": engine})
+    options = resolve({**FOUR_CLIENTS, "rounds": 3, "on_client_error": "fail", **values, "engine": engine})
     runner.run(options, RunFolder(path).open(), stops.Stopping(rounds))
     return path
 
@@ -60,12 +62,13 @@ def folder_of(stops, path, engine, rounds=None, **values):
         ("ray", {"extract": "fedconv", "aggregate": "kld"}),
         ("ray", {**PRUNED, "aggregate": "flexlora", "base_dtype": "bfloat16"}),
         ("flower-sim", {"extract": "hermes"}),
-        ("flower-sim", {**PRUNED, "wrap": ("fedsa",)}),
+        ("flower-sim", {**PRUNED, **TOKENS, "wrap": ("fedsa",)}),
     ],
     ids=lambda v: v if isinstance(v, str) else v["extract"],
 )
 def test_engines_on_ray_give_the_bits_of_the_local_engine(tmp_path, stops, engine, values):
-    """Structured, masked and personal strategies, and a run that goes on with the memory on the clients' disks."""
+    """Structured, masked and personal strategies, a language model whose base is not sent, and a run that goes on with the memory
+    on the clients' disks."""
     here, there = folder_of(stops, tmp_path / "local", "local", **values), folder_of(stops, tmp_path / "there", engine, **values)
     assert stops.equal(here, there)
     if values["extract"] == "hermes":

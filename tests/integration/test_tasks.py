@@ -98,7 +98,7 @@ def run_on(tmp_path):
     def run(kind, engine):
         data = {"dataset": str(tmp_path / "labels"), "model": "mlp", "model_args": {"hidden": [8]}, **ELSEWHERE[kind]}
         few = {"limit": 80, "clients": 2, "levels": "1,0.5", "rounds": 1, "pretrain_steps": 2, "workers": 1}
-        options = resolve({**FOUR_CLIENTS, **data, **few, "engine": engine})
+        options = resolve({**FOUR_CLIENTS, **data, **few, "on_client_error": "fail", "engine": engine})
         summary = runner.run(options, RunFolder(tmp_path / f"{kind} {engine}").open(), NoCallback())
         assert summary["metric"] == find_kind(kind).metric
         return tmp_path / f"{kind} {engine}"
@@ -118,10 +118,3 @@ def test_every_kind_gives_the_bits_of_the_local_engine_on_ray(run_on, stops):
         assert [kind for kind in ELSEWHERE if not stops.equal(run_on(kind, "local"), run_on(kind, "ray"))] == []
     finally:
         ray.shutdown()
-
-
-@pytest.mark.slow
-@begins_ray
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_every_kind_gives_the_bits_of_the_local_engine_on_flowers_simulation(run_on, stops, kind):
-    assert stops.equal(run_on(kind, "local"), run_on(kind, "flower-sim"))
