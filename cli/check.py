@@ -28,9 +28,9 @@ NEXT = {"NONE": "bronze", "BRONZE": "silver", "SILVER": "gold"}
 def check(
     name: Annotated[str, typer.Argument(help="a plugin's name, role.name or package.module:Class")],
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="options of plugins; may be repeated")] = None,
-    model: Annotated[str | None, typer.Option(help="the model of the small runs [default: an mlp of 8 and 6 units]")] = None,
+    model: Annotated[str | None, typer.Option(help="the model of the small runs (default: an mlp of 8 and 6 units)")] = None,
     model_args: ModelArgs = None,
-    only: Annotated[str, typer.Option(help="names of checks with commas [default: all]")] = "",
+    only: Annotated[str, typer.Option(help="names of checks with commas (default: all)")] = "",
     expect: Annotated[
         list[str] | None, typer.Option(metavar="CHECK=REASON", help="a check that must fail, and why; may be repeated")
     ] = None,

@@ -76,7 +76,7 @@ Kind = Literal["extract", "aggregate", "profile", "wrap"]
 def new_plugin(
     name: Annotated[str, typer.Argument(help="the plugin's name, such as my-method; also the folder's")],
     kind: Annotated[Kind, typer.Option(help="its role")] = "extract",
-    out: Annotated[Path | None, typer.Option(help="the folder [default: NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder (default: NAME)")] = None,
     debug: Debug = False,
 ) -> None:
     """Write a new plugin: a package that installs, with an oracle and tests that pass."""

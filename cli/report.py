@@ -25,7 +25,7 @@ LONGEST = 60  # rows of a table; the figures of all others are in the pictures a
 
 def report(
     folder: Annotated[Path, typer.Argument(help="folder of a run, or of a matrix")],
-    out: Annotated[Path | None, typer.Option(help="the file [default: report.html in the folder]")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file (default: report.html in the folder)")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one HTML file that shows a run or a matrix: curves, levels, clients, costs to a target, and what to repeat it with."""

@@ -24,13 +24,13 @@ UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def reproduce(
-    table: Annotated[str | None, typer.Argument(help="a table by name [default: all]")] = None,
+    table: Annotated[str | None, typer.Argument(help="a table by name (default: all)")] = None,
     rows: Annotated[str | None, typer.Option(help="rows whose names hold one of these words, with commas")] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="begin no row that would not end in this time, such as 30m or 2h; cheap ones first, unknown cost last"),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="seeds of a row [default: as the table says]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="seeds of a row (default: as the table says)")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder; what was stopped goes on there")] = Path("reproduction"),
@@ -85,7 +85,7 @@ def announce(rows: Sequence[TableRow], out: Path, plan: Callable[[TableRow], lis
     todo = {row: count for row in rows if (count := sum(not has_ended(out, trial) for trial in plan(row)))}
     costs = {row: cost for row in todo if (cost := find_cost(out, row, plan)) is not None}
     minutes, unknown = sum(todo[row] * cost for row, cost in costs.items()) / 60, len(todo) - len(costs)
-    said = [f"about {minutes:,.0f} CPU minutes"] if costs else []
+    said = [f"about {minutes:,.0f} minutes"] if costs else []
     said += [f"{plural(unknown, 'row')} of unknown cost"] if unknown else []
     say(f"{plural(sum(todo.values()), 'run')} of {plural(len(todo), 'row')} to do" + (f": {', '.join(said)}" if said else ""))
 

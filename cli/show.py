@@ -22,7 +22,7 @@ Dataset = Annotated[str | None, typer.Option(help="build the model for this data
 
 Shape = Annotated[str | None, typer.Option("--input", help="or for one example of this shape, e.g. 3x32x32")]
 
-Classes = Annotated[int | None, typer.Option(min=2, help="number of classes [default: the data set's, or 10]")]
+Classes = Annotated[int | None, typer.Option(min=2, help="number of classes (default: the data set's, or 10)")]
 
 Vocab = Annotated[int | None, typer.Option(min=3, help="examples are token ids below this (with --input LENGTH)")]
 
@@ -111,7 +111,7 @@ def fleets(
         typer.Option("--import", help="fit a fleet to a trace: FedScale's pickle or a CSV file; as often as wanted"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="with --import: the fleet file to write, for --fleet FILE [default: imported.toml]")
+        Path | None, typer.Option(help="with --import: the fleet file to write, for --fleet FILE (default: imported.toml)")
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -15,7 +15,7 @@ def text() -> str:
         "# Presets",
         "",
         "Generated from plugins/presets.toml by `python docs/presets.py`. None of them was run to its end by us",
-        "unless [results](results.md) says so.",
+        "unless [results](results.md) or [the published tables](reproduction.md) say so.",
         "",
     ]
     rows = [

@@ -21,6 +21,16 @@ def test_every_preset_is_a_run(preset):
     assert len(preset.digest) == 64
 
 
+@pytest.mark.parametrize("letter", "bcde")
+@pytest.mark.parametrize("split", ["mnist-iid", "mnist-noniid", "cifar10-iid", "cifar10-noniid"])
+def test_a_narrow_level_of_heterofl_is_a_net_of_its_own(split, letter):
+    """Not the leading channels of the whole one, whose first weights are smaller: the code builds it narrow (spec heterofl 2.1)."""
+    options = resolve(presets.find_preset(f"heterofl/{split}-{letter}").values)
+    assert options.model_args["widths"] == [width >> "abcde".index(letter) for width in (64, 128, 256, 512)]
+    assert options.model_args.get("blocks") == ([1, 1, 1, 2] if "cifar10" in split else None)
+    assert (options.levels, options.global_width) == ("a1", 1.0)
+
+
 def test_a_preset_is_recorded_with_what_was_changed(tmp_path):
     words = [
         "run",

@@ -63,7 +63,7 @@ class TableRow:
     `published` and `others` (by who measured) hold accuracies in percent and megabytes by metric. `band` is how far from the
     printed value ours may be, in points (of MB in percent); by metric, one that it leaves out is not judged. `unlike` says what
     our run does otherwise than the paper's, sentence by sentence; `disputed` why the printed value is not believed; `minutes`
-    the CPU minutes that one seed took.
+    the minutes that one seed took.
     """
 
     table: str

@@ -101,6 +101,12 @@ def test_every_command_has_help(command):
     assert "Usage:" in done.stdout
 
 
+def test_help_says_what_an_argument_and_its_default_are():
+    out = " ".join(python("reproduce", "--help").stdout.replace("│", " ").split())
+    assert "[TABLE] a table by name (default: all)" in out
+    assert "seeds of a row (default: as the table says)" in out
+
+
 def test_bare_hfl_shows_help_and_no_error():
     done = python()
     assert (done.returncode, done.stderr) == (2, "")
