@@ -91,7 +91,8 @@ def test_parts_of_heterofl_that_a_row_of_the_ablation_names_are_in_its_run():
         }
         level, _, named = row.name.partition(": ")
         assert {part for part, there in parts.items() if there} == set(named.replace("none", "").split(" + ")) - {""}
-        assert (level, options.rounds) == ({("a1", 4): "e", ("a1-c1", 16): "c-e"}[options.levels, options.model_args["widths"][0]], 40)
+        nets = {("a1", 4): "e", ("a1-c1", 16): "c-e"}
+        assert (level, options.rounds) == (nets[options.levels, options.model_args["widths"][0]], 40)
 
 
 def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path, capsys):
