@@ -118,3 +118,9 @@ def test_every_kind_gives_the_bits_of_the_local_engine_on_ray(run_on, stops):
         assert [kind for kind in ELSEWHERE if not stops.equal(run_on(kind, "local"), run_on(kind, "ray"))] == []
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@begins_ray
+def test_a_language_model_gives_the_bits_of_the_local_engine_on_flowers_simulation(run_on, stops):
+    assert stops.equal(run_on("lm", "local"), run_on("lm", "flower-sim"))
