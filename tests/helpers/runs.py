@@ -78,6 +78,9 @@ SIX_DEVICES = {
 }  # fmt: skip
 
 
+DECODER = {"model": "decoder", "model_args": {"width": 16, "layers": 1, "heads": 2}, "lr": 0.3}
+
+
 THREE_NODES = {"limit": 300, "rounds": 3, "epochs": 1, "pretrain_steps": 20, "levels": "1,0.5,0.25", "clients": 3, "vmap": "off"}
 
 

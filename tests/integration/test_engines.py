@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.ray_nodes import begins_ray
-from helpers.runs import FOUR_CLIENTS, play
+from helpers.runs import DECODER, FOUR_CLIENTS, play
 from helpers.states import same
 from hetfl.config import resolve
 from hetfl.runs import runner
@@ -13,7 +13,7 @@ from hetfl.runs.folder import RunFolder
 
 PRUNED = {"model": "mlp", "adapter": "lora:rank=4", "extract": "loraranks", "set": {"loraranks": {"prune": 0.5}}}
 
-TOKENS = {"dataset": "dialects", "model": "decoder", "model_args": {"width": 16, "layers": 1, "heads": 2}, "lr": 0.3, "limit": 80}
+TOKENS = {**DECODER, "dataset": "dialects", "limit": 80}
 
 
 def ran(engine, **values):

@@ -10,7 +10,7 @@ import torch
 
 import hetfl
 from helpers.ray_nodes import begins_ray
-from helpers.runs import FOUR_CLIENTS
+from helpers.runs import DECODER, FOUR_CLIENTS
 from hetfl.config import resolve
 from hetfl.data.kinds import find_kind
 from hetfl.errors import NotApplicable, UsageError
@@ -20,7 +20,7 @@ from hetfl.runs.folder import RunFolder
 
 FEW = {"clients": 3, "rounds": 1, "epochs": 1, "levels": "1,0.5,0.5", "partition": "iid", "workers": 1, "seed": 1}
 
-TINY = {"model": "decoder", "model_args": {"width": 16, "layers": 1, "heads": 2}, "lr": 0.3, "pretrain_steps": 10}
+TINY = {**DECODER, "pretrain_steps": 10}
 
 
 def test_a_language_model_learns_and_is_loaded_again():
