@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +96,32 @@ FLOP_FORMULAS = {  # of ops that torch's own counter leaves out
 def measure_step(
     model: nn.Module, x: Tensor, y: Tensor, make_optimizer: MakeOptimizer = use_momentum, kind: TaskKind = CLASSIFY
 ) -> LiveBytes:
-    """The most bytes of tensors alive at once over two training steps, and what the second, which holds the momentum, did."""
+    """The most bytes of tensors alive at once over two training steps, and what the second, which holds the momentum, did.
+
+    Python collects no garbage meanwhile: an error in a `__del__` of somebody's would come up in the step, and who keeps its
+    traceback keeps the step's tensors.
+    """
     optimizer = make_optimizer(model)
     alive = LiveBytes([*model.parameters(), *model.buffers(), x, y])
-    with alive:
+    with without_collection(), alive:
         for _ in range(2):
             alive.ops = alive.written = 0
             optimizer.zero_grad()
             kind.loss(model.train()(x), y).backward()
             optimizer.step()
     return alive
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's collector of garbage does not begin by itself meanwhile."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from hetfl.data.kinds import find_kind
 from hetfl.models.early_exit import add_exits
 from hetfl.models.state import tensors
 from hetfl.profiling import meter
+from hetfl.profiling.cost import measure_step
 from hetfl.submodel.builder import SubmodelBuilder
 from hetfl.submodel.widths import Widths
 from hetfl.training.local import make_step
@@ -44,6 +48,44 @@ def test_a_model_with_exits_is_measured_with_all_of_them_whatever_its_targets(ta
     builder = SubmodelBuilder(add_exits(net, x, 3, 2, 0), Widths((), {}, {}))
     found = meter.Meter(resolve({}), builder, Examples(x, y, torch.arange(2), find_kind(task))).cost(None)
     assert found.macs == 4 * 5 + 2 * 5 * 5 + 2 * 5 * 3
+
+
+class Fails:
+    def __del__(self):
+        raise ValueError
+
+
+class LeavesGarbage(torch.optim.SGD):
+    """Whose step ends where a collector that begins by itself finds an object that cannot be ended well."""
+
+    def step(self):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        super().step()
+        unended = Fails()
+        unended.itself = unended
+        del unended
+        return [[] for _ in gradients * 50]
+
+
+def test_memory_is_that_of_the_step_whoever_keeps_the_traceback_of_an_error_in_it(monkeypatch):
+    """As pytest does with errors of objects that are collected: their frames hold the step's own, and so its gradients."""
+    kept, found = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: kept.append(error.exc_value))
+    often = gc.get_threshold()
+    try:
+        for optimizer, threshold in ((torch.optim.SGD, 0), (LeavesGarbage, 1)):
+            gc.set_threshold(threshold)
+            torch.manual_seed(0)
+            made = partial(optimizer, lr=0.1, momentum=0.9)
+            found.append(
+                measure_step(nn.Linear(50, 3), torch.randn(4, 50), torch.arange(4) % 3, lambda m, made=made: made(m.parameters()))
+            )
+    finally:
+        gc.set_threshold(*often)
+        gc.collect()
+    assert found[0].peak == found[1].peak
+    assert len(kept) == 2  # the garbage of both steps was there, and is collected now
+    assert gc.isenabled()
 
 
 def test_a_step_has_ended_when_its_device_has(monkeypatch):
