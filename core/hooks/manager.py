@@ -25,12 +25,21 @@ from hetfl.training.task import Reply, Task
 Answer = TypeVar("Answer")
 
 
+class MarkedHooks(pluggy.PluginManager):
+    """Looks at a plugin's class first: pluggy looks up every attribute of a plugin twice, statically, in five times the time."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """The options of the hook `name` of `plugin`; None for what is no hook."""
+        marked = not name.startswith("_") and hasattr(getattr(type(plugin), name, None), f"{self.project_name}_impl")
+        return super().parse_hookimpl_opts(plugin, name) if marked else None
+
+
 class PluginManager:
     """`plugins` maps "role.name" to the instances; wraps stand from the outside in, aggregation and extraction inside them."""
 
     def __init__(self, plugins: Mapping[str, Plugin]) -> None:
         self.plugins = dict(plugins)
-        self._manager = pluggy.PluginManager("hetfl")
+        self._manager = MarkedHooks("hetfl")
         self._manager.add_hookspecs(hookspecs)
         self._manager.register(Defaults(), "core")
         order = ("extract", "aggregate", "profile", "select", "wrap")
