@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hetfl.cli import pictures
 from hetfl.config import read_run_file, resolve
 from hetfl.parallel import cores
 from hetfl.profiling.cost import Cost
@@ -38,6 +39,13 @@ def unsynced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def unsaved(request, monkeypatch):
+    """A run's pictures are made, but not saved, which takes a second of each run, but for tests marked `saves_pictures`."""
+    if "saves_pictures" not in request.keywords:
+        monkeypatch.setattr(pictures, "save", lambda figure, folder, name: None)
 
 
 @pytest.fixture

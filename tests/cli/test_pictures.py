@@ -59,6 +59,7 @@ def test_ticks_of_scaling_do_not_collide():
     assert not len(axes.xaxis.get_minorticklocs())
 
 
+@pytest.mark.saves_pictures
 def test_the_same_figure_is_the_same_bytes_in_every_form(tmp_path):
     def drawn(name):
         folder = RunFolder(tmp_path / name)

@@ -15,6 +15,7 @@ from hetfl.runs.folder import RunFolder
 from hetfl.runs.sweep import plan_trials
 
 
+@pytest.mark.saves_pictures
 @pytest.mark.slow
 def test_scale_measures_a_pair_by_the_number_of_clients(tmp_path, capsys):
     out = tmp_path / "scale"

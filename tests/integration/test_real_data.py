@@ -56,7 +56,7 @@ SETS = {
     "mnist": ["--model", "cnn", *FEW],
     "cifar10": ["--model", "resnet18", "--model-args", "widths=[16,32,64,64]", *FEW],
     "cifar10 googlenet": ["--model", "googlenet", "--model-args", "shrink=4", *FEW],
-    "cifar10 mobilenetv2": ["--model", "mobilenetv2", *FEW],
+    "cifar10 mobilenetv2": ["--model", "mobilenetv2", "--model-args", "width=0.5", *FEW],
     "ag_news": FEW,
     "sp_sw_har": ["--partition", "natural", "--limit", "600"],
     "wiar_height": ["--partition", "natural"],

@@ -31,6 +31,7 @@ def rows_of(out):
     return list(csv.DictReader((out / "matrix.csv").read_text().splitlines()))
 
 
+@pytest.mark.saves_pictures
 def test_a_matrix_end_to_end_and_again_from_its_cache(tmp_path, capsys):
     out = tmp_path / "m"
     words = ["--extract", "heterofl,fedmd", "--alpha", "0.3", *SMALL, "--out", str(out), "--jobs", "2"]
