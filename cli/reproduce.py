@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetfl.cli import render
-from hetfl.cli.console import console, say
+from hetfl.cli.console import complain, console, say
 from hetfl.cli.options import Debug
 from hetfl.cli.study import make_folder, refuse_failed, show_trials
 from hetfl.errors import UsageError, plural
@@ -45,6 +45,8 @@ def reproduce(
     if rows is not None and not words:
         raise UsageError("--rows takes names of rows, or words in them, with commas")
     chosen = tables.find_rows(table, words)
+    for fault in tables.find_faults():
+        complain(f"{fault}; the others' tables are there")
     if list_only:
         print_list(chosen)
         return

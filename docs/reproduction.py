@@ -33,7 +33,8 @@ OTHERS = """## Running them, and tables of others
 that time; rows of unknown cost come last, run by run while any of it is left.
 What has ended is kept in `--out`, and a run of 20 rounds or more that was stopped or killed goes on from a checkpoint.
 
-A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`:
+A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`; one that
+cannot be used is named, and costs no other's tables:
 
 ```toml
 [project.entry-points."hetfl.tables"]

@@ -110,23 +110,41 @@ class PaperTable:
         return (", ".join(said) or "none") + (f" ({self.band_from})" if self.band_from else "")
 
 
-@cache
 def tables() -> dict[str, PaperTable]:
     """The tables by name: the built-in ones, and those of installed packages that name themselves under `hetfl.tables`.
 
-    Such a package holds a file tables.toml of the same form as plugins/tables.toml. Raises UsageError for what is wrong with one,
-    and for two of one name.
+    Such a package holds a file tables.toml of the same form as plugins/tables.toml; a file that cannot be used costs no other's
+    tables (`find_faults`).
     """
-    found: dict[str, PaperTable] = {}
-    texts = {"hetfl": PATH.read_text(encoding="utf-8")}
-    texts |= {point.value: read_file(point) for point in entry_points(group="hetfl.tables")}
-    for package, text in texts.items():
-        with saying(f"tables.toml of {package}"):
-            for name, values in tomllib.loads(text).items():
-                if name in found:
-                    raise UsageError(f"there is another table '{name}'; uninstall one of the two packages")
-                found[name] = read_table(name, values)
-    return found
+    return read_tables()[0]
+
+
+def find_faults() -> tuple[str, ...]:
+    """A sentence for each installed package whose tables cannot be used: what is wrong with them."""
+    return read_tables()[1]
+
+
+@cache
+def read_tables() -> tuple[dict[str, PaperTable], tuple[str, ...]]:
+    """What `tables` and `find_faults` give. Raises UsageError for what is wrong with the built-in tables."""
+    found, faults = read_text("hetfl", PATH.read_text(encoding="utf-8")), []
+    for point in entry_points(group="hetfl.tables"):
+        try:
+            theirs = read_text(point.value, read_file(point))
+            if twice := [name for name in theirs if name in found]:
+                raise UsageError(
+                    f"tables.toml of {point.value}: there is another table '{twice[0]}'; uninstall one of the two packages"
+                )
+            found |= theirs
+        except UsageError as error:
+            faults.append(str(error))
+    return found, tuple(faults)
+
+
+def read_text(package: str, text: str) -> dict[str, PaperTable]:
+    """The tables in the `text` of a package's tables.toml, by name. Raises UsageError for the first thing that is wrong."""
+    with saying(f"tables.toml of {package}"):
+        return {name: read_table(name, values) for name, values in tomllib.loads(text).items()}
 
 
 def read_file(point: EntryPoint) -> str:
@@ -217,7 +235,7 @@ def find_rows(table: str | None, names: Sequence[str]) -> list[TableRow]:
     Raises UsageError where there is no such table or row.
     """
     if table is not None and table not in tables():
-        raise unknown("table", table, set(tables()))
+        raise UsageError("; ".join([str(unknown("table", table, set(tables()))), *find_faults()]))
     rows = [row for t in tables().values() if table in (None, t.name) for row in t.rows]
     chosen = list[TableRow]()
     for name in names:

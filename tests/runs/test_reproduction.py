@@ -22,7 +22,7 @@ from hetfl.runs import tables as published
 from hetfl.runs.cell import Trial, TrialResult
 from hetfl.runs.reproduction import run_rows, score_row, write_scorecard
 from hetfl.runs.sweep import run_trial
-from hetfl.runs.tables import RowFile, TableFile, TableRow, find_rows, list_unlike, read_table, tables
+from hetfl.runs.tables import RowFile, TableFile, TableRow, find_rows, list_unlike, read_table, read_tables, tables
 
 TABLE = """
 [tiny]
@@ -58,9 +58,9 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     point = EntryPoint("tiny", "their_tables", "hetfl.tables")
     monkeypatch.setattr(published, "entry_points", lambda group: [point] if group == "hetfl.tables" else [])
-    tables.cache_clear()
+    read_tables.cache_clear()
     yield tables()["tiny"]
-    tables.cache_clear()
+    read_tables.cache_clear()
     sys.modules.pop("their_tables", None)
 
 
@@ -274,12 +274,18 @@ def test_what_is_wrong_with_a_table_is_said(table, row, said):
     (TABLE.replace("tiny", "heflwr-mnist"), "tables.toml of their_tables: there is another table 'heflwr-mnist'"),
     (None, "tables.toml of their_tables (entry point 'tiny' of hetfl.tables) cannot be read"),
 ])  # fmt: skip
-def test_a_package_whose_file_cannot_be_read_is_named(tiny, tmp_path, capsys, text, said):
+def test_a_package_whose_file_cannot_be_read_is_named_and_costs_no_others_tables(tiny, tmp_path, capsys, text, said):
     file = tmp_path / "their_tables" / "tables.toml"
     file.unlink() if text is None else file.write_text(text)
-    tables.cache_clear()
-    assert hfl("--list") == 2
-    assert said in capsys.readouterr().err.replace("\n", " ")
+    read_tables.cache_clear()
+    assert hfl("--list") == 0
+    listed = capsys.readouterr()
+    assert said in " ".join(listed.err.split())
+    assert all(f"{name} (" in listed.out for name in ("heflwr-mnist", "fedconv-mnist"))
+    assert "tiny (" not in listed.out
+    assert hfl("tiny", "--list") == 2
+    assert "unknown table 'tiny' (known: " in (refused := " ".join(capsys.readouterr().err.split()))
+    assert said in refused
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2", 120)])
