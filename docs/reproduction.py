@@ -33,8 +33,8 @@ OTHERS = """## Running them, and tables of others
 that time; rows of unknown cost come last, run by run while any of it is left.
 What has ended is kept in `--out`, and a run of 20 rounds or more that was stopped or killed goes on from a checkpoint.
 
-A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`; one that
-cannot be used is named, and costs no other's tables:
+A package brings tables of its own by an entry point of the group `hetfl.tables` that names a package with a file `tables.toml`
+(one that cannot be used is named, and costs no other's tables):
 
 ```toml
 [project.entry-points."hetfl.tables"]
@@ -109,12 +109,12 @@ accuracy / global accuracy; `hfl reproduce heterofl-cifar10-ablation`):
 \* begun as the leading channels of the whole net, whose first weights are a quarter of a narrow net's (below).
 
 - **Local or global** is the largest difference: 43 points with sBN and mask, on the slides 37.
-- **The mask** (in training and in the local test) is worth 43 and 40 points of local accuracy with the CNN, on the slides 48 and 49; of
-  the global one 6 and 5, on the slides 11 and 13.
+- **The mask** (in training and in the local test) is worth 43 and 40 points of local accuracy with the CNN, on the slides 48 and 49;
+  of the global one 6 and 5, on the slides 11 and 13.
 - **sBN** is worth 5 and 4 points globally with the CNN, on the slides 2 and 4.
-- **How the net begins**: a narrow net cut from a whole one has smaller first weights than one that is built narrow. Without norms the
-  ResNet then stays at chance globally (10.0, own 19.6) where it has 25.7 (own 37.2) if built narrow, as the paper's code does; the CNN
-  had 19.6, 33.1, 28.3 and 42.1 globally (in the table's order). Cut so, sBN alone seemed worth 21 points of the ResNet.
+- **How the net begins**: a narrow net cut from a whole one has smaller first weights than one that is built narrow. Without norms
+  the ResNet then stays at chance globally (10.0, own 19.6) where it has 25.7 (own 37.2) if built narrow, as the paper's code does;
+  the CNN had 19.6, 33.1, 28.3 and 42.1 globally (in the table's order). Cut so, sBN alone seemed worth 21 points of the ResNet.
 - **Rounds**: the ResNet with both parts (*) has 19 % globally after 2 rounds, 24 after 20 and 31 after 40, the slides 53 after 800.
 - **The split**: IID the ResNet (*) has 54.4 globally where it has 31.4 with two classes a client, on the slides 77.1
   (400 rounds) and 52.9.
