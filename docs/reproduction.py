@@ -109,7 +109,7 @@ accuracy / global accuracy; `hfl reproduce heterofl-cifar10-ablation`):
 \* begun as the leading channels of the whole net, whose first weights are a quarter of a narrow net's (below).
 
 - **Local or global** is the largest difference: 43 points with sBN and mask, on the slides 37.
-- **The mask** (in training and in the local test) is worth 43 and 40 points of local accuracy with the CNN, on the slides 48 and 49;
+- **The mask** (in training and the local test) is worth 43 and 40 points of local accuracy with the CNN, on the slides 48 and 49;
   of the global one 6 and 5, on the slides 11 and 13.
 - **sBN** is worth 5 and 4 points globally with the CNN, on the slides 2 and 4.
 - **How the net begins**: a narrow net cut from a whole one has smaller first weights than one that is built narrow. Without norms
