@@ -125,13 +125,13 @@ def merge(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_pairs(pairs: Iterable[str], name: str, below: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The tree of settings that pairs such as `a.b=3` spell out over `below`: {a: {b: 3}}. Raises UsageError, also for two in one."""
+    """The tree of settings that pairs such as `a.b=3` spell out over `below`: {a: {b: 3}}. Raises UsageError."""
     settings = below or {}
     for pair in pairs:
         path, value = parse_pair(pair, name)
         if value == pair.partition("=")[2] and (second := re.search(r",\s*([A-Za-z_][\w.]*=.*)", pair)):
             two = f"{name} {pair[: second.start()]} {name} {second[1]}"
-            raise UsageError(f"{name} takes one name=value and is given once for each: {two} (text with both goes in double quotes)")
+            raise UsageError(f"{name} takes one name=value and is given once for each: {two} (text goes in double quotes)")
         settings = presets.assign(settings, path, value)
     return settings
 

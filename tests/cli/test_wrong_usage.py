@@ -31,7 +31,7 @@ WRONG = {
     "run --timeout -5": "--timeout: should be greater than 0",
     "run --set novalue": "--set takes name=value, not 'novalue'",
     "run --set fedconv.steps=2,fedconv.lr=0.1": "given once for each: --set fedconv.steps=2 --set fedconv.lr=0.1",
-    "run --model-args widths=[8,8],x=3": "--model-args widths=[8,8] --model-args x=3 (text with both goes in double quotes)",
+    "run --model-args widths=[8,8],x=3": "--model-args widths=[8,8] --model-args x=3 (text goes in double quotes)",
     """run --set levels.mix="1:2,a=3\"""": "'a=3' is no ratio",
     "run --set epochs=3": "--epochs 3 is an option of the run",
     "run --preset heterofl/nothing": "hfl presets lists them",
