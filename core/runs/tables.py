@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -130,21 +130,20 @@ def read_tables() -> tuple[dict[str, PaperTable], tuple[str, ...]]:
     found, faults = read_text("hetfl", PATH.read_text(encoding="utf-8")), []
     for point in entry_points(group="hetfl.tables"):
         try:
-            theirs = read_text(point.value, read_file(point))
-            if twice := [name for name in theirs if name in found]:
-                raise UsageError(
-                    f"tables.toml of {point.value}: there is another table '{twice[0]}'; uninstall one of the two packages"
-                )
-            found |= theirs
+            found |= read_text(point.value, read_file(point), found)
         except UsageError as error:
             faults.append(str(error))
     return found, tuple(faults)
 
 
-def read_text(package: str, text: str) -> dict[str, PaperTable]:
-    """The tables in the `text` of a package's tables.toml, by name. Raises UsageError for the first thing that is wrong."""
+def read_text(package: str, text: str, known: Container[str] = ()) -> dict[str, PaperTable]:
+    """The tables in the `text` of a package's tables.toml, by name, none of which is `known` already. Raises UsageError for the
+    first thing that is wrong."""
     with saying(f"tables.toml of {package}"):
-        return {name: read_table(name, values) for name, values in tomllib.loads(text).items()}
+        given = tomllib.loads(text)
+        if twice := [name for name in given if name in known]:
+            raise UsageError(f"there is another table '{twice[0]}'; uninstall one of the two packages")
+        return {name: read_table(name, values) for name, values in given.items()}
 
 
 def read_file(point: EntryPoint) -> str:

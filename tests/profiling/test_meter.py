@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,10 +75,8 @@ def test_memory_is_that_of_the_step_whoever_keeps_the_traceback_of_an_error_in_i
         for optimizer, threshold in ((torch.optim.SGD, 0), (LeavesGarbage, 1)):
             gc.set_threshold(threshold)
             torch.manual_seed(0)
-            made = partial(optimizer, lr=0.1, momentum=0.9)
-            found.append(
-                measure_step(nn.Linear(50, 3), torch.randn(4, 50), torch.arange(4) % 3, lambda m, made=made: made(m.parameters()))
-            )
+            make = lambda model, kind=optimizer: kind(model.parameters(), lr=0.1, momentum=0.9)  # noqa: E731
+            found.append(measure_step(nn.Linear(50, 3), torch.randn(4, 50), torch.arange(4) % 3, make))
     finally:
         gc.set_threshold(*often)
         gc.collect()
