@@ -48,7 +48,9 @@ def test_it_is_listed_without_being_imported(site):
 TINY = ["--limit", "200", "--clients", "3", "--rounds", "1", "--epochs", "1", "--pretrain-steps", "3"]
 
 
-@pytest.mark.parametrize(("extract", "aggregate"), [("fedrolex", "midpoint"), ("alternate", "midpoint")])
+@pytest.mark.parametrize(
+    ("extract", "aggregate"), [pytest.param("fedrolex", "midpoint", marks=pytest.mark.slow), ("alternate", "midpoint")]
+)
 def test_it_pairs_with_built_ins(site, tmp_path, extract, aggregate):
     done = hfl(site, "run", "--extract", extract, "--aggregate", aggregate, *TINY, "--out", str(tmp_path / "o"))
     assert done.returncode == 0, done.stderr

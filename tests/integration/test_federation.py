@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.paths import REAL
+from helpers.ray_nodes import ONE_AT_A_TIME
 from helpers.runs import THREE_NODES
 from hetfl.config import resolve
 from hetfl.engines.flower.export import export
@@ -25,6 +26,8 @@ from hetfl.engines.select import KEYS
 from hetfl.rounds.reporting import NoCallback
 from hetfl.runs import runner
 from hetfl.runs.folder import RunFolder
+
+pytestmark = ONE_AT_A_TIME
 
 
 class WithoutOne(LocalFederation):

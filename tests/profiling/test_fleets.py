@@ -95,7 +95,7 @@ def test_the_rhythm_is_a_line_through_its_hours():
     assert interpolate(points, 8.5) == pytest.approx((1.42 + 0.71) / 2)
     assert interpolate(points, 23) == pytest.approx(0.71 + 0.71 * 10 / 15)
     assert interpolate(points, 1) == pytest.approx(0.71 + 0.71 * 12 / 15)
-    busy = Availability((5, 0.1), (5, 0.1), 1e6, {3: 1.5, 15: 0.5}, 0)
+    busy = Availability((60, 0.1), (60, 0.1), 1e6, {3: 1.5, 15: 0.5}, 0)
     night, noon = (statistics.fmean(busy.is_ready(i, 86400 * 2 + hour * 3600.0) for i in range(3000)) for hour in (3, 15))
     assert night == pytest.approx(0.5, abs=0.03)
     assert noon == pytest.approx(0.5 / 3, abs=0.03)

@@ -176,6 +176,7 @@ def test_the_clock_reads_no_clock_of_this_machine(monkeypatch, schedule):
     assert simulated(ran(**options, workers=2)) == one
 
 
+@pytest.mark.slow
 def test_processes_simulate_what_threads_do():
     options = {"fleet": "rpi4:1", "deadline": 0.0295, "on_deadline": "partial", "vmap": "off", "schedule": "fedbuff", "buffer": 4}
     assert simulated(ran(**options)) == simulated(ran(**options, engine="processes", workers=2))

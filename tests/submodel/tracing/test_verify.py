@@ -15,8 +15,10 @@ from hetfl.profiling.cost import LiveBytes
 from hetfl.submodel.tracing.groups import empty_frozen, trace
 from hetfl.submodel.tracing.verify import compare_cut, draw_units, is_hollow
 
+BIG = {"googlenet", "mobilenetv2"}
 
-@pytest.mark.parametrize("name", [*MODULES, *ZOO])
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in BIG)) for n in (*MODULES, *ZOO)])
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=4, deadline=None)
 def test_sliced_is_masked_and_trains(name, seed):
