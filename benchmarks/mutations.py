@@ -2,12 +2,14 @@
 
 Each named mutation is put into a temporary copy of the tree, one at a time, and the tests that should notice are run there. Prints
 caught or SURVIVED for each and the share that survived; the exit code is 1 where that is above 10 %, 2 where a mutation's text is
-not in its file (exactly once) any more or its tests fail without it.
+not in its file (exactly once) any more, what comes of it is no Python, or its tests fail without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import importlib
 import os
 import shlex
@@ -140,8 +142,8 @@ MUTATIONS = [
         ("fjord's widest is not trained", "supervise(wide, y) + supervise(narrow, y)", "supervise(narrow, y)"),
     ),
     *of("methods/splitmix", f"{ROUNDS}/test_slices.py tests/plugins/methods/test_splitmix.py -k splitmix",
-        ("splitmix sums what bases answer", "t / self.share if name in self.heads", "t"),
-        ("splitmix's heads grow", "t * self.share if name in self.heads", "t"),
+        ("splitmix sums what bases answer", "t / self.share if name in self.heads else t", "t"),
+        ("splitmix's heads grow", "t * self.share if name in self.heads else t", "t"),
         ("splitmix trains the mean",
          "torch.stack([supervise(z, y) for z in answers]).sum()", "supervise(torch.stack([*answers]).mean(0), y)"),
         ("splitmix averages its losses", "for z in answers]).sum()", "for z in answers]).mean()"),
@@ -723,13 +725,22 @@ def survives(tree: Path, mutation: Mutation) -> bool:
         path.write_text(whole)
 
 
+def can_be_made(mutation: Mutation) -> bool:
+    """Whether its old text is in the file once, and the file with the new one is Python."""
+    whole = (ROOT / mutation.path).read_text()
+    with contextlib.suppress(SyntaxError):
+        ast.parse(whole.replace(mutation.old, mutation.new))
+        return whole.count(mutation.old) == 1
+    return False
+
+
 def refuse_stale(mutations: list[Mutation]) -> None:
-    """Ends the run where a mutation cannot be made, or its name is not its own."""
-    stale = [m.name for m in mutations if (ROOT / m.path).read_text().count(m.old) != 1]
+    """Ends the run where a mutation cannot be made or is no Python, or its name is not its own."""
+    stale = [m.name for m in mutations if not can_be_made(m)]
     names = [m.name for m in MUTATIONS]
     stale += sorted({name for name in names if names.count(name) > 1})
     if stale:
-        print("not exactly once in their file, or named twice: " + "; ".join(stale), file=sys.stderr)
+        print("not exactly once in their file, no Python or named twice: " + "; ".join(stale), file=sys.stderr)
         raise SystemExit(2)
 
 
