@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,16 +120,21 @@ def round_line(row: dict[str, Any], rounds: int) -> str:
     return f"round {row['round']}/{rounds} {shown}"
 
 
+Describe = Callable[["TrialResult"], str]  # a run's value, as its line says it
+
+
 class SweepDisplay:
-    """The leaderboard of a sweep while it runs; one plain line a trial where the output is no terminal.
+    """The leaderboard of a sweep by a metric while it runs; one plain line a trial where the output is no terminal, or where
+    `value` is what says a line's value.
 
     Every minute it says how far the runs in the folder `out` are.
     """
 
-    def __init__(self, trials: Sequence[Trial], metric: str, out: Path) -> None:
-        self._trials, self._metric, self._started = trials, metric, time.perf_counter()
+    def __init__(self, trials: Sequence[Trial], value: str | Describe, out: Path) -> None:
+        self._trials, self._metric, self._started = trials, value if isinstance(value, str) else "", time.perf_counter()
+        self._describe: Describe = value if callable(value) else lambda result: percent(result.row.get(self._metric))
         self._out, self._ended = out, threading.Event()
-        self._screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and self._metric else None
 
     def __enter__(self) -> SweepDisplay:
         if self._screen:
@@ -163,7 +168,7 @@ class SweepDisplay:
             self._screen.update(Group(leaderboard_table(sort_results(results, self._trials), self._metric), Text(status)))
             self._screen.refresh()
             return
-        value = percent(new.row.get(self._metric)) if new.status == "ok" else f"{new.status}: {new.row['why']}"
+        value = self._describe(new) if new.status == "ok" else f"{new.status}: {new.row['why']}"
         say(f"[{done}/{len(self._trials)}] {describe_trial(new.trial)}: {value}")
 
 

@@ -28,7 +28,10 @@ def reproduce(
     rows: Annotated[str | None, typer.Option(help="rows whose names hold one of these words, with commas")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="begin no row that would not end in this time, such as 30m or 2h; cheap ones first, unknown cost last"),
+        typer.Option(
+            help="end in this time, such as 30m or 2h, and begin no row that would not: cheap ones first, unknown cost last; "
+            "what then runs goes on another time"
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds of a row (default: as the table says)")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at once, each a process with its share of the cores")] = 1,
@@ -41,6 +44,7 @@ def reproduce(
     from hetfl.runs import reproduction, sweep, tables
     from hetfl.training.device import prepare_device
 
+    seconds = None if budget is None else parse_duration(budget)
     words = [word.strip() for word in (rows or "").split(",") if word.strip()]
     if rows is not None and not words:
         raise UsageError("--rows takes names of rows, or words in them, with commas")
@@ -50,14 +54,18 @@ def reproduce(
     if list_only:
         print_list(chosen)
         return
-    seconds = None if budget is None else parse_duration(budget)
 
     def plan(row: TableRow) -> list[Trial]:
         return row.trials(seeds, device=device)
 
+    bad = reproduction.find_bad(chosen, plan)
+    for error in bad.values():
+        if table is not None or len(bad) == len(chosen):
+            raise error
+        complain(f"{error}; the other rows are there")
+    chosen = [row for row in chosen if row not in bad]
     trials = [trial for row in chosen for trial in plan(row)]
     prepare_device(trials[0].options)
-    sweep.refuse_bad(trials)
     make_folder(out / "cells", out)
     results: list[TrialResult] = []
 
@@ -72,24 +80,37 @@ def reproduce(
             write()
             yield result
 
-    metric = next(name for name in chosen[0].published if name != tables.MEGABYTES or len(chosen[0].published) == 1)
-    announce(chosen, out, plan)
-    show_trials(running(), trials, metric, results, out)
+    of_trials = {trial.key: row for row in chosen for trial in plan(row)}
+    announce(chosen, out, jobs, plan)
+    show_trials(running(), trials, lambda result: list_values(of_trials[result.trial.key], result), results, out)
     print_scores(write(), out)
+    if left := [row for row in chosen if not all(sweep.has_ended(out, trial) for trial in plan(row))]:
+        names = ", ".join(f"{row.table} {row.name}" for row in left[:3]) + (", …" if len(left) > 3 else "")
+        say(f"{plural(len(left), 'row')} left to run or to end: {names}; the same command goes on there")
     refuse_failed(results)
 
 
-def announce(rows: Sequence[TableRow], out: Path, plan: Callable[[TableRow], list[Trial]]) -> None:
+def announce(rows: Sequence[TableRow], out: Path, jobs: int, plan: Callable[[TableRow], list[Trial]]) -> None:
     """What is to be run, and what that takes."""
-    from hetfl.runs.reproduction import find_cost
+    from hetfl.runs.reproduction import estimate_seconds, find_cost
     from hetfl.runs.sweep import has_ended
 
-    todo = {row: count for row in rows if (count := sum(not has_ended(out, trial) for trial in plan(row)))}
+    todo = {row: new for row in rows if (new := [trial for trial in plan(row) if not has_ended(out, trial)])}
     costs = {row: cost for row in todo if (cost := find_cost(out, row, plan)) is not None}
-    minutes, unknown = sum(todo[row] * cost for row, cost in costs.items()) / 60, len(todo) - len(costs)
+    minutes = sum(estimate_seconds(out, todo[row], cost, jobs) for row, cost in costs.items()) / 60
+    unknown = len(todo) - len(costs)
     said = [f"about {minutes:,.0f} minutes"] if costs else []
     said += [f"{plural(unknown, 'row')} of unknown cost"] if unknown else []
-    say(f"{plural(sum(todo.values()), 'run')} of {plural(len(todo), 'row')} to do" + (f": {', '.join(said)}" if said else ""))
+    runs = plural(sum(map(len, todo.values())), "run")
+    say(f"{runs} of {plural(len(todo), 'row')} to do" + (f": {', '.join(said)}" if said else ""))
+
+
+def list_values(row: TableRow, result: TrialResult) -> str:
+    """What a run came to of what its row compares."""
+    from hetfl.runs.reproduction import value_of
+
+    values = {metric: value_of(result.row, metric) for metric in row.published}
+    return ", ".join(f"{metric} {'not measured' if v is None else format(v, '.1f')}" for metric, v in values.items())
 
 
 def parse_duration(text: str) -> float:

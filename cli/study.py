@@ -11,7 +11,7 @@ import typer
 from hetfl import config
 from hetfl.cli import render
 from hetfl.cli.console import say
-from hetfl.cli.live import SweepDisplay
+from hetfl.cli.live import Describe, SweepDisplay, describe_trial
 from hetfl.cli.options import Debug, check, gather, parse_pair, parse_value, with_run_options
 from hetfl.cli.stopping import resumable
 from hetfl.errors import RunError, UsageError, nearest
@@ -80,10 +80,13 @@ def find_cluster() -> Elsewhere:
 
 
 def show_trials(
-    running: Iterable[TrialResult], trials: Sequence[Trial], metric: str, results: list[TrialResult], out: Path
+    running: Iterable[TrialResult], trials: Sequence[Trial], value: str | Describe, results: list[TrialResult], out: Path
 ) -> None:
-    """Shows the `trials` as they end, and adds them to `results`; whoever stops this is told how it goes on."""
-    with resumable(lambda: GOES_ON), SweepDisplay(trials, metric, out) as display:
+    """Shows the `trials` as they end, and adds them to `results`; whoever stops this is told how it goes on.
+
+    `value`: the metric by which they are shown, or what says a line's value.
+    """
+    with resumable(lambda: GOES_ON), SweepDisplay(trials, value, out) as display:
         for result in running:
             results.append(result)
             display.show(results)
@@ -92,8 +95,8 @@ def show_trials(
 def refuse_failed(results: Sequence[TrialResult]) -> None:
     """Raises RunError where trials failed."""
     if failed := [result for result in results if result.status == "failed"]:
-        first = failed[0]
-        raise RunError(f"{len(failed)} of {len(results)} trials failed, the first: {first.trial.name}: {first.row['why']}")
+        first = f"{describe_trial(failed[0].trial)}: {failed[0].row['why']}"
+        raise RunError(f"{len(failed)} of {len(results)} trials failed, the first: {first}")
 
 
 def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:

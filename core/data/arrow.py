@@ -52,7 +52,7 @@ def _open_splits(source: DataLocation) -> tuple[dict[str, Any], dict[str, Callab
     """The features of a data set, and for each split a function that reads columns of it into one Arrow table."""
     datasets = import_library("datasets")
     if source.files is None:
-        splits = _load_hub_splits(source.hub) if source.splits is None else source.splits
+        splits = _load_hub_splits(source) if source.splits is None else source.splits
         return splits["train"].features, {name: partial(_read_hub, split) for name, split in splits.items()}
     if source.files["train"][0].suffix == ".csv":
         tables = {split: datasets.Dataset(datasets.table.InMemoryTable(_read_csv(files))) for split, files in source.files.items()}
@@ -100,10 +100,11 @@ def _read_csv(files: list[Path]) -> Any:
         return pyarrow.concat_tables(tables)
 
 
-def _load_hub_splits(name: str) -> dict[str, Any]:
+def _load_hub_splits(source: DataLocation) -> dict[str, Any]:
     """The splits of a Hub data set, downloaded or from the cache of `datasets`."""
-    hub, datasets = import_library("huggingface_hub"), import_library("datasets")
-    instead = "; the folder of a local copy can be given instead"
+    hub, datasets, name = import_library("huggingface_hub"), import_library("datasets"), source.hub
+    place = f", or put into $HETFL_DATA as '{source.name}'" if source.known else ""
+    instead = f"; the folder of a local copy can be given instead{place}"
     try:
         revision = None if hub.is_offline_mode() else hub.HfApi().dataset_info(name, timeout=10).sha
         splits: dict[str, Any] = dict(datasets.load_dataset(name, revision=revision))

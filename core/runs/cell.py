@@ -90,16 +90,23 @@ def result_row(trial: Trial, summary: Mapping[str, Any]) -> Row:
     base: Row = {"extract": trial.extract, "aggregate": trial.aggregate, **dict(trial.point), "seed": trial.seed}
     if "why" in summary:
         return base | {"status": summary["status"], "why": summary["why"], "config": trial.key}
-    accuracies = {name: values.get("last three", values["last"]) for name, values in summary["accuracy"].items()}
+    accuracies = {name: to_number(values.get("last three", values["last"])) for name, values in summary["accuracy"].items()}
     if (before := summary.get("pre-training")) is not None:
         accuracies["pretrained@test"] = before["accuracy"]
     deciles = {f"{name} p10": values["p10"] for name, values in summary["accuracy"].items() if "p10" in values}
     levels = summary["levels"]
     costs = {n: statistics.fmean(level[n] for level in levels) for n in ("parameters", "MACs", "memory") if levels}
     costs |= {f"level-{level['level']} {n}": level[n] for level in levels for n in LEVEL_COSTS if n in level}
-    totals = {name: summary[name] for name in ("bytes down", "bytes up", "client seconds", "seconds")}
+    totals = {name: to_number(summary[name]) for name in ("bytes down", "bytes up", "client seconds", "seconds")}
     why = {"why": summary[NOT_APPLICABLE]} if NOT_APPLICABLE in summary else {}
     return base | {"status": "ok", **why, **accuracies, **deciles, **costs, **totals, "config": trial.key}
+
+
+def to_number(value: Any) -> Any:
+    """The number that a summary holds, or None. Raises ValueError for anything else."""
+    if value is not None and not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return value
 
 
 def count_training_macs(row: Mapping[str, str], options: RunOptions) -> float:

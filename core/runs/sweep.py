@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from hetfl.runs.checkpoint import Snapshot
 
 CHECKPOINTS = 20  # of a trial; one of fewer rounds has none
+
+MOST_WAIT = 3600.0  # seconds at a time, far below what a lock can be told to wait
 
 FIXED = {"extract", "aggregate", "seed", *WITHOUT_EFFECT}  # and those that a sweep has options of its own for
 
@@ -114,9 +117,11 @@ def refuse_bad(trials: Sequence[Trial]) -> None:
 Elsewhere = Callable[[Sequence[Trial], Path], Generator[Trial]]  # runs trials, and yields each when its folder says how it ended
 
 
-def run_trials(trials: Sequence[Trial], out: Path, jobs: int, elsewhere: Elsewhere | None = None) -> Iterator[TrialResult]:
+def run_trials(
+    trials: Sequence[Trial], out: Path, jobs: int, elsewhere: Elsewhere | None = None, until: float = math.inf
+) -> Iterator[TrialResult]:
     """Runs what is not yet in `out` or failed, `jobs` processes at a time or `elsewhere`; yields every trial's result as it is
-    known."""
+    known. Processes here are stopped when `time.monotonic()` is `until`."""
     waiting: dict[str, list[Trial]] = {}  # a swept option that a pair does not have leaves it one run for several trials
     for trial in trials:
         known = read_result(out, trial)
@@ -127,7 +132,7 @@ def run_trials(trials: Sequence[Trial], out: Path, jobs: int, elsewhere: Elsewhe
     if not waiting:
         return
     todo = [same[0] for same in waiting.values()]
-    running = elsewhere(todo, out) if elsewhere else run_in_processes(todo, out, jobs)
+    running = elsewhere(todo, out) if elsewhere else run_in_processes(todo, out, jobs, until)
     with closing(running):
         for ended in running:
             for trial in waiting[ended.name]:
@@ -136,15 +141,17 @@ def run_trials(trials: Sequence[Trial], out: Path, jobs: int, elsewhere: Elsewhe
                 yield replace(result, cached=False)
 
 
-def run_in_processes(trials: Sequence[Trial], out: Path, jobs: int) -> Generator[Trial]:
-    """Runs trials, `jobs` processes at a time; yields each when its folder says how it ended."""
+def run_in_processes(trials: Sequence[Trial], out: Path, jobs: int, until: float = math.inf) -> Generator[Trial]:
+    """Runs trials, `jobs` processes at a time; yields each when its folder says how it ended. What then runs is stopped `until`."""
     resource_tracker.ensure_running()
     pool = ProcessPool(jobs, context=get_context("spawn"), initializer=begin_worker, initargs=(os.getpid(),))
     try:
         with hold_interrupts():  # the processes begun here get no SIGINT: this one ends them
             futures: dict[Future[bool], Trial] = {pool.schedule(run_trial, (trial, out, jobs, False)): trial for trial in trials}
         while futures:
-            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            done, _ = wait(futures, min(max(0.0, until - time.monotonic()), MOST_WAIT), FIRST_COMPLETED)
+            if not done and time.monotonic() >= until:
+                return
             for future in done:
                 trial = futures.pop(future)
                 if end_of(future, trial, out):
@@ -259,6 +266,14 @@ def has_ended(out: Path, trial: Trial) -> bool:
     """Whether `out` holds the result of a trial that did not fail."""
     found = read_result(out, trial)
     return found is not None and found.status != "failed"
+
+
+def share_left(out: Path, trial: Trial) -> float:
+    """How much of a trial is still to be run, from 1 to 0: of its rounds, those after its last checkpoint in `out`."""
+    if has_ended(out, trial):
+        return 0.0
+    kept = (out / "cells" / trial.name / "checkpoints").glob("round-*.json")
+    return 1 - max((int(path.stem.partition("-")[2]) for path in kept), default=0) / trial.options.rounds
 
 
 def read_others(out: Path, trials: Sequence[Trial]) -> list[TrialResult]:

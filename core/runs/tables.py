@@ -11,7 +11,7 @@ from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from hetfl.config import merge_options, resolve
 from hetfl.errors import UsageError, nearest, unknown
@@ -22,9 +22,12 @@ from hetfl.runs.cell import Trial, check_metric
 PATH = find_resource("plugins/tables.toml", "plugins/tables.toml")
 MEGABYTES = "MB"  # a value of a row beside its accuracies: what all clients were sent and sent in all rounds
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Values = dict[str, Amount]  # by metric
+
+OURS = {"preset": "it is a key of the row", "seed": "a row has `seeds`", "device": "hfl reproduce has --device"}
 
 
 class RowFile(BaseModel, extra="forbid"):
@@ -36,8 +39,8 @@ class RowFile(BaseModel, extra="forbid"):
     published: Annotated[Values, Field(min_length=1)]
     others: dict[str, Values] = {}
     band: Amount | Values | None = None
-    seeds: Annotated[int, Field(ge=1)] | None = None
-    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seeds: Count | None = None
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
     unlike: str = ""
     disputed: str = ""
 
@@ -50,7 +53,7 @@ class TableFile(BaseModel, extra="forbid"):
     source: Text
     band: Amount | Values = 1.0
     band_from: str = ""
-    seeds: Annotated[int, Field(ge=1)] = 3
+    seeds: Count = 3
     unlike: str = ""
     finding: str = ""
     rows: Annotated[list[RowFile], Field(min_length=1)]
@@ -80,7 +83,7 @@ class TableRow:
     def trials(self, seeds: int | None = None, **more: Any) -> list[Trial]:
         """The runs of this row, by seed; `more` are options of the run that change no setting of the paper's (device, say)."""
         return [
-            Trial((("row", self.name),), resolve(merge_options(self.options, {**more, "seed": seed})))
+            Trial((("table", self.table), ("row", self.name)), resolve(merge_options(self.options, {**more, "seed": seed})))
             for seed in range(seeds or self.seeds)
         ]
 
@@ -150,9 +153,9 @@ def read_file(point: EntryPoint) -> str:
     """The tables.toml of an installed package. Raises UsageError where there is none."""
     try:
         return (resources.files(point.value) / "tables.toml").read_text("utf-8")
-    except (ImportError, OSError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever a package's own code can raise
         where = f"tables.toml of {point.value} (entry point '{point.name}' of hetfl.tables)"
-        raise UsageError(f"{where} cannot be read: {error}") from error
+        raise UsageError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def saying(where: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is not TOML: {error}") from error
 
 
@@ -205,6 +208,8 @@ def read_row(table: str, common: TableFile, given: RowFile) -> TableRow:
     it has none of the preset's options of plugins."""
     with saying(f"row '{given.name}'"):
         options, sentences = given.options, [common.unlike, given.unlike]
+        if mine := [name for name in OURS if name in options]:
+            raise UsageError(f"options: '{mine[0]}' is no option of a row ({OURS[mine[0]]})")
         if given.preset is not None:
             preset = find_preset(given.preset)
             kept = {name: value for name, value in preset.values.items() if name != "set" or options.get("set") != {}}
@@ -238,7 +243,8 @@ def find_rows(table: str | None, names: Sequence[str]) -> list[TableRow]:
     rows = [row for t in tables().values() if table in (None, t.name) for row in t.rows]
     chosen = list[TableRow]()
     for name in names:
-        found = [row for row in rows if row.name == name] or [row for row in rows if name.lower() in row.name.lower()]
+        word = name.lower()
+        found = [row for row in rows if row.name.lower() == word] or [row for row in rows if word in row.name.lower()]
         if not found:
             known = dict.fromkeys(row.name for row in rows)
             raise UsageError(f"no row is called '{name}'{nearest(name, known)} (hfl reproduce --list shows them)")

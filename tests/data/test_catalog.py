@@ -77,5 +77,11 @@ def test_hub_failures_are_one_sentence(cache, monkeypatch, answer, sentence):
     refused({"dataset": "a/b"}, sentence)
 
 
+def test_a_known_set_out_of_reach_has_a_place(cache, monkeypatch):
+    monkeypatch.delenv("HETFL_DATA", raising=False)
+    hub(monkeypatch, httpx.ConnectError("no route"), {})
+    refused({"dataset": "mnist"}, r"a local copy can be given instead, or put into \$HETFL_DATA as 'mnist'$")
+
+
 def test_data_that_nobody_can_download_ask_for_a_folder():
     refused({"dataset": "harbox"}, r"^data set 'harbox' cannot be downloaded: give its folder with --dataset PATH/harbox")

@@ -15,6 +15,7 @@ from hetfl.hooks import hookspecs
 from hetfl.hooks.base import HOOKS
 from hetfl.hooks.toolbox import TOOLBOX
 from hetfl.models.zoo import ZOO
+from hetfl.runs.tables import tables
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -29,6 +30,14 @@ def test_strategies_page_is_generated():
 
 def test_data_page_is_generated():
     assert runpy.run_path(str(DOCS / "datasets.py"))["text"]() == (DOCS / "data.md").read_text()
+
+
+def test_what_rows_of_published_tables_cost_is_what_they_took_here():
+    lines = runpy.run_path(str(DOCS / "reproduction.py"))["read_results"]()
+    here = [line for line in lines if line["hardware"] == "2 shared cores"]
+    took = {(line["table"], line["row"]): float(line["seconds"]) / 60 for line in here}
+    named = {(row.table, row.name): row.minutes for table in tables().values() for row in table.rows if row.minutes is not None}
+    assert named == {key: pytest.approx(minutes, abs=0.06) for key, minutes in took.items()}
 
 
 def test_reproduction_page_is_generated():

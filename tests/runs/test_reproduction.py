@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import time
 import tomllib
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -105,7 +107,7 @@ def test_a_table_of_a_package_is_run_and_scored_within_its_budget(tiny, tmp_path
     assert float(lines["narrow", "MB"]["ours"]) > 0
     assert lines["narrow and dear", "global@test"]["within"] == "not run"
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "4 runs of 2 rows to do: about 2,000 minutes" in said
+    assert "4 runs of 2 rows to do: about 1,000 minutes" in said
     assert "unlike the paper: everything" in said
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/summary.json")}
     assert len(before) == 2
@@ -120,7 +122,7 @@ def test_cheap_rows_come_first_in_a_budget_and_those_of_unknown_cost_last(tmp_pa
              (("unknown", None, 2), ("dear", 1000, 1), ("cheap", 0.001, 1))}  # fmt: skip
     done, now = dict[str, TrialResult](), [0.0]
 
-    def run(trials, out, jobs):
+    def run(trials, out, jobs, until=None):
         for trial in trials:
             now[0] += 61.0 if budget == 60.0 else 1.0
             done[trial] = TrialResult(trial, "ok", {"seconds": 1.0})
@@ -129,6 +131,7 @@ def test_cheap_rows_come_first_in_a_budget_and_those_of_unknown_cost_last(tmp_pa
     monkeypatch.setattr(reproduction, "run_trials", run)
     for module in (reproduction, sweep):
         monkeypatch.setattr(module, "read_result", lambda out, trial: done.get(trial))
+    monkeypatch.setattr(reproduction, "share_left", lambda out, trial: 1.0)
     monkeypatch.setattr(reproduction.time, "monotonic", lambda: now[0])
     list(run_rows([*plans], tmp_path, 1, lambda row: [f"{row.name} {i}" for i in range(plans[row])], budget))
     assert [*done] == begun
@@ -137,13 +140,14 @@ def test_cheap_rows_come_first_in_a_budget_and_those_of_unknown_cost_last(tmp_pa
 def test_a_row_of_unknown_cost_ends_with_its_budget(tmp_path, monkeypatch):
     done = dict[str, TrialResult]()
 
-    def run(trials, out, jobs):
+    def run(trials, out, jobs, until=None):
         done.update({trial: TrialResult(trial, "ok", {"seconds": 40.0}) for trial in trials})
         yield from (done[trial] for trial in trials)
 
     monkeypatch.setattr(reproduction, "run_trials", run)
     for module in (reproduction, sweep):
         monkeypatch.setattr(module, "read_result", lambda out, trial: done.get(trial))
+    monkeypatch.setattr(reproduction, "share_left", lambda out, trial: 1.0)
     list(run_rows([TableRow("t", "r", {}, {})], tmp_path, 1, lambda row: ["seed 0", "seed 1", "seed 2"], 60.0))
     assert [*done] == ["seed 0"]  # two more would take 80 s
 
@@ -194,6 +198,45 @@ def test_a_run_measures_every_value_of_its_row(row, tmp_path):
     assert all(score.mean is not None for score in score_row(row, [reproduction.read_result(tmp_path, trial)]))
 
 
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [(0.9108, "yes"), (0.91085, "no (+1.01)"), (0.9109, "no (+1.01)"), (0.92, "no (+1.9)")]
+)
+def test_who_is_just_beyond_the_band_is_said_with_two_places(ours, verdict):
+    row = TableRow("t", "r", {}, {"global@test": 90.08}, band=1.0)
+    assert score_row(row, [TrialResult(None, "ok", {"global@test": ours, "seconds": 1.0})])[0].verdict == verdict
+
+
+def test_what_has_failed_is_not_called_not_run():
+    row = TableRow("t", "r", {}, {"global@test": 99.0})
+    assert score_row(row, [TrialResult(None, "failed", {"why": "no data"}), None])[0].verdict == "failed"
+    assert score_row(row, [TrialResult(None, "not applicable", {"why": "no"})])[0].verdict == "not applicable"
+
+
+def test_the_rest_of_a_run_that_was_stopped_is_what_counts(tiny, tmp_path):
+    trials = [replace(t, options=t.options.model_copy(update={"rounds": 400})) for t in tiny.rows[0].trials()]
+    for kept in (20, 280):
+        file = tmp_path / "cells" / trials[0].name / "checkpoints" / f"round-{kept:06d}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert [sweep.share_left(tmp_path, trial) for trial in trials] == [pytest.approx(0.3), 1.0]
+    assert reproduction.estimate_seconds(tmp_path, trials, 100.0, 1) == pytest.approx(130)
+    assert reproduction.estimate_seconds(tmp_path, trials, 100.0, 2) == pytest.approx(100)
+
+
+@pytest.mark.slow
+def test_what_runs_when_the_budget_ends_is_stopped_and_goes_on(tiny, tmp_path, capsys):
+    long = TABLE.replace("rounds = 1,", "rounds = 40000,").replace("minutes", "# minutes")
+    (tmp_path / "their_tables" / "tables.toml").write_text(long)
+    read_tables.cache_clear()
+    began = time.monotonic()
+    assert hfl("tiny", "--budget", "12s", "--out", str(tmp_path / "out")) == 0
+    assert time.monotonic() - began < 60
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 rows left to run or to end: tiny narrow, tiny narrow and dear; the same command goes on there" in said
+    lines = csv.DictReader((tmp_path / "out" / "scorecard.csv").read_text().splitlines())
+    assert {line["within"] for line in lines} == {"not run"}
+
+
 def test_what_is_unlike_the_paper_is_said_once():
     rows = [TableRow("t", name, {}, {}, unlike=said) for name, said in
             (("a", ("all", "two")), ("b", ("all", "two", "one")), ("c", ("all",)))]  # fmt: skip
@@ -214,6 +257,36 @@ def test_the_scorecard_keeps_what_other_commands_found(tmp_path):
         ("b", "cpu", "60.0"),
         ("a", "cuda", "70.0"),
     ]
+
+
+def test_the_scorecard_keeps_a_value_that_has_no_new_one_and_names_that_spreadsheets_compute(tmp_path):
+    row = TableRow("t", "+ mask", {}, {"global@test": 96.0})
+    measured = score_row(row, [TrialResult(None, "ok", {"global@test": 0.95, "seconds": 1.0})])
+    for scores in (measured, score_row(row, [None]), measured, score_row(row, [None])):
+        write_scorecard(scores, "cpu", tmp_path)
+    (line,) = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())
+    assert (line["ours"], line["within"]) == ("95.0", "yes")
+
+
+def test_seeds_that_ended_earlier_count_beside_those_asked_for(tiny, tmp_path, monkeypatch):
+    ended = {0: 0.5, 1: 0.7, 3: 0.1}
+
+    def read(out, trial):
+        value = ended.get(trial.seed)
+        return None if value is None else TrialResult(trial, "ok", {"global@test": value, "seconds": 1.0})
+
+    monkeypatch.setattr(reproduction, "read_result", read)
+    (score, _) = reproduction.score_rows(tiny.rows[1:], tmp_path, lambda row: row.trials(1)) * 2
+    assert (score.mean, score.seeds) == (pytest.approx(60), 2)
+
+
+@pytest.mark.parametrize("theirs", ["name,score\nalice,1\nbob,2\n", None])
+def test_what_is_no_scorecard_is_refused_and_stays(tiny, tmp_path, capsys, theirs):
+    file = tmp_path / "out" / "scorecard.csv"
+    file.mkdir(parents=True) if theirs is None else (file.parent.mkdir(), file.write_text(theirs))
+    assert hfl("tiny", "--out", str(file.parent)) == 2
+    assert "is no scorecard of hfl reproduce; choose another --out" in " ".join(capsys.readouterr().err.split())
+    assert file.is_dir() if theirs is None else file.read_text() == theirs
 
 
 def test_the_page_says_what_every_key_of_a_table_is_and_its_example_is_one():
@@ -262,6 +335,12 @@ PRESET = "heflwr/mnist-iid-full"
     ({}, {"preset": PRESET[:-1]}, f"row 'r': unknown preset '{PRESET[:-1]}'; did you mean '{PRESET}'?"),
     ({}, {"options": {"extrct": "full"}}, "row 'r': unknown option 'extrct'; did you mean 'extract'?"),
     ({}, {"options": 3}, "row 'r': options: input should be a valid dictionary"),
+    ({}, {"options": {**ROW["options"], "seed": 7}}, "row 'r': options: 'seed' is no option of a row (a row has `seeds`)"),
+    ({}, {"options": {"preset": PRESET}}, "row 'r': options: 'preset' is no option of a row (it is a key of the row)"),
+    ({}, {"options": {"device": "cuda"}}, "row 'r': options: 'device' is no option of a row (hfl reproduce has --device)"),
+    ({}, {"seeds": True}, "row 'r': seeds: input should be a valid integer"),
+    ({}, {"published": {"global@test": True}}, "row 'r': published: input should be a valid number"),
+    ({}, {"name": " "}, "name: string should have at least 1 character"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_table_is_said(table, row, said):
     with pytest.raises(UsageError) as refused:
@@ -273,6 +352,7 @@ def test_what_is_wrong_with_a_table_is_said(table, row, said):
     ("[tiny", "tables.toml of their_tables is not TOML"),
     (TABLE.replace("tiny", "heflwr-mnist"), "tables.toml of their_tables: there is another table 'heflwr-mnist'"),
     (None, "tables.toml of their_tables (entry point 'tiny' of hetfl.tables) cannot be read"),
+    ("tiny = " + "[" * 5000, "tables.toml of their_tables is not TOML"),
 ])  # fmt: skip
 def test_a_package_whose_file_cannot_be_read_is_named_and_costs_no_others_tables(tiny, tmp_path, capsys, text, said):
     file = tmp_path / "their_tables" / "tables.toml"
@@ -286,6 +366,29 @@ def test_a_package_whose_file_cannot_be_read_is_named_and_costs_no_others_tables
     assert hfl("tiny", "--list") == 2
     assert "unknown table 'tiny' (known: " in (refused := " ".join(capsys.readouterr().err.split()))
     assert said in refused
+
+
+@pytest.mark.parametrize("code", ["raise RuntimeError('not today')", "import sys; sys.exit(3)", "1 +", "raise NameError('x')"])
+def test_a_package_whose_own_code_fails_costs_no_others_tables(tiny, tmp_path, capsys, code):
+    (tmp_path / "their_tables" / "__init__.py").write_text(code)
+    sys.modules.pop("their_tables", None)
+    read_tables.cache_clear()
+    assert hfl("heflwr-mnist", "--list") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "tables.toml of their_tables (entry point 'tiny' of hetfl.tables) cannot be read: " in said
+
+
+def test_a_row_of_which_no_run_can_be_made_is_named_and_costs_no_other(tiny, tmp_path, capsys, monkeypatch):
+    bad = TABLE.replace('"heterofl"', '"full"').replace("pretrain_steps = 2 }", "pretrain_steps = 2, wrap = ['zz'] }", 1)
+    (tmp_path / "their_tables" / "tables.toml").write_text(bad)
+    read_tables.cache_clear()
+    assert hfl("tiny", "--out", str(tmp_path / "out")) == 2
+    assert "table 'tiny': row 'narrow': unknown wrap plugin 'zz'" in " ".join(capsys.readouterr().err.split())
+    ran = []
+    monkeypatch.setattr(reproduction, "run_trials", lambda trials, *_: iter(ran.extend(trials) or ()))
+    assert hfl("--rows", "narrow and dear,narrow", "--out", str(tmp_path / "out")) == 0
+    assert "unknown wrap plugin 'zz'" in " ".join(capsys.readouterr().err.split())
+    assert {trial.point for trial in ran} == {(("table", "tiny"), ("row", "narrow and dear"))}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2", 120)])
@@ -316,7 +419,7 @@ def test_the_list_runs_nothing_and_repeats_nothing(tmp_path, capsys):
 def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_path, monkeypatch):
     ended = dict[str, TrialResult]()
 
-    def killed(trials, out, jobs):
+    def killed(trials, out, jobs, until=None):
         row = {"global@test": 0.5, "bytes down": 1.0, "bytes up": 1.0, "seconds": 1.0}
         ended[trials[0].key] = TrialResult(trials[0], "ok", row)
         yield ended[trials[0].key]
@@ -328,7 +431,7 @@ def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_pat
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         main(["reproduce", "tiny", "--out", str(tmp_path)])
     lines = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())
-    assert [line["within"] for line in lines] == ["yes", "no (-1.0)", "not run"]
+    assert [line["within"] for line in lines] == ["yes", "no (-1.0 MB)", "not run"]
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_row(tiny, tmp_path, capsys):
