@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import exit_code
-from helpers.ray_nodes import ONE_AT_A_TIME
 from helpers.terminal import stop_hfl
 from hetfl.cli import stopping
 from hetfl.files import write_file
-
-pytestmark = ONE_AT_A_TIME
 
 LONG = ["--extract", "heterofl", "--limit", "600", "--clients", "4", "--rounds", "100000", "--epochs", "20",
         "--pretrain-steps", "3", "--no-control", "--vmap", "off"]  # fmt: skip

@@ -15,13 +15,11 @@ import pytest
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", "--disable-usage-stats"]
 
-ONE_AT_A_TIME = pytest.mark.xdist_group("nodes")  # what begins many processes, where .ci/run has two of pytest's
-
 
 def begins_ray(test):
     """For a test that begins Ray, whose sockets and files close only when they are collected: here, not in a later test."""
     ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-    return ignored(pytest.mark.usefixtures("collected")(ONE_AT_A_TIME(test)))
+    return ignored(pytest.mark.usefixtures("collected")(test))
 
 
 class Cluster:
