@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import importlib
 import os
 import shlex
@@ -728,10 +727,11 @@ def survives(tree: Path, mutation: Mutation) -> bool:
 def can_be_made(mutation: Mutation) -> bool:
     """Whether its old text is in the file once, and the file with the new one is Python."""
     whole = (ROOT / mutation.path).read_text()
-    with contextlib.suppress(SyntaxError):
+    try:
         ast.parse(whole.replace(mutation.old, mutation.new))
-        return whole.count(mutation.old) == 1
-    return False
+    except SyntaxError:
+        return False
+    return whole.count(mutation.old) == 1
 
 
 def refuse_stale(mutations: list[Mutation]) -> None:

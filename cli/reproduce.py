@@ -58,12 +58,7 @@ def reproduce(
     def plan(row: TableRow) -> list[Trial]:
         return row.trials(seeds, device=device)
 
-    bad = reproduction.find_bad(chosen, plan)
-    for error in bad.values():
-        if table is not None or len(bad) == len(chosen):
-            raise error
-        complain(f"{error}; the other rows are there")
-    chosen = [row for row in chosen if row not in bad]
+    chosen = leave_out_bad(chosen, plan, strict=table is not None)
     trials = [trial for row in chosen for trial in plan(row)]
     prepare_device(trials[0].options)
     make_folder(out / "cells", out)
@@ -80,14 +75,34 @@ def reproduce(
             write()
             yield result
 
-    of_trials = {trial.key: row for row in chosen for trial in plan(row)}
+    of_points = {plan(row)[0].point: row for row in chosen}
     announce(chosen, out, jobs, plan)
-    show_trials(running(), trials, lambda result: list_values(of_trials[result.trial.key], result), results, out)
+    show_trials(running(), trials, lambda result: list_values(of_points[result.trial.point], result), results, out)
     print_scores(write(), out)
-    if left := [row for row in chosen if not all(sweep.has_ended(out, trial) for trial in plan(row))]:
-        names = ", ".join(f"{row.table} {row.name}" for row in left[:3]) + (", …" if len(left) > 3 else "")
-        say(f"{plural(len(left), 'row')} left to run or to end: {names}; the same command goes on there")
+    say_left([row for row in chosen if not all(sweep.has_ended(out, trial) for trial in plan(row))])
     refuse_failed(results)
+
+
+def leave_out_bad(rows: Sequence[TableRow], plan: Callable[[TableRow], list[Trial]], strict: bool) -> list[TableRow]:
+    """The rows of which runs can be made; what is wrong with the others is said.
+
+    Raises UsageError for the first of these where there are no more rows, or, where `strict`, at once.
+    """
+    from hetfl.runs.reproduction import find_bad
+
+    bad = find_bad(rows, plan)
+    for error in bad.values():
+        if strict or len(bad) == len(rows):
+            raise error
+        complain(f"{error}; the other rows are there")
+    return [row for row in rows if row not in bad]
+
+
+def say_left(rows: Sequence[TableRow]) -> None:
+    """Which rows have no result yet, if any."""
+    if rows:
+        names = ", ".join(f"{row.table} {row.name}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
+        say(f"{plural(len(rows), 'row')} left to run or to end: {names}; the same command goes on there")
 
 
 def announce(rows: Sequence[TableRow], out: Path, jobs: int, plan: Callable[[TableRow], list[Trial]]) -> None:

@@ -134,7 +134,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def _manifests(self) -> list[Path]:
-        return sorted(self._folder.glob("round-*.json"))
+        return find_manifests(self._folder)
 
     def load(self, note: Callable[[str], None]) -> Snapshot | None:
         """The newest checkpoint that is whole; `note` hears of those that are not. None where there is none."""
@@ -192,6 +192,16 @@ class Checkpoints:
 def manifest_name(round: int) -> str:
     """The file of the checkpoint after `round` rounds."""
     return f"round-{round:06d}.json"
+
+
+def find_manifests(folder: Path) -> list[Path]:
+    """The manifests of the checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("round-*.json"))
+
+
+def count_rounds(folder: Path) -> int:
+    """The rounds before the newest checkpoint in a folder, by its name; 0 where there is none."""
+    return int(found[-1].stem.removeprefix("round-")) if (found := find_manifests(folder)) else 0
 
 
 def manifest(path: Path) -> dict[str, Any]:

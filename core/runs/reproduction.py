@@ -12,8 +12,9 @@ from typing import Any
 
 from hetfl.errors import UsageError
 from hetfl.runs.cell import Row, Trial, TrialResult
+from hetfl.runs.checkpoint import count_rounds
 from hetfl.runs.folder import RunFolder, plain_cell
-from hetfl.runs.sweep import has_ended, read_result, refuse_bad, run_trials, share_left
+from hetfl.runs.sweep import has_ended, read_result, refuse_bad, run_trials
 from hetfl.runs.tables import MEGABYTES, TableRow, saying
 
 SCORECARD = "scorecard.csv"
@@ -79,6 +80,13 @@ def estimate_seconds(out: Path, trials: Sequence[Trial], cost: float, jobs: int)
     """What is left of `trials` that take `cost` seconds each from their beginning, `jobs` at a time."""
     left = [cost * share_left(out, trial) for trial in trials]
     return sum(max(left[begin : begin + jobs]) for begin in range(0, len(left), jobs))
+
+
+def share_left(out: Path, trial: Trial) -> float:
+    """How much of a trial is still to be run, from 1 to 0: of its rounds, those after its last checkpoint in `out`."""
+    if has_ended(out, trial):
+        return 0.0
+    return 1 - count_rounds(out / "cells" / trial.name / "checkpoints") / trial.options.rounds
 
 
 def find_bad(rows: Sequence[TableRow], plan: Callable[[TableRow], list[Trial]]) -> dict[TableRow, UsageError]:

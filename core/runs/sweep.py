@@ -211,8 +211,10 @@ def take_folder(folder: RunFolder) -> bool:
 
     One that failed begins anew: it would fail again, or what made it fail has been changed.
     """
+    from hetfl.runs.checkpoint import find_manifests
+
     ended = folder.holds("summary.json") or folder.holds("traceback.txt")
-    if not ended and any(folder.path.glob("checkpoints/round-*.json")):
+    if not ended and find_manifests(folder.path / "checkpoints"):
         folder.lock()
         (folder.path / "refused.json").unlink(missing_ok=True)
         return True
@@ -266,14 +268,6 @@ def has_ended(out: Path, trial: Trial) -> bool:
     """Whether `out` holds the result of a trial that did not fail."""
     found = read_result(out, trial)
     return found is not None and found.status != "failed"
-
-
-def share_left(out: Path, trial: Trial) -> float:
-    """How much of a trial is still to be run, from 1 to 0: of its rounds, those after its last checkpoint in `out`."""
-    if has_ended(out, trial):
-        return 0.0
-    kept = (out / "cells" / trial.name / "checkpoints").glob("round-*.json")
-    return 1 - max((int(path.stem.partition("-")[2]) for path in kept), default=0) / trial.options.rounds
 
 
 def read_others(out: Path, trials: Sequence[Trial]) -> list[TrialResult]:

@@ -218,7 +218,7 @@ def test_the_rest_of_a_run_that_was_stopped_is_what_counts(tiny, tmp_path):
         file = tmp_path / "cells" / trials[0].name / "checkpoints" / f"round-{kept:06d}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
-    assert [sweep.share_left(tmp_path, trial) for trial in trials] == [pytest.approx(0.3), 1.0]
+    assert [reproduction.share_left(tmp_path, trial) for trial in trials] == [pytest.approx(0.3), 1.0]
     assert reproduction.estimate_seconds(tmp_path, trials, 100.0, 1) == pytest.approx(130)
     assert reproduction.estimate_seconds(tmp_path, trials, 100.0, 2) == pytest.approx(100)
 
@@ -235,6 +235,15 @@ def test_what_runs_when_the_budget_ends_is_stopped_and_goes_on(tiny, tmp_path, c
     assert "2 rows left to run or to end: tiny narrow, tiny narrow and dear; the same command goes on there" in said
     lines = csv.DictReader((tmp_path / "out" / "scorecard.csv").read_text().splitlines())
     assert {line["within"] for line in lines} == {"not run"}
+
+
+def test_rows_of_one_name_in_two_tables_are_both_checked():
+    rows = [TableRow(table, "r", {"extract": "full", "wrap": wrap}, {}) for table, wrap in (("one", ["zz"]), ("two", []))]
+    assert [(row.table, str(error)[:21]) for row, error in reproduction.find_bad(rows, TableRow.trials).items()] == [
+        ("one", "table 'one': row 'r':")
+    ]
+    with pytest.raises(UsageError, match="unknown wrap plugin 'zz'"):
+        sweep.refuse_bad([trial for row in rows for trial in row.trials()])
 
 
 def test_what_is_unlike_the_paper_is_said_once():
@@ -416,7 +425,7 @@ def test_the_list_runs_nothing_and_repeats_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_path, monkeypatch):
+def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_path, monkeypatch, capsys):
     ended = dict[str, TrialResult]()
 
     def killed(trials, out, jobs, until=None):
@@ -430,6 +439,7 @@ def test_what_has_ended_is_scored_at_once_so_that_a_kill_leaves_it(tiny, tmp_pat
         monkeypatch.setattr(module, "read_result", lambda out, trial: ended.get(trial.key))
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         main(["reproduce", "tiny", "--out", str(tmp_path)])
+    assert "table tiny, row narrow seed 0: global@test 50.0, MB 0.0" in " ".join(capsys.readouterr().out.split())
     lines = csv.DictReader((tmp_path / "scorecard.csv").read_text().splitlines())
     assert [line["within"] for line in lines] == ["yes", "no (-1.0 MB)", "not run"]
 
